@@ -1,0 +1,102 @@
+"""Named validators: each error says which argument, what was expected, what came, and what to do.
+
+They read metadata only (rank, shape, dtype, device, numbers), never a tensor's values, so nothing waits for a GPU.
+csrc/checks.h says the same to callers of the raw operators.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def check_tensor(
+    name: str,
+    value: torch.Tensor,
+    shape: str,  # the axes' letters, e.g. "B N D"
+    sizes: dict[str, int],  # letters already bound to a size; the new ones are added
+    dtypes: tuple[torch.dtype, ...],
+    like: torch.Tensor | None = None,  # the tensor whose device is expected
+) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor [{shape}], got {type(value).__name__}.")
+    axes = shape.split()
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}. Remedy: {name}.to_dense().")
+    if value.dim() != len(axes):
+        hint = " Remedy: add the batch axis, " + name + "[None]." if value.dim() == len(axes) - 1 else ""
+        raise ValueError(
+            f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}"
+        )
+    expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, value.shape, strict=True)]
+    if list(value.shape) != expected:
+        raise ValueError(
+            f"{name}: expected shape [{shape}] = {expected}, as the arguments before it have, got {list(value.shape)}."
+        )
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}.")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, as of the first argument, got {value.device}.")
+
+
+def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> None:
+    if value.shape[axis] == 0:
+        raise ValueError(f"{name}: expected at least one {what}, got shape {list(value.shape)}.")
+
+
+def check_count(name: str, value: int, low: int, high: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}: {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} <= {name} <= {high} ({why}), got {value}.")
+
+
+def check_weight(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}: {value!r}.")
+    if not (math.isfinite(value) and 0 <= value <= FLOAT32_MAX):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}. Remedy: 0 switches the term off.")
+
+
+def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:
+    check_count("num_anchors", num_anchors, 0, num_tokens, f"N = {num_tokens} tokens")
+    check_count("num_background", num_background, 0, num_tokens, f"N = {num_tokens} tokens")
+    if not 1 <= num_anchors + num_background <= num_tokens:
+        raise ValueError(
+            f"num_anchors + num_background: expected 1 <= K <= N = {num_tokens} tokens, got "
+            f"{num_anchors} + {num_background} = {num_anchors + num_background}. Remedy: keep fewer tokens than there are."
+        )
+
+
+def check_where(
+    grid: Sequence[int] | None,
+    positions: torch.Tensor | None,
+    spatial_weight: float,
+    sizes: dict[str, int],
+    like: torch.Tensor,
+) -> None:
+    """Grid or positions, not both; one of them unless the distance term of Eq. 6 is off."""
+    if grid is not None and positions is not None:
+        raise ValueError("grid, positions: expected one of the two, got both. Remedy: leave out grid.")
+    if grid is None and positions is None and spatial_weight != 0:
+        raise ValueError(
+            "grid, positions: expected one of the two, as spatial_weight is not 0, got neither. "
+            "Remedy: grid=(H, W), or spatial_weight=0 for assignment by similarity alone."
+        )
+    if grid is not None:
+        if not isinstance(grid, Sequence) or any(isinstance(g, bool) or not isinstance(g, int) for g in grid):
+            raise TypeError(f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}.")
+        if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != sizes["N"]:
+            raise ValueError(
+                f"grid: expected (H, W) or (T, H, W) with product N = {sizes['N']}, got {tuple(grid)} with product "
+                f"{math.prod(grid)}. Remedy: positions= for tokens that are no full grid."
+            )
+    if positions is not None:
+        shape = "B N P" if isinstance(positions, torch.Tensor) and positions.dim() == 3 else "N P"
+        check_tensor("positions", positions, shape, sizes, FLOATS + INTEGERS, like)
+        check_not_empty("positions", positions, -1, "coordinate")

@@ -1,0 +1,3 @@
+from .op import assign
+
+__all__ = ["assign"]

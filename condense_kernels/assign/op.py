@@ -1,0 +1,74 @@
+from collections.abc import Sequence
+
+import torch
+
+from .. import _backend, _library
+from .._checks import check_tensor, check_weight, check_where
+from . import reference
+
+
+def check(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> None:
+    sizes: dict[str, int] = {}
+    check_tensor("s", s, "B N N", sizes, (torch.float32, torch.float64))
+    check_tensor("indices", indices, "B K", sizes, (torch.int64,), s)
+    if tier is not None:
+        check_tensor("tier", tier, "B N", sizes, (torch.int8,), s)
+    check_weight("spatial_weight", spatial_weight)
+    check_where(grid, positions, spatial_weight, sizes, s)
+
+
+def fake(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+    return s.new_empty((s.shape[0], s.shape[1]), dtype=torch.int64)
+
+
+def on_reference(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+    return reference.assign(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+
+
+def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+    from .kernel import assign as launch
+
+    return launch(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+
+
+_library.register(
+    "assign", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+)
+
+
+def assign(
+    s: torch.Tensor,  # [B, N, N]
+    indices: torch.Tensor,  # [B, K]
+    *,
+    tier: torch.Tensor | None = None,  # [B, N]
+    grid: Sequence[int] | None = None,
+    positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
+    spatial_weight: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Send every token to the kept token that is most similar and near (Eq. 6 and 7).
+
+    The row of token i maximises ``s_ij - spatial_weight * d_ij / dmax`` over the kept tokens j; d is the Euclidean
+    distance, dmax the diagonal of the valid tokens' bounding box. A tie goes to the lowest row. A kept token goes to
+    its own row.
+
+    Args:
+        s: [B, N, N] fp32 or fp64 similarities; NaN and infinities count as 0.
+        indices: [B, K] int64, the kept tokens; -1 is a row that takes nobody.
+        tier: [B, N] int8; a token of tier 2 (masked) is not assigned, and its row takes nobody.
+        grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
+        positions: [N, P] or [B, N, P] coordinates of any real dtype; a non-finite one makes its distances 0.
+        spatial_weight: finite, >= 0; 0 gives assignment by similarity alone.
+        backend: "auto" (by device), "cpp", "triton" or "reference".
+
+    Returns:
+        assignment: [B, N] int64 in [0, K), the row of each token; -1 where masked, or where no row takes tokens.
+
+    Raises:
+        TypeError, ValueError: wrong rank, shape, dtype, device, grid, spatial_weight or backend; on CPU also an index
+            outside [-1, N).
+    """
+    if not torch.compiler.is_compiling():
+        check(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+    options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+    return _backend.run("assign", backend, on_reference, on_triton, (s, indices), options)

@@ -1,0 +1,3 @@
+from .op import greedy_select
+
+__all__ = ["greedy_select"]

@@ -1,0 +1,76 @@
+import torch
+
+from .. import _backend, _library
+from .._checks import FLOATS, check_count, check_tensor, check_weight
+from . import reference
+
+
+def check(s, prior, k, *, sbar=None, tier=None, suppression=1.0) -> None:
+    sizes: dict[str, int] = {}
+    check_tensor("s", s, "B N N", sizes, (torch.float32, torch.float64))
+    check_tensor("prior", prior, "B N", sizes, FLOATS, s)
+    check_count("k", k, 0, sizes["N"], f"N = {sizes['N']} tokens")
+    if sbar is not None:
+        check_tensor("sbar", sbar, "B", sizes, (torch.float32, torch.float64), s)
+    if tier is not None:
+        check_tensor("tier", tier, "B N", sizes, (torch.int8,), s)
+    check_weight("suppression", suppression)
+
+
+def fake(s, prior, k, *, sbar=None, tier=None, suppression=1.0):
+    return s.new_empty((s.shape[0], k), dtype=torch.int64)
+
+
+def on_reference(s, prior, k, *, sbar=None, tier=None, suppression=1.0):
+    return reference.greedy_select(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
+
+
+def on_triton(s, prior, k, *, sbar=None, tier=None, suppression=1.0):
+    from .kernel import greedy_select as launch
+
+    return launch(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
+
+
+_library.register(
+    "greedy_select", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+)
+
+
+def greedy_select(
+    s: torch.Tensor,  # [B, N, N]
+    prior: torch.Tensor,  # [B, N]
+    k: int,
+    *,
+    sbar: torch.Tensor | None = None,  # [B]
+    tier: torch.Tensor | None = None,  # [B, N]
+    suppression: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Greedy selection of k tokens that suppresses what is similar to those already picked (Eq. 2 and 4).
+
+    Every step picks the token with the largest ``u_i - suppression * max_j s_ij`` over the tokens j picked so far;
+    the first step has no suppression term. A tie goes to the lowest index.
+
+    Args:
+        s: [B, N, N] fp32 or fp64, symmetric similarities; NaN and infinities count as 0.
+        prior: [B, N] floating; the utility u, or with ``sbar`` what u is made of. A NaN utility counts as the lowest.
+        k: picks per image, 0 <= k <= N.
+        sbar: [B] fp32 or fp64; where given, u = sbar / mean|prior| * prior, the mean over tiers 0 and 3.
+        tier: [B, N] int8; tier 0 is picked by score, then tier 1 by index, then tier 2 by index, tier 3 never.
+            None: all tokens are in tier 0.
+        suppression: finite, >= 0; 0 gives plain top-k.
+        backend: "auto" (by device), "cpp", "triton" or "reference".
+
+    Returns:
+        order: [B, k] int64, distinct tokens in the order in which they were picked; -1 where only tier 3 was left.
+
+        The arithmetic is fp32 (fp64 where s or prior is fp64), two roundings a score: given the same s and u, the
+        picks are the same bit for bit on every backend.
+
+    Raises:
+        TypeError, ValueError: wrong rank, shape, dtype, device, k, suppression or backend.
+    """
+    if not torch.compiler.is_compiling():
+        check(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
+    options = {"sbar": sbar, "tier": tier, "suppression": suppression}
+    return _backend.run("greedy_select", backend, on_reference, on_triton, (s, prior, k), options)

@@ -1,0 +1,3 @@
+from .op import merge
+
+__all__ = ["merge"]

@@ -1,0 +1,70 @@
+import torch
+
+from .. import _backend, _library
+from .._checks import FLOATS, check_not_empty, check_tensor
+from ..similarity.op import compute_dtype
+from . import reference
+
+
+def check(features, scores, indices, assignment) -> None:
+    sizes: dict[str, int] = {}
+    check_tensor("features", features, "B N D", sizes, FLOATS)
+    check_not_empty("features", features, 2, "channel")
+    check_tensor("scores", scores, "B N", sizes, FLOATS, features)
+    check_tensor("indices", indices, "B K", sizes, (torch.int64,), features)
+    check_tensor("assignment", assignment, "B N", sizes, (torch.int64,), features)
+
+
+def fake(features, scores, indices, assignment):
+    b, _, d = features.shape
+    k = indices.shape[1]
+    return features.new_empty((b, k, d)), features.new_empty((b, k), dtype=compute_dtype(features, scores))
+
+
+def on_reference(features, scores, indices, assignment):
+    merged, mass = reference.merge(features, scores, indices, assignment)
+    return merged.to(features.dtype), mass.to(compute_dtype(features, scores))
+
+
+def on_triton(features, scores, indices, assignment):
+    from .kernel import merge as launch
+
+    return launch(features, scores, indices, assignment)
+
+
+_library.register(
+    "merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+)
+
+
+def merge(
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    indices: torch.Tensor,  # [B, K]
+    assignment: torch.Tensor,  # [B, N]
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge each cluster into the mean of its tokens, weighted by their scores (Eq. 8).
+
+    Reusable on other planes of the same tokens: positions, deepstack features, a second encoder's output.
+
+    Args:
+        features: [B, N, D] fp32, fp16, bf16 or fp64.
+        scores: [B, N] floating, >= 0.
+        indices: [B, K] int64, each row's own token; -1 is no row: zeros with mass 0.
+        assignment: [B, N] int64 in [-1, K), the row of each token; -1 belongs to none.
+        backend: "auto" (by device), "cpp", "triton" or "reference".
+
+    Returns:
+        merged: [B, K, D], dtype of features: sum of scores_i * features_i over the row's tokens / mass, accumulated
+            in fp32 (fp64 where features or scores are fp64), rounded once. A row that holds only its own token, or
+            whose mass is 0, is that token bit for bit.
+        mass: [B, K] fp32 (or fp64), the sum of the row's scores.
+
+    Raises:
+        TypeError, ValueError: wrong rank, shape, dtype, device or backend; on CPU also an index out of range.
+    """
+    if not torch.compiler.is_compiling():
+        check(features, scores, indices, assignment)
+    return _backend.run("merge", backend, on_reference, on_triton, (features, scores, indices, assignment), {})

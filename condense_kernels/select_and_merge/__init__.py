@@ -1,0 +1,4 @@
+from .budget import condense, split_budget
+from .op import Condensed, select_and_merge
+
+__all__ = ["Condensed", "condense", "select_and_merge", "split_budget"]

@@ -1,0 +1,45 @@
+"""select_and_merge as the five stages in a row. Every backend's flagship equals this, bit for bit."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..similarity.reference import TAKEN
+
+
+class Stages(NamedTuple):
+    similarity: Callable
+    greedy_select: Callable
+    assign: Callable
+    merge: Callable
+
+
+def compose(stages: Stages) -> Callable:
+    """Build select_and_merge out of one backend's stages."""
+
+    def select_and_merge(
+        features,  # [B, N, D]
+        scores,  # [B, N]
+        num_anchors,
+        num_background,
+        *,
+        keys=None,  # [B, N, Dk]
+        grid=None,
+        positions=None,  # [N, P] or [B, N, P]
+        mask=None,  # [B, N] bool
+        suppression=1.0,
+        spatial_weight=1.0,
+    ):
+        s, sbar, g, tier = stages.similarity(features if keys is None else keys, scores, mask)  # Eq. 3
+        anchors = stages.greedy_select(s, scores, num_anchors, sbar=sbar, tier=tier, suppression=suppression)  # Eq. 2
+        rest = tier.scatter(1, anchors, TAKEN)  # an anchor is no candidate for the background
+        background = stages.greedy_select(s, g, num_background, sbar=sbar, tier=rest, suppression=suppression)  # Eq. 4
+        indices = torch.cat([anchors, background], dim=1).sort(dim=1).values  # [B, K]
+        assignment = stages.assign(
+            s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight
+        )  # Eq. 6, 7
+        merged, mass = stages.merge(features, scores, indices, assignment)  # Eq. 8
+        return merged, indices, assignment, mass
+
+    return select_and_merge

@@ -1,0 +1,3 @@
+from .op import similarity
+
+__all__ = ["similarity"]
