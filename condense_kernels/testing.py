@@ -1,0 +1,542 @@
+"""For tests, ours and those of libraries that embed us: inputs of named kinds, and the comparison with the reference.
+
+    inputs = make_inputs("ties", num_tokens=24)
+    assert_matches_reference(inputs.run("cpp"), inputs, backend="cpp")
+
+A backend may round the similarities differently from the fp64 reference, and so pick another token where two are
+closer together than that rounding. So nothing is compared with a rerun of the reference that might have gone another
+way: every step is checked given what the backend chose before it, against a bound that is derived, not tuned.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import assign, greedy_select, merge, select_and_merge, similarity
+from .assign import reference as assign_reference
+from .greedy_select import reference as greedy_reference
+from .merge import reference as merge_reference
+from .select_and_merge import Condensed
+from .similarity import reference as similarity_reference
+from .similarity.op import compute_dtype
+from .similarity.reference import MASKED, NON_FINITE, TAKEN, VALID
+
+
+class Stages(NamedTuple):
+    """What the stages of one backend give on the way to a result."""
+
+    s: torch.Tensor  # [B, N, N]
+    sbar: torch.Tensor  # [B]
+    g: torch.Tensor  # [B, N]
+    tier: torch.Tensor  # [B, N] int8
+    anchors: torch.Tensor  # [B, num_anchors] int64, in pick order
+    background: torch.Tensor  # [B, num_background] int64, in pick order
+    condensed: Condensed  # what the stages in a row give
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """One call of select_and_merge. ``dataclasses.replace(inputs, mask=...)`` gives a variant."""
+
+    features: torch.Tensor  # [B, N, D]
+    scores: torch.Tensor  # [B, N]
+    num_anchors: int
+    num_background: int
+    keys: torch.Tensor | None = None  # [B, N, Dk]
+    grid: tuple[int, ...] | None = None
+    positions: torch.Tensor | None = None  # [N, P] or [B, N, P]
+    mask: torch.Tensor | None = None  # [B, N] bool
+    suppression: float = 1.0
+    spatial_weight: float = 1.0
+
+    @property
+    def args(self) -> tuple:
+        return self.features, self.scores, self.num_anchors, self.num_background
+
+    @property
+    def options(self) -> dict:
+        names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def image(self, b: int) -> "Inputs":
+        """Image ``b`` as a batch of one."""
+        shared = self.positions is not None and self.positions.dim() == 2
+        tensors = {
+            name: value[b : b + 1]
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and not (name == "positions" and shared)
+        }
+        return dataclasses.replace(self, **tensors)
+
+    def run(self, backend: str = "auto") -> Condensed:
+        return select_and_merge(*self.args, **self.options, backend=backend)
+
+    def run_stages(self, backend: str = "auto") -> Stages:
+        """The same through the operators of the single stages, which also tell the order of the picks."""
+        keys = self.features if self.keys is None else self.keys
+        s, sbar, g, tier = similarity(keys, self.scores, self.mask, backend=backend)
+        picking = {"sbar": sbar, "suppression": self.suppression, "backend": backend}
+        anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, **picking)
+        rest = tier.scatter(1, anchors, TAKEN)
+        background = greedy_select(s, g, self.num_background, tier=rest, **picking)
+        indices = torch.cat([anchors, background], dim=1).sort(dim=1).values
+        where = {"grid": self.grid, "positions": self.positions, "spatial_weight": self.spatial_weight}
+        assignment = assign(s, indices, tier=tier, **where, backend=backend)
+        merged, mass = merge(self.features, self.scores, indices, assignment, backend=backend)
+        return Stages(s, sbar, g, tier, anchors, background, Condensed(merged, indices, assignment, mass))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def near_square(num_tokens: int) -> tuple[int, int]:
+    """The grid (H, W), H <= W, with product ``num_tokens`` that is nearest to a square; (1, N) for a prime."""
+    height = next(h for h in range(math.isqrt(num_tokens), 0, -1) if num_tokens % h == 0)
+    return height, num_tokens // height
+
+
+def _ties(inputs: Inputs) -> Inputs:
+    """All tokens equal, all scores equal: only the tie rules decide."""
+    return dataclasses.replace(
+        inputs,
+        features=inputs.features[:, :1].expand_as(inputs.features).contiguous(),
+        scores=torch.full_like(inputs.scores, 0.5),
+    )
+
+
+def _duplicates(inputs: Inputs) -> Inputs:
+    """Every token three times (i, i + third, i + 2 third), scores included."""
+    third = -(-inputs.scores.shape[1] // 3)
+    source = torch.arange(inputs.scores.shape[1]) % third
+    return dataclasses.replace(inputs, features=inputs.features[:, source], scores=inputs.scores[:, source])
+
+
+def _parallel(inputs: Inputs) -> Inputs:
+    """Five directions, each token at its own length: cosines that are 1 up to rounding."""
+    length = torch.linspace(0.5, 2, inputs.scores.shape[1], dtype=torch.float64)[:, None]
+    source = torch.arange(inputs.scores.shape[1]) % 5  # of the first five tokens
+    return dataclasses.replace(inputs, features=inputs.features[:, source] * length)
+
+
+def _negative(inputs: Inputs) -> Inputs:
+    """Tokens on both sides of the origin: half of the cosines are about -0.9."""
+    side = torch.where(torch.arange(inputs.scores.shape[1]) % 2 == 0, 1.0, -1.0)[:, None]
+    centre = 3 * inputs.features[:, :1]
+    return dataclasses.replace(inputs, features=side * (centre + inputs.features))
+
+
+def _clustered(inputs: Inputs) -> Inputs:
+    """Eight neighbourhoods with cosines of about 0.9 inside, and scores with a long tail, as attention has."""
+    token = torch.arange(inputs.scores.shape[1])
+    source = token - token % -(-len(token) // 8)
+    features = inputs.features[:, source] + 0.3 * inputs.features
+    return dataclasses.replace(inputs, features=features, scores=inputs.scores**8)
+
+
+def _zero_keys(inputs: Inputs) -> Inputs:
+    """Every fourth key is all zeros: its cosine with everything is 0."""
+    keys = inputs.features.clone()
+    keys[:, ::4] = 0
+    return dataclasses.replace(inputs, keys=keys)
+
+
+def _zero_scores(inputs: Inputs) -> Inputs:
+    """All scores are 0 in the first image, every second one in the others: rows of zero mass."""
+    scores = inputs.scores.clone()
+    scores[:1] = 0
+    scores[:, ::2] = 0
+    return dataclasses.replace(inputs, scores=scores)
+
+
+def _nan(inputs: Inputs) -> Inputs:
+    """NaN and infinities in features, scores and keys, each in another token."""
+    n = inputs.scores.shape[1]
+    features, scores, keys = inputs.features.clone(), inputs.scores.clone(), inputs.features.clone()
+    features[:, 0 % n, 0] = math.nan
+    features[:, 1 % n, -1] = math.inf
+    scores[:, 3 % n] = math.nan
+    scores[:, 5 % n] = math.inf
+    keys[:, 7 % n, 0] = math.nan
+    keys[:, 11 % n, -1] = -math.inf
+    return dataclasses.replace(inputs, features=features, scores=scores, keys=keys)
+
+
+def _masked(inputs: Inputs) -> Inputs:
+    """One valid token in the first image, fewer than are kept; about two thirds valid in the others."""
+    n = inputs.scores.shape[1]
+    mask = torch.arange(n).expand(inputs.scores.shape) % 3 != 1
+    mask[:1] = torch.arange(n) == n // 2
+    return dataclasses.replace(inputs, mask=mask)
+
+
+def _magnitudes(inputs: Inputs) -> Inputs:
+    """Keys from very small to very large, whose squares leave fp32's range."""
+    exponent = torch.linspace(-30, 30, inputs.scores.shape[1], dtype=torch.float64)[:, None]
+    return dataclasses.replace(inputs, keys=inputs.features * 10**exponent)
+
+
+def _keys(inputs: Inputs) -> Inputs:
+    """Keys of another width than the features."""
+    return dataclasses.replace(inputs, keys=inputs.features[..., : max(1, inputs.features.shape[2] // 2)].cos())
+
+
+def _positions(inputs: Inputs) -> Inputs:
+    """Scattered coordinates, other ones in each image, instead of a grid."""
+    b, n = inputs.scores.shape
+    at = torch.stack([torch.arange(b * n) * 0.618 % 1 * 100, torch.arange(b * n) * 0.7549 % 1 * 40], dim=-1)
+    return dataclasses.replace(inputs, grid=None, positions=at.float().reshape(b, n, 2))
+
+
+def _video(inputs: Inputs) -> Inputs:
+    """A grid T x H x W."""
+    frames = 2 if inputs.scores.shape[1] % 2 == 0 else 1
+    return dataclasses.replace(inputs, grid=(frames, *near_square(inputs.scores.shape[1] // frames)))
+
+
+def _similarity_only(inputs: Inputs) -> Inputs:
+    """No grid and no positions: assignment by similarity alone."""
+    return dataclasses.replace(inputs, grid=None, spatial_weight=0.0)
+
+
+def _top_k(inputs: Inputs) -> Inputs:
+    """suppression = 0: plain top-k by score."""
+    return dataclasses.replace(inputs, suppression=0.0)
+
+
+KINDS: dict[str, Callable[[Inputs], Inputs]] = {
+    "random": lambda inputs: inputs,
+    "clustered": _clustered,
+    "ties": _ties,
+    "duplicates": _duplicates,
+    "parallel": _parallel,
+    "negative": _negative,
+    "zero_keys": _zero_keys,
+    "zero_scores": _zero_scores,
+    "nan": _nan,
+    "masked": _masked,
+    "magnitudes": _magnitudes,
+    "keys": _keys,
+    "positions": _positions,
+    "video": _video,
+    "similarity_only": _similarity_only,
+    "top_k": _top_k,
+}
+
+
+def make_inputs(
+    kind: str = "random",
+    *,
+    batch: int = 2,
+    num_tokens: int = 24,
+    channels: int = 16,
+    num_anchors: int | None = None,  # None: a quarter of the tokens
+    num_background: int | None = None,  # None: an eighth of the tokens
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    **options,  # further fields of Inputs, e.g. suppression=0.5; they have the last word
+) -> Inputs:
+    """Inputs of a named kind (the keys of ``KINDS``): normal features, uniform scores, the grid nearest to a square.
+
+    The same on every machine, as the generator runs on the CPU. ``magnitudes`` leaves its keys in fp32 where dtype
+    is fp16, which cannot hold them.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    base = Inputs(
+        features=torch.randn(batch, num_tokens, channels, generator=generator, dtype=torch.float64),
+        scores=torch.rand(batch, num_tokens, generator=generator, dtype=torch.float64),
+        num_anchors=max(1, num_tokens // 4) if num_anchors is None else num_anchors,
+        num_background=num_tokens // 8 if num_background is None else num_background,
+        grid=near_square(num_tokens),
+    )
+    made = dataclasses.replace(KINDS[kind](base), **options)
+    keys_dtype = torch.float32 if kind == "magnitudes" and dtype == torch.float16 else dtype
+    return dataclasses.replace(
+        made,
+        features=made.features.to(dtype),
+        scores=made.scores.to(dtype),
+        keys=None if made.keys is None else made.keys.to(keys_dtype),
+    ).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Comparison
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """One thing that was compared. It holds where error <= bound; an exact comparison counts differences, bound 0."""
+
+    what: str
+    error: float
+    bound: float
+    where: str  # the place of the largest error
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound
+
+    @property
+    def share(self) -> float:
+        """The error as a share of its bound."""
+        return 0.0 if self.error == 0 else self.error / self.bound if self.bound > 0 else math.inf
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def similarity_bound(channels: int, dtype: torch.dtype) -> float:
+    """How far a cosine in ``dtype`` arithmetic may be from the exact one.
+
+    Three sums of ``channels`` products (the dot product and both squared norms, which enter under a root), each with
+    relative error lambda * sqrt(channels) * eps: the errors of a sum are a random walk (Higham and Mary, 2019). At
+    lambda = 4 the walk would have to be 4 deviations off with every rounding at its largest, about 12 as they come.
+    Then come a root and a quotient for each norm and two products: 8 eps. |cos| <= 1 makes relative absolute.
+    """
+    return unit_roundoff(dtype) * (2 * 4 * math.sqrt(channels) + 8)
+
+
+def _sum_bound(s_bound: float, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """g: n0 similarities, each off by s_bound and cut after 24 bits (fp32) or added with a rounding (fp64)."""
+    cut = 2.0**-24 if dtype == torch.float32 else sizes * unit_roundoff(dtype)
+    return sizes * (s_bound + cut) + sizes * unit_roundoff(dtype)
+
+
+def _largest(what: str, error: torch.Tensor, bound: torch.Tensor | float) -> Finding:
+    """The entry of ``error`` (absolute errors; NaN is a mismatch) that is worst against its bound."""
+    if error.numel() == 0:
+        return Finding(what, 0.0, 0.0, "")
+    error = error.nan_to_num(nan=math.inf)
+    bound = torch.as_tensor(bound, dtype=torch.float64).broadcast_to(error.shape)
+    share = torch.where(error == 0, 0.0, error / bound.clamp(min=5e-324))
+    at = torch.unravel_index(share.argmax(), share.shape)
+    return Finding(what, float(error[at]), float(bound[at]), str([int(i) for i in at]))
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """|actual - expected| in fp64; 0 where both are NaN or the same infinity, infinite where only one is."""
+    a, e = actual.double(), expected.double()
+    same = (a == e) | (a.isnan() & e.isnan())
+    return torch.where(same, 0.0, (a - e).abs().nan_to_num(nan=math.inf))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Elementwise: equal, counting NaN equal to NaN and telling -0 from +0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return torch.zeros((), dtype=torch.bool)
+    if not a.is_floating_point():
+        return a == b
+    return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
+
+
+def _exact(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Finding:
+    equal = same_bits(actual, expected)
+    if bool(equal.all()):
+        return Finding(what, 0.0, 0.0, "")
+    where = "another dtype or shape" if equal.dim() == 0 else str((~equal).nonzero()[0].tolist())
+    return Finding(what, float((~equal).sum()), 0.0, where)
+
+
+def replay(
+    s: torch.Tensor,  # [N, N] fp64, the reference's
+    utility: torch.Tensor,  # [N] fp64
+    tier: torch.Tensor,  # [N]
+    order: list[int],
+    suppression: float,
+) -> list[float]:
+    """How far each pick's exact score lies below the best open token's: 0 is the sequential greedy in fp64.
+
+    Infinite where the pick is no legal one: taken, of tier 3, or of a tier whose turn it is not.
+    """
+    tier, suppressor, gaps = tier.clone(), None, []
+    for pick in order:
+        turn = next((t for t in (VALID, NON_FINITE, MASKED) if bool((tier == t).any())), None)
+        if turn is None or pick < 0:
+            gaps.append(0.0 if turn is None and pick == -1 else math.inf)
+            continue
+        open_ = tier == turn
+        if not bool(open_[pick]):
+            gaps.append(math.inf)
+        elif turn != VALID:  # by index
+            gaps.append(0.0 if int(open_.nonzero()[0]) == pick else math.inf)
+        else:
+            score = utility if suppressor is None else utility - suppression * suppressor  # Eq. 2, Eq. 4
+            gaps.append(float(score[open_].amax() - score[pick]))
+            suppressor = s[pick] if suppressor is None else torch.maximum(suppressor, s[pick])
+        tier[pick] = TAKEN
+    return gaps
+
+
+def _score_bound(
+    utility: torch.Tensor,  # [N] fp64
+    utility_error: torch.Tensor,  # [N] fp64
+    s_bound: float,
+    suppression: float,
+    eps: float,
+) -> float:
+    """How far a pick's exact score may lie below the best: twice the largest error of a score.
+
+    fl(u - fl(suppression * m)), |m| <= 1: m is off by s_bound, and two roundings of at most eps each.
+    """
+    rounding = eps * (utility.abs() + 2 * suppression)
+    return 2 * float((utility_error + suppression * s_bound + rounding).amax())
+
+
+def _utility(prior, prior_error, sbar, sbar_error, tier, eps):
+    """u = sbar / mean|prior| * prior in fp64 [N], and its error [N] when computed with unit roundoff eps."""
+    utility = greedy_reference.scaled_prior(prior, sbar, tier)
+    per_sbar = greedy_reference.scaled_prior(prior, torch.ones_like(sbar), tier).abs()  # |prior| / mean
+    counted = (tier == VALID) | (tier == TAKEN)
+    mean = prior[counted].abs().nan_to_num(nan=0.0, posinf=0.0).mean()
+    off = torch.where(prior_error == 0, 0.0, prior_error / mean)  # infinite where the mean is 0: nothing can be said
+    error = per_sbar * sbar_error + 4 * eps * utility.abs() + (sbar + utility.abs()) * off
+    return utility.nan_to_num(), error.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float, eps: float) -> list[Finding]:
+    """The backend's picks against the greedy on the reference's similarities, step by step, in fp64."""
+    s, sbar, g, tier = exact
+    gaps: dict[str, list] = {"anchors": [], "background": []}
+    bounds: dict[str, list] = {"anchors": [], "background": []}
+    for b in range(s.shape[0]):
+        n0 = (tier[b] == VALID).sum()
+        rest = tier[b].scatter(0, stages.anchors[b], TAKEN)
+        g_error = _sum_bound(s_bound, n0.double(), compute_dtype(stages.s)).expand_as(g[b])
+        sbar_error = s_bound + 4 * eps
+        for name, order, prior, prior_error, now in (
+            ("anchors", stages.anchors[b], inputs.scores[b].double(), torch.zeros_like(g[b]), tier[b]),
+            ("background", stages.background[b], g[b], g_error, rest),
+        ):
+            live = now == VALID
+            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, eps)
+            gap = replay(s[b], utility, now, order.tolist(), inputs.suppression)
+            bound = _score_bound(utility[live], error[live], s_bound, inputs.suppression, eps) if live.any() else 0.0
+            gaps[name].append(gap)
+            bounds[name].append([bound] * len(gap))
+    return [
+        _largest(f"{name}: pick order replayed in fp64", torch.tensor(gaps[name]).double(), torch.tensor(bounds[name]))
+        for name in gaps
+    ]
+
+
+def _compare_assignment(
+    inputs: Inputs, condensed: Condensed, exact: tuple, s_bound: float, eps: float
+) -> list[Finding]:
+    """Given the backend's kept tokens: the chosen row's exact score against the best row's (Eq. 6, 7)."""
+    s, _, _, tier = exact
+    where = inputs.positions
+    if inputs.grid is not None:
+        where = assign_reference.grid_positions(inputs.grid)
+    expected = assign_reference.assign(
+        s, condensed.indices, tier=tier, positions=where, spatial_weight=inputs.spatial_weight
+    )
+    gap, bound = torch.zeros_like(expected, dtype=torch.float64), []
+    for b, (kept, row) in enumerate(zip(condensed.indices, condensed.assignment, strict=True)):
+        affinity, slack = s[b][:, kept], s_bound + eps
+        if inputs.spatial_weight != 0:
+            at = (where if where.dim() == 2 else where[b]).double()
+            valid = tier[b] != MASKED
+            affinity = affinity - inputs.spatial_weight * assign_reference.relative_distance(at, kept, valid)
+            # d / dmax: about 8 roundings and one an axis; a coordinate far from 0 is itself rounded to the dtype.
+            finite = at[valid & at.isfinite().all(dim=-1)]
+            extent = float((finite.amax(dim=0) - finite.amin(dim=0)).amax()) if len(finite) else 0.0
+            offset = 4 * float(finite.abs().amax()) / extent if extent > 0 else 0.0
+            slack += inputs.spatial_weight * eps * (8 + at.shape[1] + offset) + eps * (1 + inputs.spatial_weight)
+        bound.append(2 * slack)
+        owner = torch.full_like(row, -1).scatter(0, kept, torch.arange(len(kept)))
+        fixed = (expected[b] < 0) | (owner >= 0) | (row < 0) | (row >= len(kept))  # no choice, or no row at all
+        masked_rows = tier[b][kept] == MASKED
+        affinity = affinity.masked_fill(masked_rows, -math.inf)
+        chosen = affinity.gather(1, row.clamp(0, len(kept) - 1)[:, None])[:, 0]
+        wrong = torch.where(row == expected[b], 0.0, math.inf)
+        gap[b] = torch.where(fixed, wrong, affinity.amax(dim=1) - chosen)
+    return [_largest("assignment: chosen row against the best", gap, torch.tensor(bound).double()[:, None])]
+
+
+def _compare_merge(inputs: Inputs, condensed: Condensed) -> list[Finding]:
+    """Given the backend's rows: Eq. 8, and the rows that are copied bit for bit."""
+    x, a = inputs.features.double(), inputs.scores.double()
+    indices, assignment = condensed.indices, condensed.assignment
+    merged, mass = merge_reference.merge(x, a, indices, assignment)
+    eps = unit_roundoff(compute_dtype(inputs.features, inputs.scores))
+    members = torch.zeros_like(mass).scatter_add(1, assignment.clamp(min=0), (assignment >= 0).double())
+    # n_k products, additions and a quotient, relative to sum a|x| / mass; then one rounding to the features' dtype.
+    magnitude, _ = merge_reference.merge(x.abs(), a, indices, assignment)
+    out = torch.finfo(inputs.features.dtype)
+    bound = (2 * members + 4)[..., None] * eps * magnitude + out.eps / 2 * merged.abs() + out.smallest_normal * out.eps
+    own = x.gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    copied = ((members <= 1) | (mass == 0)) & (indices >= 0)
+    return [
+        _largest("merged", _difference(condensed.merged, merged), bound.nan_to_num(nan=0.0, posinf=0.0)),
+        _largest(
+            "mass", _difference(condensed.mass, mass), ((members + 1) * eps * mass).nan_to_num(nan=0.0, posinf=0.0)
+        ),
+        _exact("rows of one token or zero mass", condensed.merged[copied], own[copied].to(inputs.features.dtype)),
+    ]
+
+
+def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> list[Finding]:
+    """Compare a result of select_and_merge, and the stages of ``backend`` that led to it, with the reference.
+
+    In order: the similarities and their means against fp64; the selection, which given the same similarities must be
+    the reference's bit for bit; the pick order replayed on the exact similarities; the assignment given the backend's
+    own kept tokens; the merge given its own assignment; and the result against the stages in a row, bit for bit.
+    """
+    stages = inputs.run_stages(backend)
+    stages = Stages(*(t.cpu() for t in stages[:-1]), Condensed(*(t.cpu() for t in stages.condensed)))
+    result, inputs = Condensed(*(t.cpu() for t in result)), inputs.to("cpu")
+    keys = inputs.features if inputs.keys is None else inputs.keys
+    exact = similarity_reference.similarity(keys, inputs.scores, inputs.mask)
+    dtype = compute_dtype(keys, inputs.scores)
+    eps, s_bound = unit_roundoff(dtype), similarity_bound(keys.shape[2], dtype)
+    n0 = (exact[3] == VALID).sum(dim=1).double()
+    findings = [
+        _largest("s", _difference(stages.s, exact[0]), s_bound),
+        _largest("sbar", _difference(stages.sbar, exact[1]), s_bound + 4 * eps),
+        _largest("g", _difference(stages.g, exact[2]), _sum_bound(s_bound, n0, dtype)[:, None]),
+        _exact("tier", stages.tier, exact[3]),
+    ]
+    picking = {"sbar": stages.sbar, "suppression": inputs.suppression}
+    rest = stages.tier.scatter(1, stages.anchors.clamp(min=0), TAKEN)
+    anchors = greedy_reference.greedy_select(stages.s, inputs.scores, inputs.num_anchors, tier=stages.tier, **picking)
+    background = greedy_reference.greedy_select(stages.s, stages.g, inputs.num_background, tier=rest, **picking)
+    findings += [
+        _exact("anchors: selection given the backend's s", stages.anchors, anchors),
+        _exact("background: selection given the backend's s", stages.background, background),
+        *_compare_picks(inputs, stages, exact, s_bound, eps),
+    ]
+    kept = torch.cat([stages.anchors, stages.background], dim=1).sort(dim=1).values
+    findings.append(_exact("indices: the picks, ascending", result.indices, kept))
+    if findings[-1].ok:  # else there is nothing sensible to look up
+        findings += _compare_assignment(inputs, result, exact, s_bound, eps)
+        findings += _compare_merge(inputs, result)
+    for name, whole, staged in zip(Condensed._fields, result, stages.condensed, strict=True):
+        findings.append(_exact(f"{name}: the stages in a row", whole, staged))
+    return findings
+
+
+def assert_matches_reference(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> None:
+    """Raise AssertionError, saying what is off and where, unless ``compare`` finds everything within its bound."""
+    wrong = [finding for finding in compare(result, inputs, backend=backend) if not finding.ok]
+    lines = [f"  {f.what}: {f.error:.3g} is above {f.bound:.3g}, at {f.where}" for f in wrong]
+    assert not wrong, f"backend {backend!r} does not match the reference:\n" + "\n".join(lines)
+
+
+def assert_same_bits(actual: tuple, expected: tuple, what: str = "result") -> None:
+    """Raise AssertionError unless two results are equal bit for bit (NaN equals NaN, -0 is not +0)."""
+    names = getattr(actual, "_fields", [str(i) for i in range(len(actual))])
+    for name, a, e in zip(names, actual, expected, strict=True):
+        finding = _exact(name, a.cpu(), e.cpu())
+        assert finding.ok, f"{what}.{name}: {int(finding.error)} entries differ, the first at {finding.where}"
