@@ -1,0 +1,161 @@
+// Every token to the kept token that is most similar and near (Eq. 6, 7): one pass over a row of s for each kept token.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "stages.h"
+#include "tensors.h"
+
+namespace condense {
+namespace {
+
+bool is_masked(const int8_t* tier, int64_t i) { return tier && tier[i] == kMasked; }
+
+// spatial_weight / dmax, dmax the diagonal of the bounding box of the valid tokens; positions [num_axes, n].
+template <class T>
+T distance_factor(const T* positions, int64_t num_axes, int64_t n, const int8_t* tier, double spatial_weight) {
+  T squared = 0;
+  for (int64_t p = 0; p < num_axes; ++p) {
+    T low = std::numeric_limits<T>::infinity(), high = -low;
+    for (int64_t i = 0; i < n; ++i) {
+      const T x = positions[p * n + i];
+      if (is_masked(tier, i) || std::isnan(x)) continue;
+      low = std::min(low, x);
+      high = std::max(high, x);
+    }
+    const T extent = high > low ? high - low : T{0};
+    squared += extent * extent;
+  }
+  if (squared == 0) return 0;
+  return std::min(static_cast<T>(spatial_weight) / std::sqrt(squared), std::numeric_limits<T>::max());
+}
+
+}  // namespace
+
+template <class T>
+Layout<T> Layout<T>::of_grid(const int64_t* grid, int64_t num_axes, int64_t n, const int8_t* tier,
+                             double spatial_weight) {
+  Layout layout{Buffer<T>(num_axes * n), num_axes, T{0}};
+  int64_t inner = n;  // tokens per step of the axis
+  for (int64_t p = 0; p < num_axes; ++p) {
+    inner /= grid[p];
+    for (int64_t i = 0; i < n; ++i) layout.positions[p * n + i] = static_cast<T>(i / inner % grid[p]);
+  }
+  layout.factor = distance_factor(layout.positions.get(), num_axes, n, tier, spatial_weight);
+  return layout;
+}
+
+template <class T>
+Layout<T> Layout<T>::of_positions(const T* positions, int64_t num_axes, int64_t n, const int8_t* tier,
+                                  double spatial_weight) {
+  Layout layout{Buffer<T>(num_axes * n), num_axes, T{0}};
+  const auto finite = [&](int64_t i) {
+    return std::all_of(positions + i * num_axes, positions + (i + 1) * num_axes, [](T x) { return std::isfinite(x); });
+  };
+  T magnitude = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (is_masked(tier, i) || !finite(i)) continue;
+    for (int64_t p = 0; p < num_axes; ++p) magnitude = std::max(magnitude, std::fabs(positions[i * num_axes + p]));
+  }
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);
+  const T first = std::ldexp(T{1}, -(exponent / 2)), second = std::ldexp(T{1}, exponent / 2 - exponent);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool has_place = finite(i);  // NaN makes every distance from and to it 0
+    for (int64_t p = 0; p < num_axes; ++p) {
+      layout.positions[p * n + i] =
+          has_place ? positions[i * num_axes + p] * first * second : std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+  layout.factor = distance_factor(layout.positions.get(), num_axes, n, tier, spatial_weight);
+  return layout;
+}
+
+template <class T>
+void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* tier, const Layout<T>& layout,
+                  int64_t n, int64_t k, int slots, int64_t* assignment) {
+  using Index = typename RowOps<T>::Index;
+  const RowOps<T>& ops = row_ops<T>();
+  const auto takes_tokens = [&](int64_t row) { return indices[row] >= 0 && !is_masked(tier, indices[row]); };
+  Buffer<T> best(n);
+  Buffer<Index> best_row(n);
+  int64_t first = 0;
+  while (first < k && !takes_tokens(first)) ++first;
+
+  constexpr int64_t kBlock = 2048;  // best and best_row stay in the first-level cache
+  for_each_slot(slots, [&](int slot) {
+    const Share share(n, slot, slots);
+    for (int64_t lo = share.lo; lo < share.hi; lo += kBlock) {
+      const int64_t hi = std::min(lo + kBlock, share.hi);
+      std::fill(best.get() + lo, best.get() + hi, -std::numeric_limits<T>::infinity());
+      std::fill(best_row.get() + lo, best_row.get() + hi, static_cast<Index>(first < k ? first : -1));
+      for (int64_t row = first; row < k; ++row) {
+        if (!takes_tokens(row)) continue;
+        ops.consider_row(s + indices[row] * ld, layout.positions.get(), n, layout.num_axes, indices[row],
+                         layout.factor, lo, hi, row, best.get(), best_row.get());
+      }
+    }
+    for (int64_t i = share.lo; i < share.hi; ++i) assignment[i] = is_masked(tier, i) ? -1 : best_row[i];
+  });
+  for (int64_t row = k - 1; row >= 0; --row) {
+    if (takes_tokens(row)) assignment[indices[row]] = row;
+  }
+}
+
+#define CONDENSE_INSTANTIATE(T)                                                                              \
+  template struct Layout<T>;                                                                                 \
+  template void assign_image<T>(const T*, int64_t, const int64_t*, const int8_t*, const Layout<T>&, int64_t, \
+                                int64_t, int, int64_t*);
+CONDENSE_INSTANTIATE(float)
+CONDENSE_INSTANTIATE(double)
+#undef CONDENSE_INSTANTIATE
+
+namespace {
+
+template <class T>
+Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Tensor>& tier,
+                 const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
+                 double spatial_weight) {
+  const int64_t B = s.size(0), N = s.size(1), K = indices.size(1);
+  const Matrices matrices(s);
+  const Tensor kept = contiguous_as(indices, ScalarType::Long);
+  check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
+  const auto tiers = contiguous_as(tier, ScalarType::Char);
+  const auto places = contiguous_as(positions, kScalarType<T>);
+  const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
+  for_each_image(B, N * K, [&](int64_t b, int slots) {
+    const int8_t* image_tier = row_of<int8_t>(tiers, b, N);
+    const Layout<T> layout = layout_of<T>(grid, places, b, N, image_tier, spatial_weight);
+    assign_image<T>(matrices.at<T>(b), matrices.ld, data_of<int64_t>(kept) + b * K, image_tier, layout, N, K, slots,
+                    output<int64_t>(assignment) + b * N);
+  });
+  return assignment;
+}
+
+Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier,
+              std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions, double spatial_weight) {
+  check_rank("s", s, "B N N", 3);
+  check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
+  check_working("s", s);
+  check_rank("indices", indices, "B K", 2);
+  check_shape("indices", indices, "B K", {s.size(0), indices.size(1)});
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  if (tier) {
+    check_shape("tier", *tier, "B N", {s.size(0), s.size(1)});
+    check_dtype("tier", *tier, {ScalarType::Char}, "int8");
+  }
+  check_weight("spatial_weight", spatial_weight);
+  check_where(grid, positions, spatial_weight, s.size(0), s.size(1));
+  return is_double(s) ? assign_as<double>(s, indices, tier, grid, positions, spatial_weight)
+                      : assign_as<float>(s, indices, tier, grid, positions, spatial_weight);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("assign", TORCH_BOX(&assign)); }
+
+}  // namespace condense

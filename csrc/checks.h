@@ -1,0 +1,145 @@
+// Named validators for callers of the raw operators: what condense_kernels/_checks.py says to Python callers.
+// They throw std::runtime_error, which arrives in Python as a RuntimeError with this text alone.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cfloat>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rowops.h"
+
+namespace condense {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << "]";
+  return text.str();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+inline void check_rank(const char* name, const Tensor& t, const char* axes, int64_t rank) {
+  if (t.dim() != rank) {
+    fail(name, ": expected ", rank, " axes [", axes, "], got ", t.dim(), ": ", shape_text(shape_of(t)), ".");
+  }
+}
+
+// sizes as the arguments before this one have them.
+inline void check_shape(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes) {
+  check_rank(name, t, axes, static_cast<int64_t>(sizes.size()));
+  if (shape_of(t) != sizes) {
+    fail(name, ": expected shape [", axes, "] = ", shape_text(sizes), ", as the arguments before it have, got ",
+         shape_text(shape_of(t)), ".");
+  }
+}
+
+inline void check_not_empty(const char* name, const Tensor& t, int64_t axis, const char* what) {
+  if (t.size(axis) == 0) fail(name, ": expected at least one ", what, ", got shape ", shape_text(shape_of(t)), ".");
+}
+
+inline void check_cpu(const char* name, const Tensor& t) {
+  if (!t.is_cpu()) fail(name, ": expected device cpu, as of the first argument, got another device.");
+}
+
+inline void check_dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed,
+                        const char* expected) {
+  check_cpu(name, t);
+  for (const ScalarType dtype : allowed) {
+    if (t.scalar_type() == dtype) return;
+  }
+  fail(name, ": expected dtype ", expected, ", got ", torch::headeronly::toString(t.scalar_type()), ".");
+}
+
+inline void check_floating(const char* name, const Tensor& t) {
+  check_dtype(name, t, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double},
+              "float32, float16, bfloat16, float64");
+}
+
+inline void check_working(const char* name, const Tensor& t) {
+  check_dtype(name, t, {ScalarType::Float, ScalarType::Double}, "float32, float64");
+}
+
+inline void check_weight(const char* name, double value) {
+  if (!(std::isfinite(value) && value >= 0 && value <= FLT_MAX)) {
+    fail(name, ": expected a finite number >= 0, got ", value, ". Remedy: 0 switches the term off.");
+  }
+}
+
+inline void check_count(const char* name, int64_t value, int64_t n) {
+  if (value < 0 || value > n) fail(name, ": expected 0 <= ", name, " <= ", n, " (N = ", n, " tokens), got ", value, ".");
+}
+
+inline void check_budget(int64_t num_anchors, int64_t num_background, int64_t n) {
+  check_count("num_anchors", num_anchors, n);
+  check_count("num_background", num_background, n);
+  const int64_t k = num_anchors + num_background;
+  if (k < 1 || k > n) {
+    fail("num_anchors + num_background: expected 1 <= K <= N = ", n, " tokens, got ", num_anchors, " + ",
+         num_background, " = ", k, ". Remedy: keep fewer tokens than there are.");
+  }
+}
+
+// Grid or positions, not both; one of them unless the distance term is off.
+inline void check_where(const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
+                        double spatial_weight, int64_t b, int64_t n) {
+  if (grid && positions) fail("grid, positions: expected one of the two, got both. Remedy: leave out grid.");
+  if (!grid && !positions && spatial_weight != 0) {
+    fail("grid, positions: expected one of the two, as spatial_weight is not 0, got neither. Remedy: grid=(H, W), or "
+         "spatial_weight=0 for assignment by similarity alone.");
+  }
+  if (grid) {
+    int64_t product = grid->size() == 2 || grid->size() == 3 ? 1 : -1;
+    for (const int64_t size : *grid) product = size < 1 || size > n ? -1 : product < 0 ? -1 : product * size;
+    if (product != n) {
+      fail("grid: expected (H, W) or (T, H, W) with product N = ", n, ", got ", shape_text(*grid),
+           ". Remedy: positions= for tokens that are no full grid.");
+    }
+  }
+  if (positions) {
+    const Tensor& p = *positions;
+    const int64_t axes = p.dim() > 0 ? p.size(p.dim() - 1) : 0;
+    if (p.dim() == 3) {
+      check_shape("positions", p, "B N P", {b, n, axes});
+    } else {
+      check_shape("positions", p, "N P", {n, axes});
+    }
+    check_not_empty("positions", p, p.dim() - 1, "coordinate");
+    check_dtype("positions", p,
+                {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double, ScalarType::Long,
+                 ScalarType::Int, ScalarType::Short, ScalarType::Char, ScalarType::Byte},
+                "float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8");
+  }
+}
+
+// Kernels read indices without looking; a value out of range must not get there.
+inline void check_values(const char* name, const int64_t* values, int64_t count, int64_t low, int64_t high) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < low || values[i] >= high) {
+      fail(name, ": expected values in [", low, ", ", high, "), got ", values[i], ".");
+    }
+  }
+}
+
+}  // namespace condense

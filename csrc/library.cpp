@@ -1,0 +1,17 @@
+// Every operator of the library, in the order of the data's way. See docs/ for what they compute.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
+  m.def("similarity(Tensor keys, Tensor? scores=None, Tensor? mask=None) -> (Tensor s, Tensor sbar, Tensor g, Tensor tier)");
+  m.def(
+      "greedy_select(Tensor s, Tensor prior, SymInt k, *, Tensor? sbar=None, Tensor? tier=None, "
+      "float suppression=1.0) -> Tensor order");
+  m.def(
+      "assign(Tensor s, Tensor indices, *, Tensor? tier=None, SymInt[]? grid=None, Tensor? positions=None, "
+      "float spatial_weight=1.0) -> Tensor assignment");
+  m.def("merge(Tensor features, Tensor scores, Tensor indices, Tensor assignment) -> (Tensor merged, Tensor mass)");
+  m.def(
+      "select_and_merge(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, "
+      "Tensor? keys=None, SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, "
+      "float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)");
+}

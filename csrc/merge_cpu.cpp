@@ -1,0 +1,140 @@
+// The score-weighted mean of each cluster (Eq. 8): tokens sorted by row, then one pass over each row's tokens.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <tuple>
+
+#include "checks.h"
+#include "stages.h"
+#include "tensors.h"
+
+namespace condense {
+namespace {
+
+constexpr int64_t kFold = 32;  // members summed before the partial sum is folded: long clusters lose less
+
+// The tokens of row r are members[first[r], first[r + 1]), in token order.
+struct Clusters {
+  Clusters(const int64_t* assignment, int64_t n, int64_t k) : first(k + 2), members(n) {
+    std::fill(first.get(), first.get() + k + 2, 0);
+    for (int64_t i = 0; i < n; ++i) {
+      if (assignment[i] >= 0) ++first[assignment[i] + 2];
+    }
+    for (int64_t r = 2; r < k + 2; ++r) first[r] += first[r - 1];
+    for (int64_t i = 0; i < n; ++i) {
+      if (assignment[i] >= 0) members[first[assignment[i] + 1]++] = i;
+    }
+  }
+  Buffer<int64_t> first, members;
+};
+
+template <class T>
+struct Merger {
+  const RowOps<T>& ops;
+  const Rows& features;
+  const T* scores;
+  const Clusters& clusters;
+  T *row, *part, *total;  // [d] each
+
+  void copy(int64_t i, char* to) const {
+    const int64_t size = features.element_size();
+    if (features.stride_d == 1) {
+      std::memcpy(to, features.at(i, 0), features.d * size);
+    } else {
+      for (int64_t c = 0; c < features.d; ++c) std::memcpy(to + c * size, features.at(i, c), size);
+    }
+  }
+
+  void add(int64_t i) const {
+    const bool as_it_is = features.stride_d == 1 && features.element_size() == sizeof(T);
+    if (!as_it_is) ops.load_row(features.at(i, 0), features.dtype, features.stride_d, features.d, T{1}, row);
+    ops.accumulate_row(as_it_is ? static_cast<const T*>(features.at(i, 0)) : row, scores[i], features.d, part);
+  }
+
+  void merge_row(int64_t r, int64_t own, char* to, T* mass) const {
+    const int64_t lo = clusters.first[r], hi = clusters.first[r + 1];
+    const int64_t* members = clusters.members.get();
+    double sum = 0;
+    for (int64_t t = lo; t < hi; ++t) sum += static_cast<double>(scores[members[t]]);
+    *mass = own < 0 ? T{0} : static_cast<T>(sum);
+    if (own < 0) return void(std::memset(to, 0, features.d * features.element_size()));
+    if (*mass == 0 || (hi - lo == 1 && members[lo] == own)) return copy(own, to);
+    std::fill(part, part + features.d, T{0});
+    std::fill(total, total + features.d, T{0});
+    for (int64_t t = lo; t < hi; ++t) {
+      add(members[t]);
+      if ((t - lo + 1) % kFold == 0) ops.fold_row(part, features.d, total);
+    }
+    ops.fold_row(part, features.d, total);
+    ops.divide_row(total, *mass, features.d);
+    ops.store_row(total, features.dtype, features.d, to);
+  }
+};
+
+}  // namespace
+
+template <class T>
+void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
+                 int slots, void* merged, T* mass) {
+  const Clusters clusters(assignment, features.n, k);
+  Buffer<T> rows(3 * slots * features.d);
+  const int64_t cost = features.n + k;  // tokens to read and rows to write: what a slot gets an equal share of
+  for_each_slot(slots, [&](int slot) {
+    T* row = rows.get() + 3 * slot * features.d;
+    const Merger<T> merger{row_ops<T>(), features, scores, clusters, row, row + features.d, row + 2 * features.d};
+    const Share share(cost, slot, slots);
+    for (int64_t r = 0; r < k; ++r) {
+      const int64_t before = clusters.first[r] + r;
+      if (before < share.lo || before >= share.hi) continue;
+      merger.merge_row(r, indices[r], static_cast<char*>(merged) + r * features.d * features.element_size(), mass + r);
+    }
+  });
+}
+
+template void merge_image<float>(const Rows&, const float*, const int64_t*, const int64_t*, int64_t, int, void*,
+                                 float*);
+template void merge_image<double>(const Rows&, const double*, const int64_t*, const int64_t*, int64_t, int, void*,
+                                  double*);
+
+namespace {
+
+template <class T>
+std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores, const Tensor& indices,
+                                    const Tensor& assignment) {
+  const int64_t B = features.size(0), N = features.size(1), D = features.size(2), K = indices.size(1);
+  const Tensor a = contiguous_as(scores, kScalarType<T>);
+  const Tensor kept = contiguous_as(indices, ScalarType::Long), rows = contiguous_as(assignment, ScalarType::Long);
+  check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
+  check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
+  const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
+  const Tensor mass = torch::stable::empty({B, K}, kScalarType<T>);
+  for_each_image(B, N * D, [&](int64_t b, int slots) {
+    const Rows image = rows_of(features, b);
+    merge_image<T>(image, data_of<T>(a) + b * N, data_of<int64_t>(kept) + b * K, data_of<int64_t>(rows) + b * N, K,
+                   slots, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K);
+  });
+  return {merged, mass};
+}
+
+std::tuple<Tensor, Tensor> merge(const Tensor& features, const Tensor& scores, const Tensor& indices,
+                                 const Tensor& assignment) {
+  check_rank("features", features, "B N D", 3);
+  check_floating("features", features);
+  check_not_empty("features", features, 2, "channel");
+  const std::vector<int64_t> tokens = {features.size(0), features.size(1)};
+  check_shape("scores", scores, "B N", tokens);
+  check_floating("scores", scores);
+  check_rank("indices", indices, "B K", 2);
+  check_shape("indices", indices, "B K", {features.size(0), indices.size(1)});
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  check_shape("assignment", assignment, "B N", tokens);
+  check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
+  return is_double(features) || is_double(scores) ? merge_as<double>(features, scores, indices, assignment)
+                                                  : merge_as<float>(features, scores, indices, assignment);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("merge", TORCH_BOX(&merge)); }
+
+}  // namespace condense

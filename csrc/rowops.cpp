@@ -1,0 +1,80 @@
+#include "rowops.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define CONDENSE_ISA isa_default
+#define CONDENSE_ISA_NAME "default"
+#define CONDENSE_ISA_BYTES 16
+#include "rowops_isa.h"
+#undef CONDENSE_ISA
+#undef CONDENSE_ISA_NAME
+#undef CONDENSE_ISA_BYTES
+
+// Clang spells the pragma differently; there the portable loops serve alone.
+#if defined(__x86_64__) && !defined(__clang__)
+#define CONDENSE_HAS_X86_ISAS 1
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define CONDENSE_ISA isa_avx2
+#define CONDENSE_ISA_NAME "avx2"
+#define CONDENSE_ISA_BYTES 32
+#include "rowops_isa.h"
+#undef CONDENSE_ISA
+#undef CONDENSE_ISA_NAME
+#undef CONDENSE_ISA_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define CONDENSE_ISA isa_avx512
+#define CONDENSE_ISA_NAME "avx512"
+#define CONDENSE_ISA_BYTES 64
+#include "rowops_isa.h"
+#pragma GCC pop_options
+#endif
+
+namespace condense {
+namespace {
+
+enum class InstructionSet { kDefault, kAvx2, kAvx512 };
+
+InstructionSet best_instruction_set() {
+#if defined(CONDENSE_HAS_X86_ISAS)
+  const char* asked = std::getenv("CONDENSE_CPU_CAPABILITY");
+  const auto allows = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
+  if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return InstructionSet::kAvx512;
+  }
+  const bool at_most_avx2 = allows("avx2") || allows("avx512");
+  if (at_most_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
+#endif
+  return InstructionSet::kDefault;
+}
+
+}  // namespace
+
+template <class T>
+const RowOps<T>& row_ops() {
+  static const InstructionSet chosen = best_instruction_set();
+#if defined(CONDENSE_HAS_X86_ISAS)
+  if (chosen == InstructionSet::kAvx512) return isa_avx512::row_ops<T>();
+  if (chosen == InstructionSet::kAvx2) return isa_avx2::row_ops<T>();
+#endif
+  return isa_default::row_ops<T>();
+}
+
+template const RowOps<float>& row_ops<float>();
+template const RowOps<double>& row_ops<double>();
+
+}  // namespace condense

@@ -1,0 +1,64 @@
+// The inner loops, free of torch: vectorised, compiled once per instruction set, picked at run time.
+//
+// Every loop works on one row or one tile and fixes its own order of operations, so that a result depends on its
+// inputs alone: not on the batch, the number of threads or how the work was split among them.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace condense {
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple of every microkernel's rows and columns
+constexpr int kChunk = 128;  // channels summed in registers before a partial dot product is stored
+
+// T is the working type: float, or double where an input is fp64.
+template <class T>
+struct RowOps {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+  const char* instruction_set;
+
+  // dst[0, n) = src[0, n) * scale; stride in elements.
+  void (*load_row)(const void* src, Dtype dtype, int64_t stride, int64_t n, T scale, T* dst);
+  // dst[0, n) = src[0, n), rounded to dtype; dst is contiguous.
+  void (*store_row)(const T* src, Dtype dtype, int64_t n, void* dst);
+
+  // The largest magnitude of x[0, n); infinity where x has a NaN or an infinity.
+  T (*max_magnitude)(const T* x, int64_t n);
+  double (*sum_of_squares)(const T* x, int64_t n);
+
+  // panel[kChunk, kTile] = rows[kTile, kChunk], transposed.
+  void (*pack_panel)(const T* rows, T* panel);
+  // c[kTile, kTile] = a^T b over depth channels of two panels, added to what c holds if accumulate.
+  void (*multiply_tile)(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate);
+  // t[i, j] *= inv_i[i] * inv_j[j] and mirror = t^T; all three kTile wide.
+  void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
+  // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
+  int64_t (*sum_tile)(const T* t, int64_t* g_i, int64_t* g_j);
+
+  // The smallest of nu[0, n), lowest index first; NaN never wins; -1 where all are NaN.
+  int64_t (*first_pick)(const T* nu, int64_t n);
+  // m = max(m, row); the smallest of suppression * m + nu, as above. A row value that is not finite counts as 0.
+  int64_t (*next_pick)(const T* row, const T* nu, T suppression, int64_t n, T* m);
+
+  // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
+  // positions is [num_axes, n]; score = s - factor * distance.
+  void (*consider_row)(const T* s_row, const T* positions, int64_t n, int64_t num_axes, int64_t kept, T factor,
+                       int64_t lo, int64_t hi, int64_t k, T* best, Index* best_row);
+
+  // acc[0, n) = weight * x + acc, fused.
+  void (*accumulate_row)(const T* x, T weight, int64_t n, T* acc);
+  // total += part; part = 0.
+  void (*fold_row)(T* part, int64_t n, T* total);
+  void (*divide_row)(T* x, T divisor, int64_t n);
+};
+
+// The loops for the best instruction set of this machine, or for the one that the environment variable
+// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512), where the machine has it.
+template <class T>
+const RowOps<T>& row_ops();
+
+}  // namespace condense

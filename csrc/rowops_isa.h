@@ -1,0 +1,496 @@
+// The loops of rowops.h for one instruction set; rowops.cpp includes this file once for each, with
+//   CONDENSE_ISA         the namespace
+//   CONDENSE_ISA_BYTES   the vector width: 64, 32 or 16
+// Vectors are the compiler's own (GCC and Clang), so that one text serves all; intrinsics only where the language
+// has no word for the operation. No standard header may be included here: its inline functions would be compiled
+// for this instruction set and could be linked into code that runs without it.
+
+namespace condense {
+namespace CONDENSE_ISA {
+namespace {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(CONDENSE_ISA_BYTES)));
+  typedef int32_t I __attribute__((vector_size(CONDENSE_ISA_BYTES)));
+  static constexpr int kLanes = CONDENSE_ISA_BYTES / 4;
+  static constexpr float kMax = __FLT_MAX__;
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(CONDENSE_ISA_BYTES)));
+  typedef int64_t I __attribute__((vector_size(CONDENSE_ISA_BYTES)));
+  static constexpr int kLanes = CONDENSE_ISA_BYTES / 8;
+  static constexpr double kMax = __DBL_MAX__;
+};
+typedef Simd<float>::V VecF;
+typedef Simd<double>::V VecD;
+typedef uint16_t Vec16 __attribute__((vector_size(CONDENSE_ISA_BYTES / 2)));
+typedef uint32_t Vec32 __attribute__((vector_size(CONDENSE_ISA_BYTES)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+#if CONDENSE_ISA_BYTES == 64
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline VecF sqrt(VecF x) { return (VecF)_mm512_sqrt_ps((__m512)x); }
+inline VecD sqrt(VecD x) { return (VecD)_mm512_sqrt_pd((__m512d)x); }
+inline VecF widen_half(Vec16 h) { return (VecF)_mm512_cvtph_ps((__m256i)h); }
+inline Vec16 narrow_half(VecF x) { return (Vec16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif CONDENSE_ISA_BYTES == 32
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline VecF sqrt(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
+inline VecD sqrt(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
+inline VecF widen_half(Vec16 h) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
+inline Vec16 narrow_half(VecF x) { return (Vec16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// Without fused multiply-add in the instruction set a product is rounded before it is added.
+inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+inline VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
+inline VecF sqrt(VecF x) {
+  for (int i = 0; i < 4; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+inline VecD sqrt(VecD x) {
+  for (int i = 0; i < 2; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+inline VecF widen_half(Vec16 h) {
+  VecF x;
+  for (int i = 0; i < 4; ++i) x[i] = c10::detail::fp16_ieee_to_fp32_value(h[i]);
+  return x;
+}
+inline Vec16 narrow_half(VecF x) {
+  Vec16 h;
+  for (int i = 0; i < 4; ++i) h[i] = c10::detail::fp16_ieee_from_fp32_value(x[i]);
+  return h;
+}
+#endif
+
+inline VecF widen_bfloat(Vec16 b) { return bits_as<VecF>(__builtin_convertvector(b, Vec32) << 16); }
+
+inline Vec16 narrow_bfloat(VecF x) {
+  const Vec32 bits = bits_as<Vec32>(x);
+  const Vec32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Vec16);  // a NaN stays one
+}
+
+inline VecF widen(const float* p) { return load<VecF>(p); }
+inline VecF widen(const c10::BFloat16* p) { return widen_bfloat(load<Vec16>(p)); }
+inline VecF widen(const c10::Half* p) { return widen_half(load<Vec16>(p)); }
+inline void narrow(VecF x, float* p) { store(p, x); }
+inline void narrow(VecF x, c10::BFloat16* p) { store(p, narrow_bfloat(x)); }
+inline void narrow(VecF x, c10::Half* p) { store(p, narrow_half(x)); }
+
+template <class In>
+void load_typed(const In* src, int64_t stride, int64_t n, float scale, float* dst) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, widen(src + i) * scale);
+  }
+  for (; i < n; ++i) dst[i] = static_cast<float>(src[i * stride]) * scale;
+}
+
+template <class In>
+void load_typed(const In* src, int64_t stride, int64_t n, double scale, double* dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<double>(src[i * stride]) * scale;
+}
+
+template <class T>
+void load_row(const void* src, Dtype dtype, int64_t stride, int64_t n, T scale, T* dst) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return load_typed(static_cast<const float*>(src), stride, n, scale, dst);
+    case Dtype::kFloat16:
+      return load_typed(static_cast<const c10::Half*>(src), stride, n, scale, dst);
+    case Dtype::kBFloat16:
+      return load_typed(static_cast<const c10::BFloat16*>(src), stride, n, scale, dst);
+    case Dtype::kFloat64:
+      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(static_cast<const double*>(src)[i * stride]) * scale;
+  }
+}
+
+template <class Out>
+void store_typed(const float* src, int64_t n, Out* dst) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) narrow(load<VecF>(src + i), dst + i);
+  for (; i < n; ++i) dst[i] = static_cast<Out>(src[i]);
+}
+
+template <class Out>
+void store_typed(const double* src, int64_t n, Out* dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<Out>(static_cast<float>(src[i]));
+}
+
+template <class T>
+void store_row(const T* src, Dtype dtype, int64_t n, void* dst) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return store_typed(src, n, static_cast<float*>(dst));
+    case Dtype::kFloat16:
+      return store_typed(src, n, static_cast<c10::Half*>(dst));
+    case Dtype::kBFloat16:
+      return store_typed(src, n, static_cast<c10::BFloat16*>(dst));
+    case Dtype::kFloat64:
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(dst)[i] = static_cast<double>(src[i]);
+  }
+}
+
+template <class T>
+T max_magnitude(const T* x, int64_t n) {
+  typedef typename Simd<T>::V V;
+  typedef typename Simd<T>::I I;
+  typedef typename RowOps<T>::Index Index;
+  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr Index kMagnitude = static_cast<Index>(~(Index{1} << (sizeof(T) * 8 - 1)));
+  // The bits of magnitudes order like integers, and those of NaN and infinity lie above all finite ones.
+  I most{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const I bits = bits_as<I>(load<V>(x + i)) & kMagnitude;
+    most = bits > most ? bits : most;
+  }
+  Index best = 0;
+  for (int lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+  for (; i < n; ++i) {
+    const Index bits = bits_as<Index>(x[i]) & kMagnitude;
+    best = bits > best ? bits : best;
+  }
+  const T magnitude = bits_as<T>(best);
+  return magnitude <= Simd<T>::kMax ? magnitude : static_cast<T>(__builtin_inf());
+}
+
+template <class T>
+double sum_of_squares(const T* x, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V part[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (int v = 0; v < 2; ++v) {
+      const V y = load<V>(x + i + v * kLanes);
+      part[v] = fma(y, y, part[v]);
+    }
+  }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(part[0][lane]) + part[1][lane];
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  return sum;
+}
+
+// dst[c, r] = src[r, c] for one block of kLanes x kLanes.
+template <class T>
+inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+#if defined(__clang__)
+  for (int r = 0; r < kLanes; ++r) {
+    for (int c = 0; c < kLanes; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
+  }
+#else
+  typedef typename Simd<T>::I I;
+  V row[kLanes];
+  for (int r = 0; r < kLanes; ++r) row[r] = load<V>(src + r * ld_src);
+#pragma GCC unroll 4
+  for (int d = 1; d < kLanes; d *= 2) {  // exchange the off-diagonal blocks of d x d
+    I low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = (i & d) ? kLanes + (i - d) : i;
+      high[i] = (i & d) ? kLanes + i : i + d;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      if (r & d) continue;
+      const V upper = row[r], lower = row[r + d];
+      row[r] = __builtin_shuffle(upper, lower, low);
+      row[r + d] = __builtin_shuffle(upper, lower, high);
+    }
+  }
+  for (int r = 0; r < kLanes; ++r) store(dst + r * ld_dst, row[r]);
+#endif
+}
+
+template <class T>
+void pack_panel(const T* rows, T* panel) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int r = 0; r < kTile; r += kLanes) {
+    for (int c = 0; c < kChunk; c += kLanes) {
+      transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + r, kTile);
+    }
+  }
+}
+
+// kRows x kVectors accumulators in registers: all that the instruction set has, less what the operands need.
+template <class T, int kRows, int kVectors>
+inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V acc[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    V bk[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) bk[v] = load<V>(b + k * kTile + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V ak = a[k * kTile + r] - V{};  // broadcast
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(ak, bk[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = c + r * ldc + v * kLanes;
+      store(to, accumulate ? load<V>(to) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <class T>
+void multiply_tile(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate) {
+  constexpr int kRows = CONDENSE_ISA_BYTES == 64 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
+  constexpr int kVectors = CONDENSE_ISA_BYTES == 32 ? 2 : 3;
+  constexpr int kColumns = kVectors * Simd<T>::kLanes;
+  static_assert(kTile % kRows == 0 && kTile % kColumns == 0, "blocks tile the tile");
+  for (int j = 0; j < kTile; j += kColumns) {
+    for (int i = 0; i < kTile; i += kRows) {
+      multiply_block<T, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
+    }
+  }
+}
+
+template <class T>
+void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int i = 0; i < kTile; ++i) {
+    for (int j = 0; j < kTile; j += kLanes) {
+      store(t + i * kTile + j, load<V>(t + i * kTile + j) * (load<V>(inv_j + j) * inv_i[i]));
+    }
+  }
+  for (int i = 0; i < kTile; i += kLanes) {
+    for (int j = 0; j < kTile; j += kLanes) transpose_block(t + i * kTile + j, kTile, mirror + j * kTile + i, kTile);
+  }
+}
+
+template <class T>
+int64_t sum_tile(const T* t, int64_t* g_i, int64_t* g_j) {
+  typedef typename Simd<T>::V V;
+  typedef typename Simd<T>::I I;
+  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int kVectors = kTile / kLanes;
+  I columns[kVectors] = {}, magnitudes[kVectors] = {};  // at most 48 * 2^24 each: they fit an int32
+  for (int i = 0; i < kTile; ++i) {
+    I row{};
+#pragma GCC unroll 12
+    for (int v = 0; v < kVectors; ++v) {
+      const I q = __builtin_convertvector(load<V>(t + i * kTile + v * kLanes) * T{16777216}, I);  // truncates
+      row += q;
+      columns[v] += q;
+      magnitudes[v] += q < 0 ? -q : q;
+    }
+    int64_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += row[lane];
+    g_i[i] += sum;
+  }
+  int64_t total = 0;
+  for (int v = 0; v < kVectors; ++v) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      total += magnitudes[v][lane];
+      if (g_j) g_j[v * kLanes + lane] += columns[v][lane];
+    }
+  }
+  return total;
+}
+
+// The lowest index of the smallest score; score(i, V{}) is a vector from i on, score(i, T{}) one value.
+template <class T, class Score>
+inline int64_t lowest(int64_t n, Score score) {
+  typedef typename Simd<T>::V V;
+  typedef typename Simd<T>::I I;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const T infinity = static_cast<T>(__builtin_inf());
+  V best = infinity - V{};
+  I best_index = typename RowOps<T>::Index{-1} - I{};
+  I index;
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const V t = score(i, V{});
+    const I less = t < best;  // false for a NaN
+    best = less ? t : best;
+    best_index = less ? index : best_index;
+    index += kLanes;
+  }
+  T lowest_score = infinity;
+  int64_t pick = -1;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool tied = best[lane] == lowest_score && best_index[lane] < pick;
+    if (best_index[lane] >= 0 && (best[lane] < lowest_score || tied)) {
+      lowest_score = best[lane];
+      pick = best_index[lane];
+    }
+  }
+  for (; i < n; ++i) {
+    const T t = score(i, T{});
+    if (t < lowest_score) {
+      lowest_score = t;
+      pick = i;
+    }
+  }
+  return pick;
+}
+
+// All scores that are left are +infinity (a suppression that overflows): the first candidate.
+template <class T>
+int64_t first_candidate(const T* nu, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (nu[i] == nu[i]) return i;
+  }
+  return -1;
+}
+
+template <class T>
+struct FirstScore {
+  const T* nu;
+  template <class V>
+  inline V operator()(int64_t i, V) const {
+    return load<V>(nu + i);
+  }
+};
+
+template <class T>
+int64_t first_pick(const T* nu, int64_t n) {
+  const int64_t pick = lowest<T>(n, FirstScore<T>{nu});
+  return pick >= 0 ? pick : first_candidate(nu, n);
+}
+
+template <class T>
+struct NextScore {
+  const T* row;
+  const T* nu;
+  T suppression;
+  T* m;
+  template <class V>
+  inline V operator()(int64_t i, V) const {
+    V s = load<V>(row + i);
+    s = s - s == 0 ? s : V{};  // infinity minus itself is NaN
+    const V before = load<V>(m + i);
+    const V most = s > before ? s : before;
+    store(m + i, most);
+    return suppression * most + load<V>(nu + i);
+  }
+};
+
+template <class T>
+int64_t next_pick(const T* row, const T* nu, T suppression, int64_t n, T* m) {
+  const int64_t pick = lowest<T>(n, NextScore<T>{row, nu, suppression, m});
+  return pick >= 0 ? pick : first_candidate(nu, n);
+}
+
+template <class T>
+struct RowDistance {
+  const T* positions;
+  int64_t n, num_axes, kept;
+  T factor;
+  template <class V>
+  inline V operator()(int64_t i, V) const {
+    V squared{};
+    for (int64_t p = 0; p < num_axes; ++p) {
+      const V difference = load<V>(positions + p * n + i) - positions[p * n + kept];
+      squared = squared + difference * difference;
+    }
+    return squared == squared ? factor * root(squared) : V{};  // NaN: a position that is not finite
+  }
+  static inline T root(T x) { return sizeof(T) == 4 ? __builtin_sqrtf(x) : __builtin_sqrt(x); }
+  static inline typename Simd<T>::V root(typename Simd<T>::V x) { return sqrt(x); }
+};
+
+template <class T>
+void consider_row(const T* s_row, const T* positions, int64_t n, int64_t num_axes, int64_t kept, T factor, int64_t lo,
+                  int64_t hi, int64_t k, T* best, typename RowOps<T>::Index* best_row) {
+  typedef typename Simd<T>::V V;
+  typedef typename Simd<T>::I I;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const RowDistance<T> distance{positions, n, num_axes, kept, factor};
+  const auto row = static_cast<typename RowOps<T>::Index>(k);
+  int64_t i = lo;
+  for (; i + kLanes <= hi; i += kLanes) {
+    V s = load<V>(s_row + i);
+    s = s - s == 0 ? s : V{};
+    const V score = s - distance(i, V{});
+    const V before = load<V>(best + i);
+    const I nearer = score > before;
+    store(best + i, nearer ? score : before);
+    store(best_row + i, nearer ? row - I{} : load<I>(best_row + i));
+  }
+  for (; i < hi; ++i) {
+    const T s = s_row[i] - s_row[i] == 0 ? s_row[i] : T{};
+    const T score = s - distance(i, T{});
+    if (score > best[i]) {
+      best[i] = score;
+      best_row[i] = row;
+    }
+  }
+}
+
+template <class T>
+void accumulate_row(const T* x, T weight, int64_t n, T* acc) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const V w = weight - V{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(acc + i, fma(w, load<V>(x + i), load<V>(acc + i)));
+  for (; i < n; ++i) acc[i] = fma(w, x[i] - V{}, acc[i] - V{})[0];
+}
+
+template <class T>
+void fold_row(T* part, int64_t n, T* total) {
+  for (int64_t i = 0; i < n; ++i) {
+    total[i] += part[i];
+    part[i] = 0;
+  }
+}
+
+template <class T>
+void divide_row(T* x, T divisor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
+}
+
+}  // namespace
+
+template <class T>
+const RowOps<T>& row_ops() {
+  static constexpr RowOps<T> kOps = {
+      CONDENSE_ISA_NAME, load_row<T>,   store_row<T>, max_magnitude<T>, sum_of_squares<T>, pack_panel<T>,
+      multiply_tile<T>,  scale_tile<T>, sum_tile<T>,  first_pick<T>,    next_pick<T>,      consider_row<T>,
+      accumulate_row<T>, fold_row<T>,   divide_row<T>};
+  return kOps;
+}
+
+}  // namespace CONDENSE_ISA
+}  // namespace condense

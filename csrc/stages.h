@@ -1,0 +1,120 @@
+// The stages on one image, as the operators and the flagship share them. T is the working type, float or double.
+//
+// `slots` is how many threads may share the image; the result does not depend on it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "rowops.h"
+
+namespace condense {
+
+constexpr int8_t kValid = 0, kNonFinite = 1, kMasked = 2, kTaken = 3;  // tiers
+
+// Token rows of any layout: [n, d] with strides in elements.
+struct Rows {
+  const char* data;
+  Dtype dtype;
+  int64_t n, d, stride_n, stride_d;
+
+  int64_t element_size() const {
+    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  }
+  const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
+};
+
+// Uninitialised, aligned to a cache line. Allocate before a parallel region: there an exception would be lost.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t{64}))) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Delete {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+// Runs f(slot) for every slot on torch's own threads.
+template <class F>
+void for_each_slot(int slots, const F& f) {
+  if (slots == 1) return f(0);
+  torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) f(static_cast<int>(slot));
+  });
+}
+
+// [lo, hi) of n items for one slot.
+struct Share {
+  int64_t lo, hi;
+  Share(int64_t n, int slot, int slots) : lo(n * slot / slots), hi(n * (slot + 1) / slots) {}
+};
+
+// Threads worth waking for so many multiply-adds.
+inline int slots_for(int64_t work, int64_t most) {
+  constexpr int64_t kWorthAThread = 1 << 17;  // some ten microseconds, what a parallel region costs
+  const int64_t threads = torch::stable::get_num_threads();
+  return static_cast<int>(std::max<int64_t>(1, std::min({threads, most, work / kWorthAThread})));
+}
+
+// Runs f(image, slots) for every image: images side by side where they fill the threads, else one after the other
+// with all threads on each. `work` is what an image costs, in multiply-adds.
+template <class F>
+void for_each_image(int64_t images, int64_t work, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (images % threads == 0 || images >= 4 * threads) {
+    const int slots = slots_for(images * work, images);
+    for_each_slot(slots, [&](int slot) {
+      const Share share(images, slot, slots);
+      for (int64_t b = share.lo; b < share.hi; ++b) f(b, 1);
+    });
+  } else {
+    for (int64_t b = 0; b < images; ++b) f(b, slots_for(work, threads));
+  }
+}
+
+// s [n, n] contiguous, sbar [1], g [n], tier [n]. scores may be null, and so may mask.
+template <class T>
+void similarity_image(const Rows& keys, const T* scores, const bool* mask, int slots, T* s, T* sbar, T* g,
+                      int8_t* tier);
+
+// order [k]. s has rows of ld. sbar null: prior is the utility; tier null: all tokens are valid.
+template <class T>
+void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
+                         int64_t k, T suppression, int64_t* order);
+
+// Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
+template <class T>
+struct Layout {
+  Buffer<T> positions;
+  int64_t num_axes;
+  T factor;
+
+  static Layout none() { return {Buffer<T>(0), 0, T{0}}; }
+  // Row-major grid of num_axes sizes, whose product is n.
+  static Layout of_grid(const int64_t* grid, int64_t num_axes, int64_t n, const int8_t* tier, double spatial_weight);
+  // positions [n, num_axes] contiguous.
+  static Layout of_positions(const T* positions, int64_t num_axes, int64_t n, const int8_t* tier,
+                             double spatial_weight);
+};
+
+// assignment [n]. indices [k] in [-1, n).
+template <class T>
+void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* tier, const Layout<T>& layout,
+                  int64_t n, int64_t k, int slots, int64_t* assignment);
+
+// merged [k, d] contiguous in the dtype of features, mass [k]. indices in [-1, n), assignment in [-1, k).
+template <class T>
+void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
+                 int slots, void* merged, T* mass);
+
+}  // namespace condense
