@@ -1,0 +1,76 @@
+# Everything is installed into $(VENV) with plain pip, nothing outside it; `make help` lists the targets.
+
+PYTHON ?= python3
+# What pip shall install as torch, e.g. TORCH="torch==2.12.0 --index-url ..." for another build.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Further arguments of demo, test and bench, e.g. make test ARGS="-k merge".
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+CPP := $(wildcard csrc/*.cpp csrc/*.h)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench wheel clean force
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
+	$(RUN) -m condense_kernels demo $(ARGS)
+
+test: $(VENV)/installed ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/linters ## check style and formatting (needs no torch)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
+
+bench: $(VENV)/installed ## run the benchmarks
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what was built; the packages in .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -f condense_kernels/_C.abi3.so $(VENV)/installed
+	find condense_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The files below stand for steps that are done.
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Runs always, changes only when $(TORCH) has. Torch comes before the rest, so that no requirement brings another one.
+$(VENV)/torch: $(VENV)/created force
+	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH)' ]; then \
+	    echo "installing $(TORCH) into $(VENV)"; \
+	    $(PIP) install $(TORCH) && echo '$(TORCH)' > $@; \
+	fi
+
+# Editable, so that Python files need no reinstallation; the C++ files do, and are compiled in this step.
+$(VENV)/installed: $(VENV)/torch $(CPP) setup.py pyproject.toml condense_kernels/_version.py
+	@echo "installing condense_kernels with what the demo and the tests need; compiling csrc/"
+	@$(PIP) install --quiet 'setuptools>=77.0.3'
+	@$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	@if [ -f condense_kernels/_C.abi3.so ]; then \
+	    echo "the C++ kernels are built"; \
+	else \
+	    echo "WARNING: the C++ kernels are not built, CPU tensors run on the slow reference." >&2; \
+	    echo "CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS) says why; install g++ where it is missing." >&2; \
+	fi
+	@touch $@
+
+$(VENV)/linters: $(VENV)/created pyproject.toml
+	@echo "installing $(LINTERS)"
+	@$(PIP) install --quiet $(LINTERS)
+	@touch $@
