@@ -431,38 +431,46 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
     ]
 
 
-def _compare_assignment(
-    inputs: Inputs, condensed: Condensed, exact: tuple, s_bound: float, eps: float
-) -> list[Finding]:
-    """Given the backend's kept tokens: the chosen row's exact score against the best row's (Eq. 6, 7)."""
-    s, _, _, tier = exact
-    where = inputs.positions
+def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, eps: float):
+    """d / dmax of image ``b`` [N, K] in fp64, and how far it may be off in arithmetic of unit roundoff eps."""
+    if inputs.spatial_weight == 0:
+        return torch.zeros(len(valid), len(kept), dtype=torch.float64), 0.0
     if inputs.grid is not None:
-        where = assign_reference.grid_positions(inputs.grid)
-    expected = assign_reference.assign(
-        s, condensed.indices, tier=tier, positions=where, spatial_weight=inputs.spatial_weight
-    )
-    gap, bound = torch.zeros_like(expected, dtype=torch.float64), []
-    for b, (kept, row) in enumerate(zip(condensed.indices, condensed.assignment, strict=True)):
-        affinity, slack = s[b][:, kept], s_bound + eps
-        if inputs.spatial_weight != 0:
-            at = (where if where.dim() == 2 else where[b]).double()
-            valid = tier[b] != MASKED
-            affinity = affinity - inputs.spatial_weight * assign_reference.relative_distance(at, kept, valid)
-            # d / dmax: about 8 roundings and one an axis; a coordinate far from 0 is itself rounded to the dtype.
-            finite = at[valid & at.isfinite().all(dim=-1)]
-            extent = float((finite.amax(dim=0) - finite.amin(dim=0)).amax()) if len(finite) else 0.0
-            offset = 4 * float(finite.abs().amax()) / extent if extent > 0 else 0.0
-            slack += inputs.spatial_weight * eps * (8 + at.shape[1] + offset) + eps * (1 + inputs.spatial_weight)
-        bound.append(2 * slack)
+        at = assign_reference.grid_positions(inputs.grid).double()
+    else:
+        at = (inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]).double()
+    boxed = at[valid & at.isfinite().all(dim=-1)]
+    extent = float((boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) if len(boxed) else 0.0
+    # About 8 roundings and one an axis, at d <= dmax; a coordinate far from 0 is itself rounded to the dtype.
+    offset = 4 * float(boxed.abs().amax()) / extent if extent > 0 else 0.0
+    return assign_reference.relative_distance(at, kept, valid), eps * (8 + at.shape[1] + offset)
+
+
+def _compare_assignment(inputs: Inputs, stages: Stages, result: Condensed, exact: tuple, s_bound: float, eps: float):
+    """Given the backend's kept tokens: the chosen row's exact score against the best row's (Eq. 6, 7), and ties."""
+    s, tier, weight = exact[0], exact[3], inputs.spatial_weight
+    gap = torch.zeros(tier.shape, dtype=torch.float64)
+    untied, bound = torch.zeros_like(gap), torch.zeros_like(gap)
+    for b, (kept, row) in enumerate(zip(result.indices, result.assignment, strict=True)):
+        distance, distance_error = _distances(inputs, b, kept, tier[b] != MASKED, eps)
+        closed = (tier[b][kept] == MASKED)[None]  # the row of a masked token takes nobody
+        score = (s[b][:, kept] - weight * distance).masked_fill(closed, -math.inf)
+        chosen = row.clamp(0, len(kept) - 1)[:, None]
+        # Twice the error of a score: that of s and of the distance, and the roundings of product and difference.
+        bound[b] = 2 * (s_bound + weight * distance_error + eps * (1 + 2 * weight))
         owner = torch.full_like(row, -1).scatter(0, kept, torch.arange(len(kept)))
-        fixed = (expected[b] < 0) | (owner >= 0) | (row < 0) | (row >= len(kept))  # no choice, or no row at all
-        masked_rows = tier[b][kept] == MASKED
-        affinity = affinity.masked_fill(masked_rows, -math.inf)
-        chosen = affinity.gather(1, row.clamp(0, len(kept) - 1)[:, None])[:, 0]
-        wrong = torch.where(row == expected[b], 0.0, math.inf)
-        gap[b] = torch.where(fixed, wrong, affinity.amax(dim=1) - chosen)
-    return [_largest("assignment: chosen row against the best", gap, torch.tensor(bound).double()[:, None])]
+        owner[(tier[b] == MASKED) | bool(closed.all())] = -1
+        free = (owner < 0) & (tier[b] != MASKED) & ~closed.all()  # the others have no choice
+        legal = torch.where(free, (row >= 0) & (row < len(kept)), row == owner)
+        gap[b] = torch.where(free, score.amax(dim=1) - score.gather(1, chosen)[:, 0], 0.0)
+        gap[b][~legal] = math.inf
+        near, own_s = torch.arange(len(kept)) < chosen, stages.s[b][:, kept]
+        twin = (own_s == own_s.gather(1, chosen)) & (distance == distance.gather(1, chosen)) & ~closed
+        untied[b] = (free & (near & twin).any(dim=1)).double()
+    return [
+        _largest("assignment: chosen row against the best", gap, bound),
+        _largest("assignment: a tie goes to the lowest row", untied, 0.0),
+    ]
 
 
 def _compare_merge(inputs: Inputs, condensed: Condensed) -> list[Finding]:
@@ -520,7 +528,7 @@ def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> list
     kept = torch.cat([stages.anchors, stages.background], dim=1).sort(dim=1).values
     findings.append(_exact("indices: the picks, ascending", result.indices, kept))
     if findings[-1].ok:  # else there is nothing sensible to look up
-        findings += _compare_assignment(inputs, result, exact, s_bound, eps)
+        findings += _compare_assignment(inputs, stages, result, exact, s_bound, eps)
         findings += _compare_merge(inputs, result)
     for name, whole, staged in zip(Condensed._fields, result, stages.condensed, strict=True):
         findings.append(_exact(f"{name}: the stages in a row", whole, staged))
