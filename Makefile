@@ -66,7 +66,7 @@ $(VENV)/installed: $(VENV)/torch $(CPP) setup.py pyproject.toml condense_kernels
 	    echo "the C++ kernels are built"; \
 	else \
 	    echo "WARNING: the C++ kernels are not built, CPU tensors run on the slow reference." >&2; \
-	    echo "CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS) says why; install g++ where it is missing." >&2; \
+	    echo "To see why, or once g++ is installed: make clean, then CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS)" >&2; \
 	fi
 	@touch $@
 
