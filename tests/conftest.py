@@ -1,0 +1,55 @@
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from condense_kernels import _backend  # noqa: E402
+
+CPU = torch.device("cpu")
+FAST = ("cpp", "triton")
+
+
+def _or_skip(backend: str):
+    """Skips only for what a machine may lack (a compiler); the test extra brings the rest."""
+    reason = _backend.unavailable(backend, CPU)
+    return pytest.param(backend, marks=pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}"))
+
+
+@pytest.fixture(params=[_or_skip(backend) for backend in FAST])
+def fast(request) -> str:
+    """Each backend that is held to the reference."""
+    return request.param
+
+
+@pytest.fixture(params=[_or_skip(backend) for backend in (*FAST, "reference")])
+def backend(request) -> str:
+    """Each backend, the reference included: for what all of them owe."""
+    return request.param
+
+
+@pytest.fixture
+def cpp() -> str:
+    reason = _backend.unavailable("cpp", CPU)
+    if reason is not None:
+        pytest.skip(f"cpp: {reason}")
+    return "cpp"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """torch.empty hands out NaN (largest integers): an element that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
