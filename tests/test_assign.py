@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from condense_kernels import _backend, assign
+from condense_kernels.assign import reference
+
+FAST = [b for b in ("cpp", "triton") if _backend.unavailable(b, torch.device("cpu")) is None]
+
+
+def symmetric(n, seed=0, batch=1):
+    s = torch.rand(batch, n, n, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (s + s.transpose(1, 2)) / 2
+
+
+@st.composite
+def problems(draw):
+    """Similarities and coordinates on coarse grids: many exact ties, and sums that fp32 and fp64 both hold exactly."""
+    n = draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    s = torch.randint(-4, 5, (1, n, n), generator=generator) / 4.0
+    s = torch.maximum(s, s.transpose(1, 2))
+    kept = torch.randperm(n, generator=generator)[: draw(st.integers(0, n))].sort().values
+    tier = torch.randint(0, 4, (1, n), generator=generator).to(torch.int8) if draw(st.booleans()) else None
+    return s, kept[None], tier
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=200, deadline=None)
+@given(problem=problems())
+def test_similarity_alone_with_ties(backend, problem):
+    s, kept, tier = problem
+    expected = reference.assign(s, kept, tier=tier, spatial_weight=0.0)
+    assert torch.equal(assign(s, kept, tier=tier, spatial_weight=0.0, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=200, deadline=None)
+@given(problem=problems(), weight=st.sampled_from([0.5, 1.0, 4.0]))
+def test_on_a_line_with_ties(backend, problem, weight):
+    """Positions 0, 1, 2 ... on one axis, scaled so that dmax is a power of two: distances are exact."""
+    s, kept, tier = problem
+    n = s.shape[1]
+    positions = torch.arange(n).float()[:, None]
+    positions[-1] = 64.0
+    positions[0] = 0.0
+    inside = tier is None or bool(tier[0, 0] != 2 and tier[0, -1] != 2)
+    if n > 1 and inside:
+        expected = reference.assign(s, kept, tier=tier, positions=positions, spatial_weight=weight)
+        assert torch.equal(
+            assign(s, kept, tier=tier, positions=positions, spatial_weight=weight, backend=backend), expected
+        )
+
+
+def test_distance_decides_where_similarity_does_not(backend):
+    s = torch.zeros(1, 6, 6)
+    indices = torch.tensor([[0, 5]])
+    assert assign(s, indices, grid=(1, 6), backend=backend).tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert assign(s, indices, grid=(1, 6), spatial_weight=0.0, backend=backend).tolist() == [[0, 0, 0, 0, 0, 1]]
+    assert assign(s, indices, positions=torch.tensor([0, 9, 8, 7, 6, 10])[:, None], backend=backend).tolist() == [
+        [0, 1, 1, 1, 1, 1]
+    ]
+
+
+def test_similarity_outweighs_distance_by_its_weight(backend):
+    s = torch.zeros(1, 3, 3)
+    s[0, 1, 2] = s[0, 2, 1] = 0.3  # token 1 lies 1/4 nearer to token 0, of dmax 4
+    positions = torch.tensor([[0.0], [1.5], [4.0]])
+    indices = torch.tensor([[0, 2]])
+    rows = [
+        assign(s, indices, positions=positions, spatial_weight=weight, backend=backend)[0, 1].item()
+        for weight in (0.0, 1.0, 1.5)
+    ]
+    assert rows == [1, 1, 0]
+
+
+def test_a_kept_token_goes_to_itself(backend):
+    """Also where another kept token is nearer to it than it is to itself."""
+    s = torch.full((1, 4, 4), 0.9)
+    s[0, 2, 2] = -1.0
+    assert assign(s, torch.tensor([[0, 2]]), spatial_weight=0.0, backend=backend).tolist() == [[0, 0, 1, 0]]
+
+
+def test_the_box_is_that_of_valid_tokens(backend):
+    """The masked outlier does not stretch dmax; the token that is not finite is valid and does."""
+    s = torch.zeros(1, 4, 4)
+    s[0, 1, 2] = s[0, 2, 1] = 0.4
+    positions = torch.tensor([[0.0], [1.0], [3.0], [300.0]])
+    indices = torch.tensor([[0, 2]])  # token 1: 0 - 1/3 against 0.4 - 2/3 within the box of three
+    masked = torch.tensor([[0, 0, 0, 2]], dtype=torch.int8)
+    odd = torch.tensor([[0, 0, 0, 1]], dtype=torch.int8)
+    assert assign(s, indices, tier=masked, positions=positions, spatial_weight=1.5, backend=backend).tolist() == [
+        [0, 0, 1, -1]
+    ]
+    assert assign(s, indices, tier=odd, positions=positions, spatial_weight=1.5, backend=backend).tolist() == [
+        [0, 1, 1, 1]
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_position_that_is_not_finite_has_no_distance(value, backend):
+    s = symmetric(5)
+    positions = torch.rand(5, 2)
+    positions[1, 0] = value
+    got = assign(s, torch.tensor([[0, 4]]), positions=positions, backend=backend)
+    assert got[0, 1] == (0 if s[0, 1, 0] >= s[0, 1, 4] else 1)
+    assert torch.equal(got, reference.assign(s, torch.tensor([[0, 4]]), positions=positions))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30, 3e38])
+def test_positions_of_any_magnitude(scale, backend):
+    s, indices = symmetric(12), torch.tensor([[1, 5, 8]])
+    positions = torch.rand(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).float()
+    expected = assign(s, indices, positions=positions, backend=backend)
+    got = assign(s, indices, positions=(positions * scale).float(), backend=backend)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "positions", [torch.ones(4, 2), torch.full((4, 2), math.nan), torch.zeros(1, 4, 1)], ids=["point", "nan", "zeros"]
+)
+def test_without_extent_there_is_no_distance(positions, backend):
+    s, indices = symmetric(4), torch.tensor([[0, 3]])
+    expected = assign(s, indices, spatial_weight=0.0, backend=backend)
+    assert torch.equal(assign(s, indices, positions=positions, backend=backend), expected)
+
+
+def test_rows_that_take_nobody(backend):
+    s = torch.ones(1, 4, 4)
+    tier = torch.tensor([[2, 0, 0, 0]], dtype=torch.int8)
+    at = {"spatial_weight": 0.0, "backend": backend}
+    assert assign(s, torch.tensor([[-1, 1, -1, 3]]), **at).tolist() == [[1, 1, 1, 3]]
+    assert assign(s, torch.tensor([[0, 2]]), tier=tier, **at).tolist() == [[-1, 1, 1, 1]]
+    assert assign(s, torch.tensor([[0]]), tier=tier, **at).tolist() == [[-1] * 4]
+    assert assign(s, torch.tensor([[-1]]), **at).tolist() == [[-1] * 4]
+    assert assign(s, torch.empty(1, 0, dtype=torch.int64), **at).tolist() == [[-1] * 4]
+    assert assign(s, torch.tensor([[2, 2]]), **at).tolist() == [[0] * 4]  # named twice: the lowest row
+
+
+def test_not_finite_similarity_counts_as_zero(backend):
+    s = torch.tensor([[[1.0, math.nan, 0.1], [math.nan, 1.0, math.inf], [0.1, math.inf, 1.0]]])
+    got = assign(s, torch.tensor([[0, 2]]), spatial_weight=0.0, backend=backend)
+    assert got.tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("index", [-2, 4, 2**40])
+def test_index_out_of_range(index, cpp):
+    with pytest.raises(RuntimeError, match=rf"^indices: expected values in \[-1, 4\), got {index}"):
+        assign(symmetric(4), torch.tensor([[0, index]]), spatial_weight=0.0, backend=cpp)

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from condense_kernels import merge
+
+KEPT = torch.tensor([[1, 3, 4]])
+ROWS = torch.tensor([[0, 0, 0, 1, 2, 2]])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tokens(dtype=torch.float32, channels=37, batch=1, n=6):
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(batch, n, channels, generator=generator).to(dtype)
+    return features, torch.rand(batch, n, generator=generator).to(dtype)
+
+
+def test_weighted_mean(backend):
+    features = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]])
+    scores = torch.tensor([[1.0, 2.0, 1.0]])
+    merged, mass = merge(features, scores, torch.tensor([[1]]), torch.tensor([[0, 0, 0]]), backend=backend)
+    assert merged.tolist() == [[[2.25, 22.5]]]
+    assert mass.tolist() == [[4.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_its_own_token_is_that_token(dtype, backend):
+    features, scores = tokens(dtype)
+    features[0, 3, 0], features[0, 3, 1] = -0.0, math.inf
+    merged, _ = merge(features, scores, KEPT, ROWS, backend=backend)
+    assert torch.equal(merged[0, 1].view(torch.uint8), features[0, 3].view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_zero_mass_is_its_kept_token(dtype, backend):
+    features, scores = tokens(dtype)
+    scores[0, [0, 1, 2]] = 0
+    features[0, 0] = math.nan  # a member of that row, without influence
+    merged, mass = merge(features, scores, KEPT, ROWS, backend=backend)
+    assert torch.equal(merged[0, 0], features[0, 1])
+    assert mass[0, 0] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["feature", "score"])
+def test_nan_stays_in_its_row(value, where, backend):
+    features, scores = tokens()
+    clean, clean_mass = merge(features, scores, KEPT, ROWS, backend=backend)
+    if where == "feature":
+        features[0, 2, 5] = value
+    else:
+        scores[0, 2] = value
+    merged, mass = merge(features, scores, KEPT, ROWS, backend=backend)
+    assert torch.equal(merged[0, 1:], clean[0, 1:]) and torch.equal(mass[0, 1:], clean_mass[0, 1:])
+    if where == "feature":
+        assert not merged[0, 0, 5].isfinite() and torch.equal(merged[0, 0, 6:], clean[0, 0, 6:])
+    else:
+        assert merged[0, 0].isnan().all() or not mass[0, 0].isfinite()
+
+
+def test_nan_feature_of_a_token_without_weight(backend):
+    """0 * NaN is NaN: the token is a member, so its row says so."""
+    features, scores = tokens()
+    scores[0, 2], features[0, 2, 1] = 0, math.nan
+    assert merge(features, scores, KEPT, ROWS, backend=backend)[0][0, 0].isnan().tolist() == [
+        c == 1 for c in range(37)
+    ]
+
+
+def test_tokens_of_no_row(backend):
+    features, scores = tokens()
+    features[0, 0] = math.nan
+    rows = torch.tensor([[-1, 0, 0, -1, 2, 2]])
+    merged, mass = merge(features, scores, KEPT, rows, backend=backend)
+    assert merged.isfinite().all()
+    assert mass[0, 1] == 0 and torch.equal(merged[0, 1], features[0, 3])  # nobody is left: its own token
+
+
+def test_no_such_row(backend):
+    features, scores = tokens()
+    merged, mass = merge(features, scores, torch.tensor([[1, -1]]), torch.tensor([[0, 0, 1, 1, 1, 0]]), backend=backend)
+    assert (merged[0, 1] == 0).all() and mass[0, 1] == 0
+
+
+@pytest.mark.parametrize("n", [33, 64, 300])
+def test_long_clusters_lose_little(n, fast):
+    """All tokens in one row; error against fp64 at most that of n roundings, as derived, at a mean far from 0."""
+    features, scores = tokens(channels=5, n=n)
+    features = features + 100
+    rows = torch.zeros(1, n, dtype=torch.int64)
+    merged, mass = merge(features, scores, torch.tensor([[0]]), rows, backend=fast)
+    exact = (scores.double()[..., None] * features.double()).sum(dim=1) / scores.double().sum()
+    assert (merged[0] - exact).abs().max() <= (n + 2) * 2.0**-24 * exact.abs().max()
+    assert abs(mass.item() - scores.double().sum()) <= n * 2.0**-24 * scores.double().sum()
+
+
+def test_another_plane_merges_with_the_same_assignment(backend):
+    features, scores = tokens()
+    wide, _ = tokens(channels=80)
+    for plane in (features, wide, features[..., :3]):
+        merged, mass = merge(plane, scores, KEPT, ROWS, backend=backend)
+        expected = (scores[0, :3, None] * plane[0, :3]).sum(dim=0) / scores[0, :3].sum()
+        assert torch.allclose(merged[0, 0], expected, atol=1e-6)
+        assert torch.allclose(mass[0, 0], scores[0, :3].sum())
+
+
+@pytest.mark.parametrize(
+    ("indices", "rows", "name"),
+    [([[9, 3, 4]], [[0] * 6], "indices"), ([[1, 3, -2]], [[0] * 6], "indices"), ([[1, 3, 4]], [[3] * 6], "assignment")],
+)
+def test_values_out_of_range(indices, rows, name, cpp):
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected values in "):
+        merge(*tokens(), torch.tensor(indices), torch.tensor(rows), backend=cpp)

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+
+from condense_kernels import similarity
+from condense_kernels.testing import make_inputs
+
+
+def test_symmetric_to_the_bit(backend):
+    s, *_ = similarity(make_inputs("clustered", num_tokens=70, channels=33).features, backend=backend)
+    assert torch.equal(s, s.transpose(1, 2))
+
+
+def test_equal_tokens_have_equal_rows_to_the_bit(backend):
+    """Else ties between equal tokens break at random; the places fall into different tiles and blocks."""
+    keys = make_inputs("random", batch=1, num_tokens=131, channels=21).features
+    places = [0, 1, 47, 48, 63, 64, 127, 128, 130]
+    keys[0, places] = keys[0, 5].clone()
+    s, _, g, _ = similarity(keys, backend=backend)
+    for i in places:
+        assert torch.equal(s[0, i], s[0, 5])
+        assert torch.equal(g[0, i], g[0, 5])
+
+
+def test_power_of_two_lengths_do_not_matter(backend):
+    keys = make_inputs("random", batch=1, num_tokens=20, channels=9).features
+    lengths = 2.0 ** torch.arange(-60, 60, 6)[None, :, None]
+    for a, b in zip(similarity(keys, backend=backend), similarity(keys * lengths, backend=backend), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("exponent", [-149, -140, -126, 100, 127])
+def test_keys_of_any_finite_magnitude(exponent, backend):
+    keys = torch.tensor([[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, -1.0]]]).ldexp(torch.tensor(exponent))
+    s, *_ = similarity(keys, backend=backend)
+    expected = torch.tensor([[1, math.sqrt(0.5), 0], [math.sqrt(0.5), 1, 0], [0, 0, 1]])
+    assert torch.allclose(s[0], expected, rtol=0, atol=3e-7)
+
+
+def test_zero_norm_key_has_no_similarity_not_even_to_itself(backend):
+    keys = make_inputs("random", batch=1, num_tokens=6).features
+    keys[0, 2] = 0
+    s, sbar, g, tier = similarity(keys, backend=backend)
+    assert (s[0, 2] == 0).all() and (s[0, :, 2] == 0).all() and g[0, 2] == 0
+    assert tier[0].tolist() == [0] * 6  # it still counts in the means
+    assert torch.allclose(sbar[0], s[0].abs().mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "score"])
+def test_a_token_that_is_not_finite_touches_no_other(value, where, backend):
+    inputs = make_inputs("random", batch=1, num_tokens=9)
+    keys, scores = inputs.features.clone(), inputs.scores.clone()
+    if where == "key":
+        keys[0, 4, -1] = value
+    else:
+        scores[0, 4] = value
+    s, sbar, g, tier = similarity(keys, scores, backend=backend)
+    assert tier[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+    rest = [0, 1, 2, 3, 5, 6, 7, 8]
+    alone = similarity(keys[:, rest], scores[:, rest], backend=backend)
+    assert (s[0, 4] == 0).all() and (s[0, :, 4] == 0).all() and g[0, 4] == 0
+    assert torch.equal(s[0][rest][:, rest], alone[0][0])
+    assert torch.equal(sbar, alone[1]) and torch.equal(g[:, rest], alone[2])
+
+
+def test_masked_comes_before_not_finite(backend):
+    keys = torch.ones(1, 4, 3)
+    keys[0, 1] = math.nan
+    mask = torch.tensor([[True, False, True, False]])
+    scores = torch.tensor([[1.0, 1.0, math.inf, math.inf]])
+    assert similarity(keys, scores, mask, backend=backend)[3].tolist() == [[0, 2, 1, 2]]
+    _, sbar, g, _ = similarity(keys, scores, torch.zeros(1, 4, dtype=torch.bool), backend=backend)
+    assert sbar.item() == 0 and (g == 0).all()
+
+
+def test_means_are_sums_of_integers(fast):
+    """docs/design/numerics.md: exact, so that tiles may add in any order; checked on the kernel's own s."""
+    inputs = make_inputs("negative", num_tokens=150, channels=40)
+    s, sbar, g, _ = similarity(inputs.features, backend=fast)
+    q = (s * 2.0**24).trunc().double()
+    assert torch.equal(g, (q.sum(dim=2) * 2.0**-24).float())
+    assert torch.equal(sbar, (q.abs().sum(dim=(1, 2)) * 2.0**-24 / 150**2).float())
+
+
+def test_error_is_within_twice_that_of_torch(fast):
+    """The same product in torch, fp32: a bound that moves with the input, not a tuned one."""
+    keys = make_inputs("clustered", batch=1, num_tokens=200, channels=1000).features
+    exact = torch.nn.functional.normalize(keys.double(), dim=-1)
+    exact = exact @ exact.transpose(1, 2)
+    z = torch.nn.functional.normalize(keys, dim=-1)
+    torch_error = (z @ z.transpose(1, 2) - exact).square().mean().sqrt()
+    assert (similarity(keys, backend=fast)[0] - exact).square().mean().sqrt() <= 2 * torch_error
