@@ -1,0 +1,126 @@
+"""Every input that is refused: the Python functions say ValueError or TypeError, the raw operators RuntimeError."""
+
+import re
+
+import pytest
+import torch
+
+import condense_kernels as ck
+from condense_kernels import _backend, _library
+
+F, S = torch.rand(2, 6, 4), torch.rand(2, 6)  # features [B, N, D], scores [B, N]
+S3 = torch.rand(2, 6, 6)  # similarities [B, N, N]
+IDX = torch.tensor([[0, 3], [1, 2]])
+ROWS = torch.zeros(2, 6, dtype=torch.int64)
+GRID = (2, 3)
+META = torch.rand(2, 6, device="meta")
+
+# operator, arguments, options, exception of the Python function, what the message must say
+CASES = [
+    # similarity
+    ("similarity", (F[0],), {}, ValueError, "keys: expected 3 axes [B N Dk], got 2: [6, 4]"),
+    ("similarity", (F.long(),), {}, TypeError, "keys: expected dtype float32, float16, bfloat16, float64, got"),
+    ("similarity", (F[:, :0],), {}, ValueError, "keys: expected at least one token"),
+    ("similarity", (F[:, :, :0],), {}, ValueError, "keys: expected at least one channel"),
+    ("similarity", (F, S[:, :5]), {}, ValueError, "scores: expected shape [B N] = [2, 6]"),
+    ("similarity", (F, S.int()), {}, TypeError, "scores: expected dtype"),
+    ("similarity", (F, S, S), {}, TypeError, "mask: expected dtype bool, got"),
+    ("similarity", (F, S, (S > 0)[:1]), {}, ValueError, "mask: expected shape [B N] = [2, 6]"),
+    # greedy_select
+    ("greedy_select", (S3[:, :5], S, 2), {}, ValueError, "s: expected shape [B N N]"),
+    ("greedy_select", (S3.half(), S, 2), {}, TypeError, "s: expected dtype float32, float64"),
+    ("greedy_select", (S3, S[:1], 2), {}, ValueError, "prior: expected shape [B N] = [2, 6]"),
+    ("greedy_select", (S3, S, 7), {}, ValueError, "k: expected 0 <= k <= 6 (N = 6 tokens), got 7"),
+    ("greedy_select", (S3, S, -1), {}, ValueError, "k: expected 0 <= k <= 6 (N = 6 tokens), got -1"),
+    ("greedy_select", (S3, S, 2), {"suppression": -1.0}, ValueError, "suppression: expected a finite number >= 0"),
+    ("greedy_select", (S3, S, 2), {"suppression": 1e39}, ValueError, "suppression: expected a finite number >= 0"),
+    ("greedy_select", (S3, S, 2), {"tier": S}, TypeError, "tier: expected dtype int8"),
+    ("greedy_select", (S3, S, 2), {"sbar": S[0]}, ValueError, "sbar: expected shape [B] = [2]"),
+    # assign
+    ("assign", (S3, IDX[:1]), {"grid": GRID}, ValueError, "indices: expected shape [B K]"),
+    ("assign", (S3, IDX.int()), {"grid": GRID}, TypeError, "indices: expected dtype int64"),
+    ("assign", (S3, IDX), {}, ValueError, "grid, positions: expected one of the two, as spatial_weight is not 0"),
+    ("assign", (S3, IDX), {"grid": (2, 2)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N = 6"),
+    ("assign", (S3, IDX), {"grid": (6,)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N = 6"),
+    ("assign", (S3, IDX), {"grid": (-2, -3)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N = 6"),
+    ("assign", (S3, IDX), {"grid": (2**62, 4, 6)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N"),
+    ("assign", (S3, IDX), {"grid": GRID, "positions": F[0, :, :2]}, ValueError, "grid, positions: expected one of"),
+    ("assign", (S3, IDX), {"positions": F[0, :5]}, ValueError, "positions: expected shape [N P] = [6, 4]"),
+    ("assign", (S3, IDX), {"positions": F[0, :, :0]}, ValueError, "positions: expected at least one coordinate"),
+    ("assign", (S3, IDX), {"positions": S3 > 0}, TypeError, "positions: expected dtype"),
+    ("assign", (S3, IDX), {"grid": GRID, "spatial_weight": float("nan")}, ValueError, "spatial_weight: expected a"),
+    # merge
+    ("merge", (F[..., :0], S, IDX, ROWS), {}, ValueError, "features: expected at least one channel"),
+    ("merge", (F, S.T, IDX, ROWS), {}, ValueError, "scores: expected shape [B N] = [2, 6]"),
+    ("merge", (F, S, IDX[0], ROWS), {}, ValueError, "indices: expected 2 axes [B K]"),
+    ("merge", (F, S, IDX, ROWS.float()), {}, TypeError, "assignment: expected dtype int64"),
+    ("merge", (F, S, IDX, ROWS[:, :5]), {}, ValueError, "assignment: expected shape [B N] = [2, 6]"),
+    # select_and_merge
+    ("select_and_merge", (F[0], S, 2, 1), {"grid": GRID}, ValueError, "features: expected 3 axes [B N D], got 2"),
+    ("select_and_merge", (F.int(), S, 2, 1), {"grid": GRID}, TypeError, "features: expected dtype"),
+    ("select_and_merge", (F, S[:, :5], 2, 1), {"grid": GRID}, ValueError, "scores: expected shape [B N] = [2, 6]"),
+    ("select_and_merge", (F, S, -1, 1), {"grid": GRID}, ValueError, "num_anchors: expected 0 <= num_anchors <= 6"),
+    ("select_and_merge", (F, S, 1, 9), {"grid": GRID}, ValueError, "num_background: expected 0 <= num_background"),
+    ("select_and_merge", (F, S, 0, 0), {"grid": GRID}, ValueError, "num_anchors + num_background: expected 1 <= K"),
+    ("select_and_merge", (F, S, 4, 3), {"grid": GRID}, ValueError, "num_anchors + num_background: expected 1 <= K"),
+    ("select_and_merge", (F, S, 2, 1), {}, ValueError, "grid, positions: expected one of the two, as"),
+    ("select_and_merge", (F, S, 2, 1), {"grid": (3, 3)}, ValueError, "grid: expected (H, W) or (T, H, W)"),
+    ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "keys": F[:, :5]}, ValueError, "keys: expected shape [B N Dk]"),
+    ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "mask": S}, TypeError, "mask: expected dtype bool"),
+    ("select_and_merge", (F, S, 2, 1), {"positions": F[:1]}, ValueError, "positions: expected shape [B N P]"),
+    ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "suppression": -0.1}, ValueError, "suppression: expected a"),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "options", "error", "message"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_refused(op, args, options, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        getattr(ck, op)(*args, **options)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        getattr(torch.ops.condense, op)(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((F.tolist(), S, 2, 1), {}, TypeError, "features: expected a torch.Tensor [B N D], got list"),
+        ((F.to_sparse(), S, 2, 1), {}, TypeError, "features: expected a dense tensor"),
+        ((F, META, 2, 1), {}, ValueError, "scores: expected device cpu, as of the first argument, got meta"),
+        ((F, S, 2.0, 1), {}, TypeError, "num_anchors: expected an int, got float"),
+        ((F, S, 2, True), {}, TypeError, "num_background: expected an int, got bool"),
+        ((F, S, 2, 1), {"suppression": "1"}, TypeError, "suppression: expected a number, got str"),
+        ((F, S, 2, 1), {"spatial_weight": None}, TypeError, "spatial_weight: expected a number, got NoneType"),
+        ((F, S, 2, 1), {"grid": 6}, TypeError, "grid: expected (H, W) or (T, H, W) as ints"),
+        ((F, S, 2, 1), {"grid": (2.0, 3)}, TypeError, "grid: expected (H, W) or (T, H, W) as ints"),
+        ((F, S, 2, 1), {"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'cpp', 'triton'"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_refused_in_python(args, options, error, message):
+    """What the dispatcher itself refuses in a raw call, or converts."""
+    with pytest.raises(error, match="^" + re.escape(message)):
+        ck.select_and_merge(*args, **{"grid": GRID, **options})
+
+
+def test_the_missing_batch_axis_is_the_remedy():
+    with pytest.raises(ValueError, match=re.escape("Remedy: add the batch axis, features[None].")):
+        ck.select_and_merge(F[0], S[0], 2, 1, grid=GRID)
+
+
+def test_unavailable_backend_says_why_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(_backend, "triton_interprets", lambda: False)
+    with pytest.raises(ValueError, match=r"backend='triton' is not available here: .*Remedy: .*TRITON_INTERPRET=1"):
+        ck.similarity(F, backend="triton")
+    monkeypatch.setattr(_library, "cpp_unavailable", lambda: "it was not built")
+    with pytest.raises(ValueError, match=r"backend='cpp' is not available here: .* it was not built"):
+        ck.similarity(F, backend="cpp")
+
+
+@pytest.mark.parametrize("op", ["similarity", "select_and_merge"])
+def test_fp64_on_triton_is_refused(op):
+    if _backend.unavailable("triton", torch.device("cpu")) is not None:
+        pytest.skip("triton does not interpret here")
+    args = (F.double(),) if op == "similarity" else (F.double(), S, 2, 1)
+    options = {} if op == "similarity" else {"grid": GRID}
+    with pytest.raises(ValueError, match=r"float64"):
+        getattr(ck, op)(*args, **options, backend="triton")
