@@ -14,7 +14,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench wheel clean force
+.PHONY: help demo test lint format bench wheel clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -29,6 +29,11 @@ lint: $(VENV)/linters ## check style and formatting (needs no torch)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
+
+format: $(VENV)/linters ## format the code, and mend what the style check can mend
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
 
 bench: $(VENV)/installed ## run the benchmarks
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
