@@ -1,0 +1,221 @@
+"""The operators as PyTorch sees them: schemas, fake kernels, torch.compile, threads, and life without the library."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import condense_kernels as ck
+from condense_kernels import _library
+from condense_kernels.testing import assert_same_bits, make_inputs
+
+OPS = torch.ops.condense
+INPUTS = make_inputs("masked", num_tokens=12, channels=5, num_anchors=3, num_background=2)
+S, SBAR, G, TIER = ck.similarity(INPUTS.features, INPUTS.scores, INPUTS.mask)
+ORDER = ck.greedy_select(S, INPUTS.scores, 5, sbar=SBAR, tier=TIER)
+KEPT = ORDER.sort(dim=1).values
+ROWS = ck.assign(S, KEPT, tier=TIER, grid=(3, 4))
+
+# Dense but permuted tensors catch a fake kernel that copies its input's strides.
+PERMUTED = INPUTS.features.transpose(1, 2).contiguous().transpose(1, 2)
+CALLS = [
+    ("similarity", (INPUTS.features, INPUTS.scores, INPUTS.mask), {}),
+    ("similarity", (PERMUTED.bfloat16(),), {}),
+    ("similarity", (INPUTS.features, INPUTS.scores.double()), {}),
+    ("greedy_select", (S, INPUTS.scores, 5), {"sbar": SBAR, "tier": TIER, "suppression": 0.5}),
+    ("greedy_select", (S.transpose(1, 2), INPUTS.scores, 0), {}),
+    ("assign", (S, KEPT), {"tier": TIER, "grid": [3, 4]}),
+    ("assign", (S, KEPT), {"positions": torch.rand(12, 2), "spatial_weight": 0.3}),
+    ("merge", (INPUTS.features, INPUTS.scores, KEPT, ROWS), {}),
+    ("merge", (PERMUTED.half(), INPUTS.scores, KEPT, ROWS), {}),
+    ("select_and_merge", INPUTS.args, INPUTS.options),
+    ("select_and_merge", (PERMUTED, INPUTS.scores.double(), 3, 2), {"grid": [3, 4], "keys": PERMUTED[:, :, :2]}),
+    ("select_and_merge", (PERMUTED.bfloat16(), INPUTS.scores, 0, 12), {"spatial_weight": 0.0}),
+]
+CALL_IDS = [f"{i}-{call[0]}" for i, call in enumerate(CALLS)]
+
+
+@pytest.mark.parametrize(("op", "args", "options"), CALLS, ids=CALL_IDS)
+def test_opcheck(op, args, options):
+    torch.library.opcheck(getattr(OPS, op).default, args, options)
+
+
+@pytest.mark.parametrize(("op", "args", "options"), CALLS, ids=CALL_IDS)
+def test_fake_agrees_in_shape_dtype_and_strides(op, args, options):
+    real = getattr(OPS, op)(*args, **options)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        convert = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: E731
+        fake = getattr(OPS, op)(*map(convert, args), **{name: convert(value) for name, value in options.items()})
+    for r, f in zip(*[x if isinstance(x, tuple) else (x,) for x in (real, fake)], strict=True):
+        assert (f.shape, f.dtype, f.stride(), f.device) == (r.shape, r.dtype, r.stride(), r.device)
+
+
+def test_every_operator_of_the_library_has_its_schema_here_too():
+    for op, schema in _library.SCHEMAS.items():
+        assert str(getattr(OPS, op).default._schema) == str(torch._C.parse_schema(f"condense::{op}{schema}"))
+
+
+def test_compile_gives_the_eager_result(cpp):
+    inputs = make_inputs("random", num_tokens=24)
+    call = lambda f, s: ck.select_and_merge(f, s, 6, 2, grid=(4, 6))  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True)(inputs.features, inputs.scores)
+    assert_same_bits(compiled, call(inputs.features, inputs.scores))
+
+
+@pytest.mark.parametrize("op", ["similarity", "greedy_select", "assign", "merge", "condense"])
+def test_compile_of_the_stages(op, cpp):
+    calls = {
+        "similarity": lambda: ck.similarity(INPUTS.features, INPUTS.scores, INPUTS.mask),
+        "greedy_select": lambda: (ck.greedy_select(S, INPUTS.scores, 5, sbar=SBAR, tier=TIER),),
+        "assign": lambda: (ck.assign(S, KEPT, tier=TIER, grid=(3, 4)),),
+        "merge": lambda: ck.merge(INPUTS.features, INPUTS.scores, KEPT, ROWS),
+        "condense": lambda: ck.condense(INPUTS.features, INPUTS.scores, keep=0.5, grid=(3, 4)),
+    }
+    assert_same_bits(torch.compile(calls[op], fullgraph=True, backend="aot_eager")(), calls[op]())
+
+
+def test_one_graph_serves_all_sizes():
+    """Symbolic sizes: traced once at N = 24, the graph is right at N = 30 and another batch."""
+
+    def call(features, scores):
+        return torch.ops.condense.select_and_merge(features, scores, features.shape[1] // 4, 2, spatial_weight=0.0)
+
+    inputs, other = make_inputs("random", num_tokens=24), make_inputs("random", batch=3, num_tokens=30)
+    graph = make_fx(call, tracing_mode="symbolic")(inputs.features, inputs.scores)
+    assert_same_bits(graph(other.features, other.scores), call(other.features, other.scores))
+
+
+def test_compile_does_not_recompile_for_every_image_size(cpp):
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(
+        lambda f, s, p: ck.select_and_merge(f, s, 4, 2, positions=p), fullgraph=True, backend=counter, dynamic=True
+    )
+    for n in (12, 20, 21, 40):
+        inputs = make_inputs("positions", num_tokens=n)
+        result = compiled(inputs.features, inputs.scores, inputs.positions)
+        expected = ck.select_and_merge(inputs.features, inputs.scores, 4, 2, positions=inputs.positions)
+        assert_same_bits(result, expected)
+    assert counter.frame_count == 1
+
+
+def test_the_gil_is_released(cpp):
+    """Another Python thread counts on while one large image is condensed."""
+    features, scores = torch.rand(1, 3000, 1024), torch.rand(1, 3000)
+    done, ticks = threading.Event(), []
+
+    def condense():
+        ck.select_and_merge(features, scores, 300, 100, grid=(50, 60))
+        done.set()
+
+    thread = threading.Thread(target=condense)
+    thread.start()
+    while not done.is_set():
+        ticks.append(time.perf_counter())
+        time.sleep(0.0005)
+    thread.join()
+    assert len(ticks) >= 5
+
+
+def test_callers_in_several_threads_get_the_same_bits(cpp):
+    inputs = make_inputs("clustered", batch=2, num_tokens=200, channels=64)
+    expected, results = inputs.run(), [None] * 4
+
+    def work(i):
+        results[i] = inputs.run()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert_same_bits(result, expected)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
+
+
+def test_without_the_library_the_reference_serves_with_one_warning():
+    done = python(
+        """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import condense_kernels as ck
+        ours = [str(w.message) for w in caught if "condense_kernels" in str(w.message)]
+        assert len(ours) == 1 and "CONDENSE_DISABLE_CPP=1 is set" in ours[0], ours
+        import torch
+        from condense_kernels.testing import KINDS, assert_matches_reference, make_inputs
+        for kind in KINDS:
+            inputs = make_inputs(kind, num_tokens=12, dtype=torch.bfloat16)
+            assert_matches_reference(inputs.run(), inputs)
+        inputs = make_inputs("random")
+        raw = torch.ops.condense.select_and_merge(*inputs.args, **inputs.options)
+        torch.library.opcheck(torch.ops.condense.select_and_merge.default, inputs.args, inputs.options)
+        try:
+            ck.similarity(inputs.features, backend="cpp")
+        except ValueError as error:
+            assert "CONDENSE_DISABLE_CPP" in str(error)
+        else:
+            raise AssertionError("backend='cpp' without the library")
+        """,
+        CONDENSE_DISABLE_CPP="1",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_loads_neither_triton_nor_the_command_line():
+    done = python(
+        "import sys, condense_kernels; assert not {'triton', 'rich', 'matplotlib'} & set(sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stale_operator_is_an_error_at_import():
+    done = python(
+        """
+        import torch
+        stale = torch.library.Library("condense", "FRAGMENT")
+        stale.define("similarity(Tensor keys) -> Tensor")
+        import condense_kernels
+        """,
+        CONDENSE_DISABLE_CPP="1",
+    )
+    assert done.returncode != 0
+    assert "operator condense::similarity is already registered with another schema" in done.stderr
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_each_instruction_set_that_the_machine_has(capability, cpp):
+    """Named in the environment; one that the machine lacks falls back to the portable loops."""
+    done = python(
+        """
+        import torch
+        from condense_kernels.testing import KINDS, assert_matches_reference, make_inputs
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            for kind in KINDS:
+                inputs = make_inputs(kind, num_tokens=61, channels=37, dtype=dtype)
+                assert_matches_reference(inputs.run("cpp"), inputs, backend="cpp")
+        """,
+        CONDENSE_CPU_CAPABILITY=capability,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_raw_operator_on_a_gpu(dtype):
+    from condense_kernels.testing import KINDS, assert_matches_reference
+
+    for kind in KINDS:
+        inputs = make_inputs(kind, num_tokens=100, channels=72, dtype=dtype, device="cuda")
+        assert_matches_reference(inputs.run(), inputs)
