@@ -45,7 +45,7 @@ wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
 clean: ## remove what was built; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
 	rm -f condense_kernels/_C.abi3.so $(VENV)/installed
-	find condense_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # The files below stand for steps that are done.
 
