@@ -42,6 +42,17 @@ def test_a_row_of_zero_mass_is_its_kept_token(dtype, backend):
     assert mass[0, 0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounded_once_ties_to_even(dtype, backend):
+    """The mean of neighbours in 16 bits lies halfway between them, exactly so in fp32."""
+    low = torch.arange(0x3C00, 0x3C00 + 101, dtype=torch.int16).view(dtype)
+    high = torch.arange(0x3C01, 0x3C01 + 101, dtype=torch.int16).view(dtype)
+    features = torch.stack([low, high])[None]
+    ones, rows = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.int64)
+    merged, _ = merge(features, ones, torch.tensor([[0]]), rows, backend=backend)
+    assert torch.equal(merged[0, 0], ((low.float() + high.float()) / 2).to(dtype))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["feature", "score"])
 def test_nan_stays_in_its_row(value, where, backend):
