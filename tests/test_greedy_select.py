@@ -157,6 +157,25 @@ def test_prior_is_scaled_by_the_means(backend):
     assert greedy_select(s, prior, 1, sbar=sbar, backend=backend).tolist() == [[0]]
 
 
+def test_taken_tokens_count_in_the_mean(backend):
+    """Tier 3 is no candidate, but the anchors are part of mean|g| in Eq. 4; masked tokens are in no mean."""
+    s = torch.eye(4)[None]
+    s[0, 0, 1] = s[0, 1, 0] = 0.9
+    prior = torch.tensor([[4.0, 3.0, -1.0, 100.0]])
+    order = {
+        tier: greedy_select(
+            s,
+            prior,
+            2,
+            sbar=torch.tensor([0.61]),
+            tier=torch.tensor([[0, 0, 0, tier]], dtype=torch.int8),
+            backend=backend,
+        ).tolist()
+        for tier in (1, 2, 3)
+    }
+    assert order == {1: [[0, 1]], 2: [[0, 1]], 3: [[0, 2]]}
+
+
 def test_strided_s(fast):
     s = torch.rand(2, 12, 12)
     s = s + s.transpose(1, 2)
