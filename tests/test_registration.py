@@ -208,14 +208,3 @@ def test_each_instruction_set_that_the_machine_has(capability, cpp):
         CONDENSE_CPU_CAPABILITY=capability,
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_raw_operator_on_a_gpu(dtype):
-    from condense_kernels.testing import KINDS, assert_matches_reference
-
-    for kind in KINDS:
-        inputs = make_inputs(kind, num_tokens=100, channels=72, dtype=dtype, device="cuda")
-        assert_matches_reference(inputs.run(), inputs)
