@@ -88,6 +88,14 @@ def test_tokens_of_no_row(backend):
     assert mass[0, 1] == 0 and torch.equal(merged[0, 1], features[0, 3])  # nobody is left: its own token
 
 
+def test_a_row_of_one_other_token_is_that_token(backend):
+    """Its only member is not the token that it is named after."""
+    features, scores = tokens()
+    merged, mass = merge(features, scores, KEPT, torch.tensor([[-1, -1, 0, 1, 2, 2]]), backend=backend)
+    assert torch.allclose(merged[0, 0], features[0, 2], rtol=2**-22, atol=0)
+    assert torch.allclose(mass[0, 0], scores[0, 2])
+
+
 def test_no_such_row(backend):
     features, scores = tokens()
     merged, mass = merge(features, scores, torch.tensor([[1, -1]]), torch.tensor([[0, 0, 1, 1, 1, 0]]), backend=backend)
