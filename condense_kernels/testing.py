@@ -495,18 +495,26 @@ def _compare_merge(inputs: Inputs, condensed: Condensed) -> list[Finding]:
     ]
 
 
-def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> list[Finding]:
+def exact_similarity(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference's s, sbar, g (fp64) and tier, on the CPU."""
+    inputs = inputs.to("cpu")
+    keys = inputs.features if inputs.keys is None else inputs.keys
+    return similarity_reference.similarity(keys, inputs.scores, inputs.mask)
+
+
+def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: tuple | None = None) -> list[Finding]:
     """Compare a result of select_and_merge, and the stages of ``backend`` that led to it, with the reference.
 
     In order: the similarities and their means against fp64; the selection, which given the same similarities must be
     the reference's bit for bit; the pick order replayed on the exact similarities; the assignment given the backend's
     own kept tokens; the merge given its own assignment; and the result against the stages in a row, bit for bit.
+    ``exact`` is exact_similarity(inputs), for callers who compare several results for the same inputs.
     """
     stages = inputs.run_stages(backend)
     stages = Stages(*(t.cpu() for t in stages[:-1]), Condensed(*(t.cpu() for t in stages.condensed)))
     result, inputs = Condensed(*(t.cpu() for t in result)), inputs.to("cpu")
     keys = inputs.features if inputs.keys is None else inputs.keys
-    exact = similarity_reference.similarity(keys, inputs.scores, inputs.mask)
+    exact = exact_similarity(inputs) if exact is None else exact
     dtype = compute_dtype(keys, inputs.scores)
     eps, s_bound = unit_roundoff(dtype), similarity_bound(keys.shape[2], dtype)
     n0 = (exact[3] == VALID).sum(dim=1).double()
@@ -540,6 +548,14 @@ def assert_matches_reference(result: Condensed, inputs: Inputs, *, backend: str 
     wrong = [finding for finding in compare(result, inputs, backend=backend) if not finding.ok]
     lines = [f"  {f.what}: {f.error:.3g} is above {f.bound:.3g}, at {f.where}" for f in wrong]
     assert not wrong, f"backend {backend!r} does not match the reference:\n" + "\n".join(lines)
+
+
+def compare_alone(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> Finding:
+    """The last image of the batch, on its own: the same bits (the contract's batch independence)."""
+    alone, last = inputs.image(inputs.scores.shape[0] - 1).run(backend), [t[-1:].cpu() for t in result]
+    differing = [_exact(name, a.cpu(), b) for name, a, b in zip(Condensed._fields, alone, last, strict=True)]
+    worst = max(differing, key=lambda finding: finding.error)
+    return worst._replace(what=f"{worst.what}: an image alone against in a batch")
 
 
 def assert_same_bits(actual: tuple, expected: tuple, what: str = "result") -> None:

@@ -1,0 +1,48 @@
+"""What the commands share."""
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PLAIN_WIDTH = 118  # of the tables where standard output is a file or a pipe
+
+
+class CommandError(Exception):
+    """A mistake of the user, told in one line; the exit status is 2."""
+
+
+class MissingPackage(CommandError):
+    """Something of the extra "cli" is not installed."""
+
+    def __init__(self, package: str):
+        super().__init__(f"needs {package}: pip install 'condense-kernels[cli]'")
+
+
+def need(*packages: str) -> None:
+    """Raise MissingPackage for the first package that is not installed; ``packages`` are import names."""
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ValueError:  # sys.modules[package] is None
+            found = False
+        if not found:
+            raise MissingPackage({"PIL": "pillow"}.get(package, package))
+
+
+def make_console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def make_progress() -> "Progress":
+    """A bar on standard error that leaves nothing behind: standard output holds the tables alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(bar_width=30), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -1,0 +1,127 @@
+"""condense a picture, print what came out, and draw it
+
+The picture is centre-cropped to a square and cut into 24 x 24 patches of 14 x 14 pixels, the geometry of LLaVA-1.5.
+The patches are the tokens, the patch minus the mean patch is the key, and the score is the RMS contrast: the standard
+deviation of the luminance inside the patch. No model is involved, so the numbers say what happens to pixels and
+nothing about a model's answers. At the same budget it shows top-k by score, uniform pooling and random tokens.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .. import _backend, split_budget
+from ..select_and_merge.budget import DEFAULT_BACKGROUND_RATIO
+from . import CommandError, make_console, make_progress, need
+from .methods import METHOD_STEPS, compare_methods
+from .patches import PATCH, make_inputs, open_picture
+from .timing import time_backend
+
+SIDE = 24
+BACKENDS = ("cpp", "triton", "reference")
+
+
+def count_or_ratio(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a count or a ratio in (0, 1), got {text!r}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures (default: a photograph that "
+                        "ships with matplotlib)")  # fmt: skip
+    parser.add_argument("--keep", type=count_or_ratio, default=64, metavar="K", help="tokens to keep: a count, or a "
+                        "ratio in (0, 1) (default: 64)")  # fmt: skip
+    parser.add_argument("--background-ratio", type=float, default=DEFAULT_BACKGROUND_RATIO, metavar="R",
+                        help="share of background tokens among the kept, in [0, 1] (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE.png", help="the figure "
+                        "(default: demo.png); of several pictures FILE-1.png, FILE-2.png, ...")  # fmt: skip
+    parser.add_argument("--grid", type=int, default=SIDE, metavar="G", help="cut into G x G patches (default: 24)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where it runs (default here: %(default)s)")  # fmt: skip
+    parser.add_argument("--backend", choices=_backend.BACKENDS, default="auto", help="which kernels (default: auto)")
+
+
+def default_picture() -> Path:
+    import matplotlib.cbook
+
+    return Path(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def output_names(output: Path, count: int) -> list[Path]:
+    if output.suffix.lower() != ".png":
+        raise CommandError(f"--output: expected a name that ends in .png, got {output}")
+    if not output.parent.is_dir():
+        raise CommandError(f"--output: no such folder: {output.parent}")
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
+
+
+def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return num_anchors and num_background."""
+    if not 1 <= arguments.grid <= 64:
+        raise CommandError(f"--grid: expected 1 <= G <= 64, got {arguments.grid}")
+    try:
+        budget = split_budget(arguments.grid**2, arguments.keep, arguments.background_ratio)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if arguments.device.split(":")[0] not in ("cpu", "cuda"):
+        raise CommandError(f"--device: expected cpu or cuda, got {arguments.device}")
+    try:
+        torch.empty(1, device=arguments.device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device {arguments.device} is not available here: {reason}") from None
+    reason = _backend.unavailable(arguments.backend, torch.device(arguments.device))
+    if reason is not None:
+        raise CommandError(f"--backend {arguments.backend} is not available here: {reason}")
+    return budget
+
+
+def run_one(path: Path, output: Path, budget: tuple[int, int], arguments: argparse.Namespace, console) -> bool:
+    from .picture import draw  # these two need matplotlib and rich
+    from .tables import NOTES, quality_table, timing_table, verdict
+
+    picture = open_picture(path, arguments.grid * PATCH).to(arguments.device)
+    inputs = make_inputs(picture, *budget)
+    with make_progress() as progress:
+        task = progress.add_task("", total=METHOD_STEPS + len(BACKENDS) + 1)
+
+        def step(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        rows = compare_methods(inputs, arguments.backend, step)
+        timings = []
+        for backend in BACKENDS:
+            step(f"timing {backend}")
+            timings.append(time_backend(backend, inputs))
+        step("drawing")
+        try:
+            draw(output, path.name, picture, inputs, rows)
+        except OSError as error:
+            raise CommandError(f"--output: {output} can't be written: {error.strerror or error}") from None
+    height, width, _ = picture.shape
+    console.print(f"{path.name}: cropped and resized to {height} x {width} pixels", style="bold", markup=False)
+    console.print(quality_table(rows))
+    console.print(verdict(rows), markup=False)
+    console.print(NOTES, style="dim", markup=False, soft_wrap=True)
+    console.print(timing_table(timings, inputs))
+    console.print(f"wrote {output}", markup=False, soft_wrap=True)
+    return not any(timing.wrong for timing in timings)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    need("numpy", "einops", "PIL", "rich", "matplotlib")
+    budget = check_arguments(arguments)
+    paths = arguments.images or [default_picture()]
+    outputs = output_names(arguments.output, len(paths))
+    console = make_console()
+    right = [run_one(path, output, budget, arguments, console) for path, output in zip(paths, outputs, strict=True)]
+    return 0 if all(right) else 1

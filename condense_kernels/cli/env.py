@@ -1,0 +1,114 @@
+"""what is installed, what the machine has, and which kernels are in use: to paste into a report
+
+Needs nothing but torch.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import __version__, _backend, _library
+
+SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
+VARIABLES = ("CONDENSE_DISABLE_CPP", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def processor() -> tuple[str, str]:
+    """Model, and of its instruction sets those that matter to the kernels."""
+    facts = dict(line.split(":", 1) for line in read_lines("/proc/cpuinfo") if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    return model, " ".join(name for name in SIMD if name in flags) or "unknown"
+
+
+def threads() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{torch.get_num_threads()} of torch, {usable} cores usable of {os.cpu_count()}"
+
+
+def gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return ["none that torch can use" + ("" if built else " (this torch is built for the CPU alone)")]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        found.append(f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
+    return found
+
+
+def driver() -> str:
+    lines = read_lines("/proc/driver/nvidia/version") or read_lines("/sys/module/amdgpu/version")
+    return lines[0].removeprefix("NVRM version: ").strip() if lines else "none found"
+
+
+def library() -> str:
+    reason = _library.cpp_unavailable()
+    if reason is not None:
+        return f"none: {reason}"
+    loaded = [path for path in torch.ops.loaded_libraries if Path(path).name.startswith("_C.")]
+    return " ".join(loaded) or "the operators were there before this package was imported"
+
+
+def backends() -> list[tuple[str, str]]:
+    rows = []
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for backend in _backend.BACKENDS[1:]:
+            reason = _backend.unavailable(backend, torch.device(device))
+            rows.append((f"{backend} on {device}", "available" if reason is None else f"no: {reason}"))
+    if _backend.triton_interprets():
+        rows.append(("triton on cpu runs in", "Triton's interpreter (TRITON_INTERPRET)"))
+    return rows
+
+
+def facts() -> list[tuple[str, str]]:
+    model, simd = processor()
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    built = toolkit if torch.version.cuda or torch.version.hip else "CPU"
+    return [
+        ("condense_kernels", __version__),
+        ("torch", f"{torch.__version__} (built for {built})"),
+        ("triton", version("triton")),
+        ("numpy", version("numpy")),
+        ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
+        ("system", platform.platform()),
+        ("cpu", model),
+        ("simd", f"{simd} (torch uses {torch.backends.cpu.get_cpu_capability()})"),
+        ("threads", threads()),
+        *((f"gpu {i}", name) for i, name in enumerate(gpus())),
+        ("gpu driver", driver()),
+        ("compiled library", library()),
+        *backends(),
+        *((name, os.environ[name]) for name in VARIABLES if name in os.environ),
+    ]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    rows = facts()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name.ljust(width)}  {value}")
+    return 0

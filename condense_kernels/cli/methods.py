@@ -1,0 +1,126 @@
+"""Four ways to condense the same picture to the same budget, and how they are measured."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import assign, merge
+from ..testing import Inputs, Stages
+
+SIMILAR = 0.75  # the cosine from which the paper's Table 1 calls two tokens similar
+RANDOM_SEEDS = 20
+METHOD_STEPS = 3 + RANDOM_SEEDS  # calls of ``step`` in compare_methods
+
+
+class Result(NamedTuple):
+    merged: torch.Tensor  # [K, D]
+    assignment: torch.Tensor  # [N]
+    anchors: list[int]  # kept for their score
+    background: list[int]
+    kept: list[int]  # kept by a method that has no such division
+    keys: torch.Tensor  # [K, D], of the kept tokens
+    blocks: tuple[int, int] | None = None  # of pooling
+
+    @property
+    def size(self) -> int:
+        return len(self.merged)
+
+
+class Quality(NamedTuple):
+    """NaN stands for "undefined" (redundancy of a single token), infinity for an exact copy."""
+
+    redundancy: float  # share of pairs of kept tokens whose keys have cosine >= SIMILAR
+    rmse: float  # between the picture and the rebuilt one, pixels in [0, 1]
+    psnr: float  # dB
+    detail: float  # PSNR over the quarter of the patches with the highest scores, dB
+
+
+class Row(NamedTuple):
+    title: str
+    result: Result
+    quality: Quality  # of the result that is drawn
+    spread: Sequence[Quality] = ()  # of all seeds, where the choice is random
+
+
+def pooling_blocks(keep: int, side: int) -> tuple[int, int]:
+    """Rows and columns of blocks: as many as ``keep`` allows with columns <= 2 * rows, the squarest of those."""
+    splits = [(a, b) for a in range(1, side + 1) for b in range(a, min(2 * a, side) + 1) if a * b <= keep]
+    return max(splits, key=lambda split: (split[0] * split[1], split[0]))
+
+
+def run_ours(inputs: Inputs, stages: Stages, backend: str) -> Result:
+    """The flagship; as it returns the kept tokens in picture order, its stages tell which are anchors."""
+    whole = inputs.run(backend)
+    anchors, background = stages.anchors[0].tolist(), stages.background[0].tolist()
+    return Result(whole.merged[0], whole.assignment[0], anchors, background, [], inputs.keys[0, whole.indices[0]])
+
+
+def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: str) -> Result:
+    """Another choice of tokens, then the same assignment and merge as ours: only the selection differs."""
+    indices = kept.sort().values[None]
+    assignment = assign(s, indices, grid=inputs.grid, backend=backend)
+    merged, _ = merge(inputs.features, inputs.scores, indices, assignment, backend=backend)
+    return Result(merged[0], assignment[0], [], [], indices[0].tolist(), inputs.keys[0, indices[0]])
+
+
+def run_pooling(inputs: Inputs, keep: int) -> Result:
+    side = inputs.grid[0]
+    rows, columns = pooling_blocks(keep, side)
+    at = torch.arange(side, device=inputs.features.device)
+    block = ((at * rows // side)[:, None] * columns + at * columns // side).flatten()  # [N]
+    patches = inputs.features[0].double()
+    merged = torch.stack([patches[block == k].mean(dim=0) for k in range(rows * columns)])
+    keys = (merged - patches.mean(dim=0)).float()
+    return Result(merged.float(), block, [], [], [], keys, (rows, columns))
+
+
+def random_choice(scores: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(scores.shape[1], generator=generator)[:keep].to(scores.device)
+
+
+def redundancy(keys: torch.Tensor) -> float:
+    if len(keys) < 2:
+        return math.nan
+    z = torch.nn.functional.normalize(keys.double(), dim=1)
+    similar = z @ z.T >= SIMILAR
+    pairs = similar.triu(diagonal=1).sum()
+    return float(pairs) / (len(keys) * (len(keys) - 1) / 2)
+
+
+def psnr(rmse: float) -> float:
+    return math.inf if rmse == 0 else -20 * math.log10(rmse)
+
+
+def measure(result: Result, inputs: Inputs) -> Quality:
+    error = (result.merged[result.assignment] - inputs.features[0]).double().square().mean(dim=1)  # [N]
+    detail = inputs.scores[0].topk(max(1, len(error) // 4)).indices
+    rmse = float(error.mean().sqrt())
+    return Quality(redundancy(result.keys), rmse, psnr(rmse), psnr(float(error[detail].mean().sqrt())))
+
+
+def compare_methods(inputs: Inputs, backend: str, step: Callable[[str], None]) -> list[Row]:
+    """Ours, then the three others at the same budget. ``step`` is told what is about to happen."""
+    keep = inputs.num_anchors + inputs.num_background
+    step("select_and_merge")
+    stages = inputs.run_stages(backend)
+    ours = run_ours(inputs, stages, backend)
+    step("top-k by score")
+    top = run_selected(inputs, stages.s, inputs.scores[0].topk(keep).indices, backend)
+    step("pooling")
+    pooled = run_pooling(inputs, keep)
+    drawn = []
+    for seed in range(RANDOM_SEEDS):
+        step(f"random tokens, {seed + 1} of {RANDOM_SEEDS}")
+        drawn.append(run_selected(inputs, stages.s, random_choice(inputs.scores, keep, seed), backend))
+    spread = [measure(result, inputs) for result in drawn]
+    middle = sorted(range(RANDOM_SEEDS), key=lambda seed: spread[seed].psnr)[RANDOM_SEEDS // 2]  # neither luck is drawn
+    rows, columns = pooled.blocks
+    return [
+        Row("select_and_merge", ours, measure(ours, inputs)),
+        Row("top-k by score", top, measure(top, inputs)),
+        Row(f"pooling, {rows} x {columns}", pooled, measure(pooled, inputs)),
+        Row(f"random (median of {RANDOM_SEEDS})", drawn[middle], spread[middle], spread),
+    ]
