@@ -7,9 +7,14 @@ No time is taken before the results agree.
 """
 
 import argparse
+import csv
+import importlib.metadata
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import plain_torch
 import pytest
@@ -21,10 +26,12 @@ from shapes import SHAPES, Shape, make
 
 import condense_kernels as ck
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-def providers(shape: Shape) -> dict[str, Callable]:
+
+def providers(shape: Shape, device: str = DEVICE) -> dict[str, Callable]:
     """The first is the measure of the ratios; what a side leaves out is said in its name."""
-    features, scores = make(shape)
+    features, scores = make(shape, device=device)
     half = features.bfloat16(), scores.bfloat16()
     z = torch.nn.functional.normalize(features, dim=-1)
     counts, grid = (shape.num_anchors, shape.num_background), shape.grid
@@ -35,25 +42,37 @@ def providers(shape: Shape) -> dict[str, Callable]:
         return features.gather(1, indices[..., None].expand(-1, -1, shape.channels))
 
     return {
-        "matmul of S alone": lambda: torch.matmul(z, z.transpose(1, 2)),
+        "matmul of S alone, fp32": lambda: torch.matmul(z, z.transpose(1, 2)),
         "condense, fp32": lambda: torch.ops.condense.select_and_merge(features, scores, *counts, grid=grid),
         "condense, bf16": lambda: torch.ops.condense.select_and_merge(*half, *counts, grid=grid),
-        "plain torch loop": lambda: plain_torch.select_and_merge(features, scores, *counts, grid),
+        "plain torch loop, fp32": lambda: plain_torch.select_and_merge(features, scores, *counts, grid),
         "top-k + sort + gather, no merge": top_k,
     }
 
 
-def check(shape: Shape) -> None:
+def check(shape: Shape, device: str = DEVICE) -> None:
     """The plain loop and the kernel agree, or nothing is timed."""
-    features, scores = make(shape)
+    features, scores = make(shape, device=device)
     counts = (shape.num_anchors, shape.num_background)
     ours = ck.select_and_merge(features, scores, *counts, grid=shape.grid)
     plain = plain_torch.select_and_merge(features, scores, *counts, shape.grid)
     for name, a, b in zip(ours._fields, ours, plain, strict=True):
-        if a.is_floating_point():
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-        else:
-            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        rtol, atol = (1e-4, 1e-5) if a.is_floating_point() else (0, 0)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def seconds(call: Callable) -> float:
+    """One call: by the host's clock on CPU, between two events on a GPU."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 def interleaved(sides: dict[str, Callable], rounds: int, title: str) -> dict[str, list[float]]:
@@ -63,37 +82,68 @@ def interleaved(sides: dict[str, Callable], rounds: int, title: str) -> dict[str
         call()
     for _ in track(range(rounds), title, transient=True):
         for name, call in sides.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(call))
     return times
+
+
+def provenance() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit,
+    }
+
+
+def rows_of(name: str, times: dict[str, list[float]]) -> list[dict[str, str]]:
+    base = statistics.median(next(iter(times.values())))
+    rows = []
+    for side, measured in times.items():
+        p20, median, p80 = torch.tensor(measured).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        ms = {"median ms": median, "p20 ms": p20, "p80 ms": p80}
+        rows.append(
+            {"shape": name, "side": side, **{key: f"{t * 1e3:.3f}" for key, t in ms.items()}}
+            | {"x matmul": f"{median / base:.2f}"}
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--csv", type=Path, help="write the rows, with device, versions and commit")
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds")
+    origin, rows = provenance(), []
+    print(", ".join(f"{key} {value}" for key, value in origin.items()))
     for name in arguments.shapes:
-        shape = SHAPES[name]
-        check(shape)
-        times = interleaved(providers(shape), arguments.rounds, name)
-        table = Table("side", "median ms", "p20", "p80", "x matmul", title=f"{name}: {shape}", title_justify="left")
-        base = statistics.median(next(iter(times.values())))
-        for side, seconds in times.items():
-            p20, p80 = (torch.tensor(seconds).quantile(q).item() for q in (0.2, 0.8))
-            median = statistics.median(seconds)
-            table.add_row(side, *(f"{t * 1e3:.3f}" for t in (median, p20, p80)), f"{median / base:.2f}")
+        check(SHAPES[name])
+        measured = rows_of(name, interleaved(providers(SHAPES[name]), arguments.rounds, name))
+        table = Table(*list(measured[0])[1:], title=f"{name}: {SHAPES[name]}", title_justify="left")
+        for row in measured:
+            table.add_row(*list(row.values())[1:])
         Console().print(table)
+        rows += measured
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *origin])
+            writer.writeheader()
+            writer.writerows(row | origin for row in rows)
 
 
 @pytest.mark.parametrize("name", ["llava15-192", "llava15-64-batch8"])
-@pytest.mark.parametrize("side", list(providers(Shape(1, (1, 2), 2, 1, 0))))
+@pytest.mark.parametrize("side", list(providers(Shape(1, (1, 2), 2, 1, 0), "cpu")))
 def test_select_and_merge(name, side, benchmark):
     check(SHAPES[name])
     benchmark.group = name
-    benchmark(providers(SHAPES[name])[side])
+    benchmark(seconds, providers(SHAPES[name])[side])
 
 
 if __name__ == "__main__":
