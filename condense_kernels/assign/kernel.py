@@ -1,0 +1,239 @@
+"""Every token to the kept token that is most similar and near (Eq. 6, 7), a block of tokens per program."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import FLOAT32_MAX, NOWHERE, downscale, is_finite, on_device_of, reject_float64
+
+NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MASKED = tl.constexpr(2)  # the tier
+
+
+@dataclass(frozen=True)
+class AssignConfig:
+    block_k: int  # rows looked at together, so that their loads overlap
+    block_n: int = 32  # tokens of a program
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, k: int) -> "AssignConfig":
+        return cls(block_k=min(32, triton.next_power_of_2(k)))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Grid or positions, as the kernels take them."""
+
+    tensor: torch.Tensor | None
+    strides: tuple[int, int, int]  # of image, token, axis
+    height: int
+    width: int
+    axes: int
+    mode: int
+
+    @classmethod
+    def of(cls, grid: Sequence[int] | None, positions: torch.Tensor | None, spatial_weight: float) -> "Space":
+        if spatial_weight == 0 or (grid is None and positions is None):
+            return cls(None, (0, 0, 0), 1, 1, 1, NO_DISTANCE.value)
+        if grid is not None:  # an image is a video of one frame
+            return cls(None, (0, 0, 0), int(grid[-2]), int(grid[-1]), 3, GRID.value)
+        strides = positions.stride() if positions.dim() == 3 else (0, *positions.stride())
+        return cls(positions, strides, 1, 1, positions.shape[-1], POSITIONS.value)
+
+
+@triton.jit
+def coordinate(where_ptr, offs_n, axis, shrink, shrink_again, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr):
+    """Coordinate `axis` of tokens; (t, h, w) of a row-major grid follows from the token's number."""
+    if MODE == GRID:
+        token = offs_n.to(tl.int32)
+        row = token // WIDTH
+        place = tl.where(axis == 0, row // HEIGHT, tl.where(axis == 1, row % HEIGHT, token % WIDTH))
+        return place.to(tl.float32)
+    return tl.load(where_ptr + offs_n * stride_n + axis * stride_p).to(tl.float32) * shrink * shrink_again
+
+
+@triton.jit
+def is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER: tl.constexpr):
+    """Which tokens [BLOCK_N] count for the bounding box, x [BLOCK_N, AXES] being their coordinates."""
+    boxed = (tl.min(is_finite(x).to(tl.int32), axis=1) != 0) & (offs_n < N)
+    if HAS_TIER:
+        boxed = boxed & (tl.load(tier_ptr + tl.minimum(offs_n, N - 1) * stride_tier) != MASKED)
+    return boxed
+
+
+@triton.jit
+def distance_factor(
+    where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
+):  # fmt: skip
+    """The two powers of two that scale the coordinates of one image, and spatial_weight / dmax for scaled ones."""
+    axes = tl.minimum(tl.arange(0, AXES), P - 1)  # padding repeats the last axis
+    shrink = 1.0
+    shrink_again = 1.0
+    if MODE == POSITIONS:
+        tops = tl.zeros([BLOCK_N, AXES], tl.float32)
+        start = tl.zeros([], tl.int64)
+        while start < N:
+            offs_n = start + tl.arange(0, BLOCK_N)
+            x = coordinate(
+                where_ptr, tl.minimum(offs_n, N - 1)[:, None], axes[None, :].to(tl.int64), 1.0, 1.0,
+                stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
+            )  # fmt: skip
+            boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
+            tops = tl.maximum(tops, tl.where(boxed[:, None], tl.abs(x), 0.0))
+            start += BLOCK_N
+        shrink, shrink_again = downscale(tl.max(tl.max(tops, axis=1), axis=0))
+
+    low = tl.full([BLOCK_N, AXES], float("inf"), tl.float32)
+    high = tl.full([BLOCK_N, AXES], float("-inf"), tl.float32)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        offs_n = start + tl.arange(0, BLOCK_N)
+        x = coordinate(
+            where_ptr, tl.minimum(offs_n, N - 1)[:, None], axes[None, :].to(tl.int64), shrink, shrink_again,
+            stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
+        )  # fmt: skip
+        boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
+        low = tl.minimum(low, tl.where(boxed[:, None], x, float("inf")))
+        high = tl.maximum(high, tl.where(boxed[:, None], x, float("-inf")))
+        start += BLOCK_N
+    lowest = tl.min(low, axis=0)
+    highest = tl.max(high, axis=0)
+    box = tl.where(lowest < highest, highest - lowest, 0.0)
+    square = 0.0
+    for p in range(P):  # in order, each operation rounded alone
+        extent = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
+        square += extent * extent
+    factor = tl.div_rn(spatial_weight, tl.sqrt_rn(tl.where(square > 0, square, 1.0)))
+    return shrink, shrink_again, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
+
+
+@triton.jit
+def nearest_rows(
+    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, shrink, shrink_again, factor,
+    stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
+    HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
+):  # fmt: skip
+    """The row of each of BLOCK_N tokens of one image: its own, else the best one; NOWHERE if no row takes anybody."""
+    tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
+    best = tl.full([BLOCK_N], float("nan"), tl.float32)  # every score beats "none yet", -infinity too
+    row = tl.full([BLOCK_N], NOWHERE, tl.int32)
+    own = tl.full([BLOCK_N], NOWHERE, tl.int32)
+    start = tl.zeros([], tl.int32)
+    while start < K:
+        offs_k = start + tl.arange(0, BLOCK_K)
+        kept = tl.load(indices_ptr + offs_k.to(tl.int64) * stride_index, mask=offs_k < K, other=-1)
+        takes = (kept >= 0) & (kept < N)
+        kept = tl.where(takes, kept, 0)
+        if HAS_TIER:
+            takes = takes & (tl.load(tier_ptr + kept * stride_tier) != MASKED)
+        score = tl.load(s_ptr + kept[:, None] * stride_s_i + tokens[None, :] * stride_s_j)  # [BLOCK_K, BLOCK_N]
+        if SANITISE:
+            score = tl.where(is_finite(score), score, 0.0)
+        if MODE != NO_DISTANCE:
+            square = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+            for p in range(P):
+                axis = tl.full([], p, tl.int64)
+                x = coordinate(
+                    where_ptr, kept, axis, shrink, shrink_again, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE
+                )
+                y = coordinate(
+                    where_ptr, tokens, axis, shrink, shrink_again, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE
+                )
+                step = x[:, None] - y[None, :]
+                square += step * step
+            # Scaled coordinates are below 1: only a non-finite one makes the square non-finite, and its distance is 0.
+            distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
+            score = score - factor * distance  # Eq. 6
+        score = tl.where(takes[:, None], score, float("-inf"))
+        top = tl.max(score, axis=0)
+        first = tl.min(tl.where(takes[:, None] & (score == top[None, :]), offs_k[:, None], NOWHERE), axis=0)
+        better = (first != NOWHERE) & ((best != best) | (top > best))  # Eq. 7; a tie stays with the lowest row
+        best = tl.where(better, top, best)
+        row = tl.where(better, first, row)
+        itself = takes[:, None] & (kept[:, None] == tokens[None, :])
+        own = tl.minimum(own, tl.min(tl.where(itself, offs_k[:, None], NOWHERE), axis=0))
+        start += BLOCK_K
+    return tl.where(own != NOWHERE, own, row)
+
+
+@triton.jit
+def assign_kernel(
+    s_ptr,  # [B, N, N]
+    indices_ptr,  # [B, K]
+    tier_ptr,  # [B, N]
+    where_ptr,  # [N, P] or [B, N, P]
+    assignment_ptr,  # [B, N]
+    spatial_weight,
+    stride_s_b, stride_s_i, stride_s_j,
+    stride_index_b, stride_index_k,
+    stride_tier_b, stride_tier_n,
+    stride_where_b, stride_where_n, stride_where_p,
+    N, K, HEIGHT, WIDTH, num_parts,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
+    MODE: tl.constexpr, HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    pid_b = (pid // num_parts).to(tl.int64)
+    offs_n = pid % num_parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    tier_ptr += pid_b * stride_tier_b
+    where_ptr += pid_b * stride_where_b
+    shrink, shrink_again, factor = 1.0, 1.0, 0.0
+    if MODE != NO_DISTANCE:
+        shrink, shrink_again, factor = distance_factor(
+            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, WIDTH,
+            P, AXES, BLOCK_BOX, MODE, HAS_TIER,
+        )  # fmt: skip
+    row = nearest_rows(
+        s_ptr + pid_b * stride_s_b, indices_ptr + pid_b * stride_index_b, tier_ptr, where_ptr, offs_n,
+        shrink, shrink_again, factor,
+        stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
+        P, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
+    )  # fmt: skip
+    assigned = row != NOWHERE
+    if HAS_TIER:
+        tier = tl.load(tier_ptr + offs_n.to(tl.int64) * stride_tier_n, mask=offs_n < N, other=MASKED)
+        assigned = assigned & (tier != MASKED)
+    tl.store(assignment_ptr + pid_b * N + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
+
+
+def launch_assign(s, indices, tier, space, spatial_weight, sanitise):
+    """The kernel on s [B, N, >= N], into a new assignment [B, N]."""
+    b, n = s.shape[:2]
+    k = indices.shape[1]
+    assignment = s.new_empty((b, n), dtype=torch.int64)
+    if b == 0:
+        return assignment
+    config = AssignConfig.for_shape(k)
+    axes = triton.next_power_of_2(space.axes)
+    parts = triton.cdiv(n, config.block_n)
+    assign_kernel[(b * parts,)](
+        s, indices, s if tier is None else tier, s if space.tensor is None else space.tensor, assignment,
+        float(spatial_weight),
+        *s.stride(), *indices.stride(), *((0, 0) if tier is None else tier.stride()), *space.strides,
+        n, k, space.height, space.width, parts,
+        P=space.axes, AXES=axes, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
+        MODE=space.mode, HAS_TIER=tier is not None, SANITISE=sanitise,
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return assignment
+
+
+def assign(
+    s: torch.Tensor,  # [B, N, N]
+    indices: torch.Tensor,  # [B, K] int64, -1 = no such row
+    *,
+    tier: torch.Tensor | None = None,  # [B, N] int8
+    grid: Sequence[int] | None = None,
+    positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
+    spatial_weight: float = 1.0,
+) -> torch.Tensor:
+    """Return assignment [B, N] int64: the row of each token; -1 where masked."""
+    reject_float64(s=s)
+    with on_device_of(s):
+        return launch_assign(s, indices, tier, Space.of(grid, positions, spatial_weight), spatial_weight, True)

@@ -1,0 +1,130 @@
+"""The score-weighted mean of each cluster (Eq. 8), one program per row and block of channels.
+
+A gather in token order, not a matrix product over the whole image: there 0 * NaN would poison every row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import NOWHERE, on_device_of, reject_float64
+
+FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    block_n: int  # tokens whose assignment is held at a time
+    block_d: int
+    num_warps: int = 1  # finding the next member needs no barrier
+
+    @classmethod
+    def for_shape(cls, n: int, d: int) -> "MergeConfig":
+        return cls(block_n=min(triton.next_power_of_2(n), 1024), block_d=min(triton.next_power_of_2(d), 256))
+
+
+@triton.jit
+def load_member(features_ptr, scores_ptr, token, offs_d, mask_d, stride_n, stride_d, stride_score):
+    """Score and channels of a token; past the last member those of token 0, which are not used."""
+    token = tl.where(token == NOWHERE, 0, token).to(tl.int64)
+    weight = tl.load(scores_ptr + token * stride_score).to(tl.float32)
+    x = tl.load(features_ptr + token * stride_n + offs_d * stride_d, mask=mask_d, other=0.0)
+    return weight, x.to(tl.float32)
+
+
+@triton.jit
+def merge_kernel(
+    features_ptr,  # [B, N, D]
+    scores_ptr,  # [B, N]
+    indices_ptr,  # [B, K]
+    assignment_ptr,  # [B, N]
+    merged_ptr,  # [B, K, D]
+    mass_ptr,  # [B, K]
+    stride_feature_b, stride_feature_n, stride_feature_d,
+    stride_score_b, stride_score_n,
+    stride_index_b, stride_index_k,
+    stride_assignment_b, stride_assignment_n,
+    N, K, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    pid_b = pid // K
+    pid_k = pid % K
+    offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    mask_d = offs_d < D
+    features_ptr += pid_b * stride_feature_b
+    scores_ptr += pid_b * stride_score_b
+    assignment_ptr += pid_b * stride_assignment_b
+
+    own = tl.load(indices_ptr + pid_b * stride_index_b + pid_k * stride_index_k)
+    exists = (own >= 0) & (own < N)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    mass = tl.zeros([], tl.float32)
+    folded = tl.zeros([BLOCK_D], tl.float32)
+    folded_mass = tl.zeros([], tl.float32)
+    count = tl.zeros([], tl.int32)
+    others = tl.zeros([], tl.int32)  # members that are not the row's own token
+    start = tl.zeros([], tl.int32)
+    while exists & (start < N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        row = tl.load(assignment_ptr + offs_n.to(tl.int64) * stride_assignment_n, mask=offs_n < N, other=-1)
+        members = tl.where(row == pid_k, offs_n, NOWHERE)
+        token = tl.min(members, axis=0)
+        weight, x = load_member(
+            features_ptr, scores_ptr, token, offs_d, mask_d, stride_feature_n, stride_feature_d, stride_score_n
+        )
+        while token != NOWHERE:
+            after = tl.min(tl.where(members > token, members, NOWHERE), axis=0)
+            next_weight, next_x = load_member(  # before this member is added, so that the load is under way
+                features_ptr, scores_ptr, after, offs_d, mask_d, stride_feature_n, stride_feature_d, stride_score_n
+            )
+            acc = tl.fma(tl.full([BLOCK_D], weight, tl.float32), x, acc)
+            mass += weight
+            count += 1
+            others += (token != own).to(tl.int32)
+            if count % FOLD == 0:
+                folded += acc
+                folded_mass += mass
+                acc = tl.zeros([BLOCK_D], tl.float32)
+                mass = tl.zeros([], tl.float32)
+            token, weight, x = after, next_weight, next_x
+        start += BLOCK_N
+    acc += folded
+    mass += folded_mass
+
+    merged_ptr += pid * D
+    if tl.program_id(1) == 0:
+        tl.store(mass_ptr + pid, mass)
+    if exists & ((mass == 0) | ((count == 1) & (others == 0))):  # the token's own bits, NaN payloads and all
+        kept = tl.load(features_ptr + own * stride_feature_n + offs_d * stride_feature_d, mask=mask_d)
+        tl.store(merged_ptr + offs_d, kept, mask=mask_d)
+    else:
+        mean = tl.div_rn(acc, tl.full([BLOCK_D], 1.0, tl.float32) * tl.where(exists, mass, 1.0))
+        tl.store(merged_ptr + offs_d, mean.to(merged_ptr.dtype.element_ty), mask=mask_d)
+
+
+def merge(
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    indices: torch.Tensor,  # [B, K] int64, -1 = no such row
+    assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return merged [B, K, D] in the dtype of features and mass [B, K] fp32."""
+    reject_float64(features=features, scores=scores)
+    b, n, d = features.shape
+    k = indices.shape[1]
+    merged = features.new_empty((b, k, d))
+    mass = features.new_empty((b, k), dtype=torch.float32)
+    if b == 0 or k == 0:
+        return merged, mass
+    config = MergeConfig.for_shape(max(n, 1), d)
+    with on_device_of(features):
+        merge_kernel[(b * k, triton.cdiv(d, config.block_d))](
+            features, scores, indices, assignment, merged, mass,
+            *features.stride(), *scores.stride(), *indices.stride(), *assignment.stride(), n, k, d,
+            BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return merged, mass

@@ -1,0 +1,298 @@
+"""Cosine similarity of all token pairs on tensor cores, one program per tile of the upper triangle."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import (
+    INFINITY_BITS,
+    INTERPRETED,
+    is_finite,
+    magnitude_bits,
+    on_device_of,
+    power_of_two,
+    reject_float64,
+)
+
+FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """One tile shape and one order of the channels for all sizes: the bits of s depend on Dk alone."""
+
+    block_d: int
+    block: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def for_shape(cls, dtype: torch.dtype) -> "SimilarityConfig":
+        return cls(block_d=32 if dtype == torch.float32 else 64)  # 128 bytes of a row at a time
+
+
+@triton.jit
+def load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_d = d + tl.arange(0, BLOCK_D)
+    pointers = keys_ptr + offs_n[:, None] * stride_n + offs_d[None, :].to(tl.int64) * stride_d
+    if DK % BLOCK_D == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=offs_d[None, :] < DK, other=0.0)
+
+
+@triton.jit
+def key_factors(
+    keys_ptr, offs_n, stride_n, stride_d, channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
+):  # fmt: skip
+    """For each key: is it finite, the power of two to scale it with, and 1 / the norm of the scaled key.
+
+    Only a key whose squares could overflow or vanish in fp32 is scaled, and then the block is read again. Scaling
+    the others as well would not change a bit: a power of two is exact.
+    """
+    scale = tl.full([BLOCK], 1.0, tl.float32)
+    top = tl.zeros([BLOCK], tl.int32)
+    square = tl.zeros([BLOCK], tl.float32)
+    again = True
+    while again:
+        tops = tl.zeros([BLOCK, BLOCK_D], tl.int32)
+        squares = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for d in tl.range(0, channels, BLOCK_D, num_stages=STAGES):
+            x = load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK, BLOCK_D).to(tl.float32)
+            if CAN_OVERFLOW:
+                x = x * scale[:, None]
+            tops = tl.maximum(tops, magnitude_bits(x))
+            squares = tl.fma(x, x, squares)
+        top = tl.max(tops, axis=1)
+        square = tl.sum(squares, axis=1)
+        again = False
+        if CAN_OVERFLOW:
+            exponent = (top >> 23) - 127  # top is in [2**exponent, 2**(exponent + 1))
+            extreme = (top > 0) & (top < INFINITY_BITS) & ((exponent < -30) | (exponent > 30))
+            scale = tl.where(extreme, power_of_two(tl.minimum(tl.maximum(-exponent, -126), 126)), scale)
+            again = tl.max(extreme.to(tl.int32), axis=0) > 0
+    inverse = tl.where(square > 0, tl.div_rn(1.0, tl.sqrt_rn(square)), 0.0)  # a zero key has cosine 0 with everything
+    return top < INFINITY_BITS, scale, inverse
+
+
+@triton.jit
+def dot_tile(
+    keys_ptr, offs_i, offs_j, scale_i, scale_j, stride_n, stride_d, channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for d in range(0, channels, BLOCK_D):
+        x = load_rows(keys_ptr, offs_i, d, stride_n, stride_d, DK, BLOCK_D)
+        y = load_rows(keys_ptr, offs_j, d, stride_n, stride_d, DK, BLOCK_D)
+        if SCALED:  # exact in the input's own dtype, too
+            x = (x.to(tl.float32) * scale_i[:, None]).to(x.dtype)
+            y = (y.to(tl.float32) * scale_j[:, None]).to(y.dtype)
+        if INTERPRETED:  # the interpreter's dot does not know bf16
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def token_tier(
+    scores_ptr, mask_ptr, offs_n, finite, stride_score, stride_mask, N,
+    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """0 valid, 1 with a NaN or infinity in its key or score, 2 masked or past the end."""
+    mask_n = offs_n < N
+    if HAS_SCORES:
+        score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_score, mask=mask_n, other=0.0).to(tl.float32)
+        finite = finite & is_finite(score)
+    present = mask_n
+    if HAS_MASK:
+        present = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask, mask=mask_n, other=0) != 0
+    return tl.where(present & mask_n, tl.where(finite, 0, 1), 2)
+
+
+@triton.jit
+def tile_of(pid, num_blocks):
+    """(i, j) with i <= j: rows i and num_blocks - 1 - i of the triangle fill one row of a rectangle together."""
+    row = pid // (num_blocks + 1)
+    column = pid % (num_blocks + 1)
+    folded = column >= num_blocks - row
+    return tl.where(folded, num_blocks - 1 - row, row), tl.where(folded, column - 1, row + column)
+
+
+@triton.jit
+def similarity_tile_kernel(
+    keys_ptr,  # [B, N, Dk]
+    scores_ptr,  # [B, N]
+    mask_ptr,  # [B, N]
+    s_ptr,  # [B, N, WIDTH], columns past N are zeros
+    tier_ptr,  # [B, N]
+    row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns
+    abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal
+    stride_key_b, stride_key_n, stride_key_d,
+    stride_score_b, stride_score_n,
+    stride_mask_b, stride_mask_n,
+    N, WIDTH, num_blocks, num_tiles, num_channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr, CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    pid_b = (pid // num_tiles).to(tl.int64)
+    pid_i, pid_j = tile_of(pid % num_tiles, num_blocks)
+    keys_ptr += pid_b * stride_key_b
+    scores_ptr += pid_b * stride_score_b
+    mask_ptr += pid_b * stride_mask_b
+
+    # Not the constant when compiled: the compiler would unroll every loop over the channels, all the way.
+    channels = DK if INTERPRETED else num_channels
+
+    # One piece of code for columns, then rows: a token has the same factor in every tile, to the bit.
+    block = pid_j
+    tier_i = tl.zeros([BLOCK], tl.int32)
+    tier_j = tl.zeros([BLOCK], tl.int32)
+    scale_i = tl.zeros([BLOCK], tl.float32)
+    scale_j = tl.zeros([BLOCK], tl.float32)
+    inverse_i = tl.zeros([BLOCK], tl.float32)
+    inverse_j = tl.zeros([BLOCK], tl.float32)
+    for _ in range(2):
+        tier_j, scale_j, inverse_j = tier_i, scale_i, inverse_i
+        offs_n = block * BLOCK + tl.arange(0, BLOCK)
+        rows = tl.minimum(offs_n, N - 1).to(tl.int64)  # a row past the end repeats the last one and is dropped below
+        finite, scale_i, inverse_i = key_factors(
+            keys_ptr, rows, stride_key_n, stride_key_d, channels, DK, BLOCK, BLOCK_D, STAGES, CAN_OVERFLOW
+        )
+        tier_i = token_tier(
+            scores_ptr, mask_ptr, offs_n, finite, stride_score_n, stride_mask_n, N, HAS_SCORES, HAS_MASK
+        )
+        block = pid_i
+
+    offs_i = pid_i * BLOCK + tl.arange(0, BLOCK)
+    offs_j = pid_j * BLOCK + tl.arange(0, BLOCK)
+    rows_i = tl.minimum(offs_i, N - 1).to(tl.int64)
+    rows_j = tl.minimum(offs_j, N - 1).to(tl.int64)
+    scaled = tl.max(tl.where((scale_i != 1.0) | (scale_j != 1.0), 1, 0), axis=0) > 0
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if CAN_OVERFLOW and scaled:
+        acc = dot_tile(
+            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels, DK, BLOCK, BLOCK_D, True, INTERPRETED
+        )
+    else:
+        acc = dot_tile(
+            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels, DK, BLOCK, BLOCK_D, False, INTERPRETED
+        )
+    s = acc * (inverse_i[:, None] * inverse_j[None, :])
+    s = tl.where((tier_i == 0)[:, None] & (tier_j == 0)[None, :], s, 0.0)
+
+    s_ptr += pid_b * N * WIDTH
+    offs_i64 = offs_i.to(tl.int64)
+    offs_j64 = offs_j.to(tl.int64)
+    mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
+    tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
+    fixed = (s * FIXED_POINT).to(tl.int32)
+    row_sums_ptr += pid_b * num_blocks * N
+    tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
+    abs_sum = tl.sum(tl.sum(tl.abs(fixed), axis=1).to(tl.int64), axis=0)
+    if pid_i == pid_j:
+        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tl.int8), mask=offs_i < N)
+    else:  # the mirrored tile
+        mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
+        tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
+        tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
+        abs_sum *= 2
+    tl.store(abs_sums_ptr + pid_b * num_tiles + pid % num_tiles, abs_sum)
+
+
+@triton.jit
+def global_similarity(row_sums_ptr, offs_n, mask_n, N, num_blocks):
+    """g of one image (Eq. 3), rounded once: the sum is an integer and the factor a power of two."""
+    total = tl.zeros(offs_n.shape, tl.int64)
+    block = tl.zeros([], tl.int64)
+    while block < num_blocks:
+        total += tl.load(row_sums_ptr + block * N + offs_n, mask=mask_n, other=0)
+        block += 1
+    return total.to(tl.float32) * (1.0 / FIXED_POINT)
+
+
+@triton.jit
+def mean_similarity(abs_sums_ptr, count, num_tiles, BLOCK: tl.constexpr):
+    """sbar of one image, E[|S|] of Eq. 2 and 4; count is the number of tokens in tier 0."""
+    total = tl.zeros([BLOCK], tl.int64)
+    start = tl.zeros([], tl.int32)
+    while start < num_tiles:
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(abs_sums_ptr + offs, mask=offs < num_tiles, other=0)
+        start += BLOCK
+    pairs = tl.maximum(count, 1).to(tl.float64)
+    return (tl.sum(total, axis=0).to(tl.float64) * (1.0 / FIXED_POINT) / (pairs * pairs)).to(tl.float32)
+
+
+@triton.jit
+def similarity_means_kernel(
+    tier_ptr,  # [B, N]
+    row_sums_ptr,  # [B, blocks, N]
+    abs_sums_ptr,  # [B, tiles]
+    g_ptr,  # [B, N]
+    sbar_ptr,  # [B]
+    N, num_blocks, num_tiles, num_parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    pid_b = (pid // num_parts).to(tl.int64)
+    pid_n = pid % num_parts
+    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
+    mask_n = offs_n < N
+    g = global_similarity(row_sums_ptr + pid_b * num_blocks * N, offs_n, mask_n, N, num_blocks)
+    tl.store(g_ptr + pid_b * N + offs_n, g, mask=mask_n)
+    if pid_n == 0:
+        count = tl.zeros([BLOCK], tl.int32)
+        start = tl.zeros([], tl.int32)
+        while start < N:
+            offs = start + tl.arange(0, BLOCK)
+            count += (tl.load(tier_ptr + pid_b * N + offs, mask=offs < N, other=2) == 0).to(tl.int32)
+            start += BLOCK
+        tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr + pid_b * num_tiles, tl.sum(count, 0), num_tiles, BLOCK))
+
+
+def launch_tiles(keys, scores, mask, width):
+    """The tile kernel alone: s [B, N, width], tier [B, N] and the integer sums that the means are made of."""
+    b, n, dk = keys.shape
+    config = SimilarityConfig.for_shape(keys.dtype)
+    blocks = triton.cdiv(n, config.block)
+    tiles = blocks * (blocks + 1) // 2
+    s = keys.new_empty((b, n, width), dtype=torch.float32)
+    tier = keys.new_empty((b, n), dtype=torch.int8)
+    row_sums = keys.new_empty((b, blocks, n), dtype=torch.int32)
+    abs_sums = keys.new_empty((b, tiles), dtype=torch.int64)
+    if b > 0:
+        similarity_tile_kernel[(b * tiles,)](
+            keys, keys if scores is None else scores, keys if mask is None else mask, s, tier, row_sums, abs_sums,
+            *keys.stride(), *((0, 0) if scores is None else scores.stride()), *((0, 0) if mask is None else mask.stride()),
+            n, width, blocks, tiles, dk,
+            DK=dk, BLOCK=config.block, BLOCK_D=config.block_d, STAGES=config.num_stages,
+            HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
+            CAN_OVERFLOW=keys.dtype != torch.float16, INTERPRETED=INTERPRETED,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return s, tier, row_sums, abs_sums
+
+
+def similarity(
+    keys: torch.Tensor,  # [B, N, Dk]
+    scores: torch.Tensor | None = None,  # [B, N]
+    mask: torch.Tensor | None = None,  # [B, N]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return s [B, N, N], sbar [B], g [B, N], tier [B, N] int8."""
+    reject_float64(keys=keys, scores=scores)
+    b, n, _ = keys.shape
+    with on_device_of(keys):
+        s, tier, row_sums, abs_sums = launch_tiles(keys, scores, mask, n)
+        g = s.new_empty((b, n))
+        sbar = s.new_empty((b,))
+        block = 256
+        parts = triton.cdiv(n, block)
+        if b > 0:
+            similarity_means_kernel[(b * parts,)](
+                tier, row_sums, abs_sums, g, sbar, n, row_sums.shape[1], abs_sums.shape[1], parts, BLOCK=block
+            )
+    return s, sbar, g, tier
