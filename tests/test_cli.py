@@ -57,7 +57,7 @@ def test_demo_writes_a_png_and_prints_the_numbers(capsys, tmp_path, picture, qui
     assert "a picture [1].png" in out
     for words in ("anchors", "background", "redundancy", "PSNR", "pooling, 3 x 3", "top-k by score", "random (mean of"):
         assert words in out
-    assert "RMS contrast" in out  # which saliency it is
+    assert "distance from the mean patch" in out  # which saliency it is
     assert "beat" in out  # who beats whom is said
     assert "median ms" in out
     assert "interpreter, not timed" in out or "not here: " in out  # there is no GPU time without a GPU

@@ -1,8 +1,8 @@
 """condense a picture, print what came out, and draw it
 
 The picture is centre-cropped to a square and cut into 24 x 24 patches of 14 x 14 pixels, the geometry of LLaVA-1.5.
-The patches are the tokens, the patch minus the mean patch is the key, and the score is the RMS contrast: the standard
-deviation of the luminance inside the patch. No model is involved, so the numbers say what happens to pixels and
+The patches are the tokens, the patch minus the mean patch is the key, and the length of that key is the score: what
+is unlike the rest of the picture stands out. No model is involved, so the numbers say what happens to pixels and
 nothing about a model's answers. At the same budget it shows top-k by score, uniform pooling and random tokens.
 """
 

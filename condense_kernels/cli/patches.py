@@ -9,8 +9,8 @@ from ..testing import Inputs
 from . import CommandError
 
 PATCH = 14  # pixels a side, as in CLIP ViT-L/14-336, which LLaVA-1.5 uses: 24 x 24 patches of a 336 x 336 picture
-LUMINANCE = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
-SCORE = "RMS contrast: the standard deviation of the luminance inside the patch"
+# Achanta et al., "Frequency-tuned salient region detection" (CVPR 2009), with patches in the place of pixels.
+SCORE = "distance from the mean patch: what is unlike the rest of the picture stands out"
 
 
 def open_picture(path: Path, pixels: int) -> torch.Tensor:  # [pixels, pixels, 3] in [0, 1]
@@ -51,14 +51,14 @@ def put_together(patches: torch.Tensor, side: int) -> torch.Tensor:  # [N, D] ->
 def make_inputs(picture: torch.Tensor, num_anchors: int, num_background: int) -> Inputs:
     """Features: pixels in [0, 1]. Keys: patch minus mean patch, as raw pixels are nearly parallel. Scores: SCORE."""
     patches = cut(picture)
-    luminance = cut(picture @ picture.new_tensor(LUMINANCE)[:, None])
+    # The mean in fp64: a picture of one colour has keys of exactly 0, not of rounding noise.
+    keys = patches - patches.double().mean(dim=0).float()
     side = picture.shape[0] // PATCH
     return Inputs(
         features=patches[None],  # [1, N, D], D = 14 * 14 * 3
-        scores=luminance.std(dim=1, correction=0)[None],
+        scores=keys.square().mean(dim=1).sqrt()[None],
         num_anchors=num_anchors,
         num_background=num_background,
-        # The mean in fp64: a picture of one colour has keys of exactly 0, not of rounding noise.
-        keys=(patches - patches.double().mean(dim=0).float())[None],
+        keys=keys[None],
         grid=(side, side),
     )

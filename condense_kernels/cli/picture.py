@@ -74,7 +74,7 @@ def show_scores(axes, inputs: Inputs) -> None:
     axes.imshow(inputs.scores.reshape(inputs.grid).cpu().numpy(), cmap="cividis", interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel("score: contrast (bright is high)", fontsize=SMALL, labelpad=6)
+    axes.set_xlabel("score: distance from the mean", fontsize=SMALL, labelpad=6)
 
 
 def show_legend(axes, inputs: Inputs) -> None:
