@@ -29,9 +29,7 @@ def check_tensor(
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}. Remedy: {name}.to_dense().")
     if value.dim() != len(axes):
         hint = " Remedy: add the batch axis, " + name + "[None]." if value.dim() == len(axes) - 1 else ""
-        raise ValueError(
-            f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}"
-        )
+        raise ValueError(f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}")
     expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, value.shape, strict=True)]
     if list(value.shape) != expected:
         raise ValueError(
@@ -69,7 +67,8 @@ def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None
     if not 1 <= num_anchors + num_background <= num_tokens:
         raise ValueError(
             f"num_anchors + num_background: expected 1 <= K <= N = {num_tokens} tokens, got "
-            f"{num_anchors} + {num_background} = {num_anchors + num_background}. Remedy: keep fewer tokens than there are."
+            f"{num_anchors} + {num_background} = {num_anchors + num_background}. "
+            "Remedy: keep fewer tokens than there are."
         )
 
 

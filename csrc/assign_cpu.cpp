@@ -95,8 +95,8 @@ void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* 
       std::fill(best_row.get() + lo, best_row.get() + hi, static_cast<Index>(first < k ? first : -1));
       for (int64_t row = first; row < k; ++row) {
         if (!takes_tokens(row)) continue;
-        ops.consider_row(s + indices[row] * ld, layout.positions.get(), n, layout.num_axes, indices[row],
-                         layout.factor, lo, hi, row, best.get(), best_row.get());
+        ops.consider_row(s + indices[row] * ld, layout.positions.get(), n, layout.num_axes, indices[row], layout.factor,
+                         lo, hi, row, best.get(), best_row.get());
       }
     }
     for (int64_t i = share.lo; i < share.hi; ++i) assignment[i] = is_masked(tier, i) ? -1 : best_row[i];
@@ -106,10 +106,10 @@ void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* 
   }
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                              \
-  template struct Layout<T>;                                                                                 \
-  template void assign_image<T>(const T*, int64_t, const int64_t*, const int8_t*, const Layout<T>&, int64_t, \
-                                int64_t, int, int64_t*);
+#define CONDENSE_INSTANTIATE(T)                                                                                       \
+  template struct Layout<T>;                                                                                          \
+  template void assign_image<T>(const T*, int64_t, const int64_t*, const int8_t*, const Layout<T>&, int64_t, int64_t, \
+                                int, int64_t*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE

@@ -36,9 +36,7 @@ inline std::string shape_text(const std::vector<int64_t>& sizes) {
   return text.str();
 }
 
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  return {t.sizes().begin(), t.sizes().end()};
-}
+inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline void check_rank(const char* name, const Tensor& t, const char* axes, int64_t rank) {
   if (t.dim() != rank) {
@@ -88,7 +86,8 @@ inline void check_weight(const char* name, double value) {
 }
 
 inline void check_count(const char* name, int64_t value, int64_t n) {
-  if (value < 0 || value > n) fail(name, ": expected 0 <= ", name, " <= ", n, " (N = ", n, " tokens), got ", value, ".");
+  if (value < 0 || value > n)
+    fail(name, ": expected 0 <= ", name, " <= ", n, " (N = ", n, " tokens), got ", value, ".");
 }
 
 inline void check_budget(int64_t num_anchors, int64_t num_background, int64_t n) {
@@ -106,8 +105,9 @@ inline void check_where(const std::optional<std::vector<int64_t>>& grid, const s
                         double spatial_weight, int64_t b, int64_t n) {
   if (grid && positions) fail("grid, positions: expected one of the two, got both. Remedy: leave out grid.");
   if (!grid && !positions && spatial_weight != 0) {
-    fail("grid, positions: expected one of the two, as spatial_weight is not 0, got neither. Remedy: grid=(H, W), or "
-         "spatial_weight=0 for assignment by similarity alone.");
+    fail(
+        "grid, positions: expected one of the two, as spatial_weight is not 0, got neither. Remedy: grid=(H, W), or "
+        "spatial_weight=0 for assignment by similarity alone.");
   }
   if (grid) {
     int64_t product = grid->size() == 2 || grid->size() == 3 ? 1 : -1;

@@ -30,7 +30,8 @@ void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
   int64_t sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     nu[i] = prior[i] * first * second;  // below 1 in magnitude where finite
-    if (counted(i) && std::isfinite(prior[i])) sum += static_cast<int64_t>(std::fabs(nu[i]) * T{1099511627776});  // 2^40
+    if (counted(i) && std::isfinite(prior[i]))
+      sum += static_cast<int64_t>(std::fabs(nu[i]) * T{1099511627776});  // 2^40
   }
   if (sum == 0) return std::fill(nu, nu + n, T{0});
   const double mean = static_cast<double>(sum) / static_cast<double>(count) / 1099511627776.0;

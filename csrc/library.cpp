@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
-  m.def("similarity(Tensor keys, Tensor? scores=None, Tensor? mask=None) -> (Tensor s, Tensor sbar, Tensor g, Tensor tier)");
+  m.def(
+      "similarity(Tensor keys, Tensor? scores=None, Tensor? mask=None) -> (Tensor s, Tensor sbar, Tensor g, Tensor "
+      "tier)");
   m.def(
       "greedy_select(Tensor s, Tensor prior, SymInt k, *, Tensor? sbar=None, Tensor? tier=None, "
       "float suppression=1.0) -> Tensor order");

@@ -92,7 +92,7 @@ inline VecF widen_bfloat(Vec16 b) { return bits_as<VecF>(__builtin_convertvector
 
 inline Vec16 narrow_bfloat(VecF x) {
   const Vec32 bits = bits_as<Vec32>(x);
-  const Vec32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Vec32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;              // to nearest, ties to even
   return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Vec16);  // a NaN stays one
 }
 
@@ -485,10 +485,10 @@ void divide_row(T* x, T divisor, int64_t n) {
 
 template <class T>
 const RowOps<T>& row_ops() {
-  static constexpr RowOps<T> kOps = {
-      CONDENSE_ISA_NAME, load_row<T>,   store_row<T>, max_magnitude<T>, sum_of_squares<T>, pack_panel<T>,
-      multiply_tile<T>,  scale_tile<T>, sum_tile<T>,  first_pick<T>,    next_pick<T>,      consider_row<T>,
-      accumulate_row<T>, fold_row<T>,   divide_row<T>};
+  static constexpr RowOps<T> kOps = {CONDENSE_ISA_NAME, load_row<T>,   store_row<T>,     max_magnitude<T>,
+                                     sum_of_squares<T>, pack_panel<T>, multiply_tile<T>, scale_tile<T>,
+                                     sum_tile<T>,       first_pick<T>, next_pick<T>,     consider_row<T>,
+                                     accumulate_row<T>, fold_row<T>,   divide_row<T>};
   return kOps;
 }
 

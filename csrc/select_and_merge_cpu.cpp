@@ -55,8 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_as(const Tensor& fea
     const Rows tokens = rows_of(features, b);
     const S* score = data_of<S>(a) + b * N;
     int64_t *kept = output<int64_t>(indices) + b * K, *rows = output<int64_t>(assignment) + b * N;
-    similarity_image<S>(rows_of(keys, b), score, row_of<bool>(valid, b, N), slots, s.get(), &sbar, g.get(),
-                        tier.get());
+    similarity_image<S>(rows_of(keys, b), score, row_of<bool>(valid, b, N), slots, s.get(), &sbar, g.get(), tier.get());
     select_image<S>(s.get(), &sbar, score, g.get(), tier.get(), N, options, kept);
     const Layout<S> layout = layout_of<S>(grid, places, b, N, tier.get(), options.spatial_weight);
     assign_image<S>(s.get(), N, kept, tier.get(), layout, N, K, slots, rows);
@@ -70,9 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
                                                             int64_t num_anchors, int64_t num_background,
                                                             std::optional<Tensor> keys,
                                                             std::optional<std::vector<int64_t>> grid,
-                                                            std::optional<Tensor> positions,
-                                                            std::optional<Tensor> mask, double suppression,
-                                                            double spatial_weight) {
+                                                            std::optional<Tensor> positions, std::optional<Tensor> mask,
+                                                            double suppression, double spatial_weight) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");

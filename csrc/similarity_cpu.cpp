@@ -61,7 +61,8 @@ struct Gram {
   }
 
   // Adds one chunk's products to tile (I, J) of s.
-  void multiply(int64_t I, int64_t J, const T* a, const T* b, int64_t depth, bool accumulate, Scratch<T>& scratch) const {
+  void multiply(int64_t I, int64_t J, const T* a, const T* b, int64_t depth, bool accumulate,
+                Scratch<T>& scratch) const {
     const int64_t i0 = I * kTile, j0 = J * kTile;
     const int64_t rows = std::min<int64_t>(kTile, n() - i0), columns = std::min<int64_t>(kTile, n() - j0);
     T* to = s + i0 * n() + j0;

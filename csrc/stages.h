@@ -22,9 +22,7 @@ struct Rows {
   Dtype dtype;
   int64_t n, d, stride_n, stride_d;
 
-  int64_t element_size() const {
-    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-  }
+  int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
 };
 

@@ -6,7 +6,7 @@ import torch
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
-from condense_kernels import _backend  # noqa: E402
+from condense_kernels import _backend
 
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")

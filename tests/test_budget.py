@@ -49,9 +49,7 @@ def test_condense_is_select_and_merge_with_the_split(backend):
     inputs = make_inputs("random", num_tokens=24)
     expected = select_and_merge(inputs.features, inputs.scores, 6, 2, grid=(4, 6), suppression=0.5, backend=backend)
     for keep in (8, 1 / 3):
-        result = condense(
-            inputs.features, inputs.scores, keep=keep, grid=(4, 6), suppression=0.5, backend=backend
-        )
+        result = condense(inputs.features, inputs.scores, keep=keep, grid=(4, 6), suppression=0.5, backend=backend)
         assert_same_bits(result, expected)
 
 

@@ -72,7 +72,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("op", "args", "options", "error", "message"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("op", "args", "options", "error", "message"), CASES, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_refused(op, args, options, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         getattr(ck, op)(*args, **options)

@@ -74,9 +74,7 @@ def test_nan_feature_of_a_token_without_weight(backend):
     """0 * NaN is NaN: the token is a member, so its row says so."""
     features, scores = tokens()
     scores[0, 2], features[0, 2, 1] = 0, math.nan
-    assert merge(features, scores, KEPT, ROWS, backend=backend)[0][0, 0].isnan().tolist() == [
-        c == 1 for c in range(37)
-    ]
+    assert merge(features, scores, KEPT, ROWS, backend=backend)[0][0, 0].isnan().tolist() == [c == 1 for c in range(37)]
 
 
 def test_tokens_of_no_row(backend):

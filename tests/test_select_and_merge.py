@@ -75,7 +75,9 @@ def layouts(x: torch.Tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_does_not_matter(dtype, fast):
     inputs = make_inputs("masked", num_tokens=29, channels=19, dtype=dtype, keys=None)
-    inputs = dataclasses.replace(inputs, keys=torch.randn(2, 29, 7).to(dtype), grid=None, positions=torch.rand(2, 29, 2))
+    inputs = dataclasses.replace(
+        inputs, keys=torch.randn(2, 29, 7).to(dtype), grid=None, positions=torch.rand(2, 29, 2)
+    )
     expected = inputs.run(fast)
     for field in ("features", "scores", "keys", "positions", "mask"):
         value = getattr(inputs, field)
