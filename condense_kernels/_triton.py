@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # fixed when triton is imported, as triton.jit itself fixes it
+# Fixed when triton is imported, as triton.jit itself fixes it.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -69,3 +70,13 @@ def downscale(top):
     exponent = (bits_of(normal) >> 23) - tl.where(top < 1e-30, 126 + 64, 126)
     half = exponent >> 1
     return power_of_two(-half), power_of_two(half - exponent)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x as dtype, rounded to nearest, ties to even. A GPU does so by itself; the interpreter cuts bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = bits_of(x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import NOWHERE, on_device_of, reject_float64
+from .._triton import NOWHERE, narrow, on_device_of, reject_float64
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
 
@@ -102,7 +102,7 @@ def merge_kernel(
         tl.store(merged_ptr + offs_d, kept, mask=mask_d)
     else:
         mean = tl.div_rn(acc, tl.full([BLOCK_D], 1.0, tl.float32) * tl.where(exists, mass, 1.0))
-        tl.store(merged_ptr + offs_d, mean.to(merged_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(merged_ptr + offs_d, narrow(mean, merged_ptr.dtype.element_ty), mask=mask_d)
 
 
 def merge(
