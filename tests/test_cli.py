@@ -8,8 +8,8 @@ import torch
 
 from condense_kernels import __main__, __version__, _backend, testing
 from condense_kernels.cli import check, demo, env, methods, patches, tables
+from condense_kernels.testing import inputs
 
-pytest.importorskip("rich", reason="the extra cli")
 Image = pytest.importorskip("PIL.Image", reason="the extra cli")
 pytest.importorskip("matplotlib", reason="the extra cli")
 pytest.importorskip("einops", reason="the extra cli")
@@ -234,14 +234,14 @@ def wrong_similarity(keys, *rest, **options):
     return REAL["similarity"](keys.bfloat16(), *rest, **options)
 
 
-REAL = {name: getattr(testing, name) for name in ("similarity", "greedy_select", "assign", "merge")}
+REAL = {name: getattr(inputs, name) for name in ("similarity", "greedy_select", "assign", "merge")}
 WRONG = {"similarity": wrong_similarity, "greedy_select": wrong_select, "assign": wrong_assign, "merge": wrong_merge}
 
 
 @pytest.mark.parametrize("stage", WRONG)
 def test_check_finds_a_wrong_backend(capsys, monkeypatch, small_check, stage):
     """Flagship and stages are wrong alike, so that it is the comparison with the reference which has to notice."""
-    monkeypatch.setattr(testing, stage, WRONG[stage])
+    monkeypatch.setattr(inputs, stage, WRONG[stage])
     monkeypatch.setattr(testing.Inputs, "run", lambda inputs, backend="auto": inputs.run_stages(backend).condensed)
     status, out, _ = run(capsys, "check")
     assert status == 1

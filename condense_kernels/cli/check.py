@@ -3,7 +3,7 @@
 Each case runs on each backend and dtype. A backend may round cosines differently from the fp64 reference, and so pick
 another token where two are closer than that rounding: the column "selected" says how many kept tokens differ from
 those of the reference in fp64 (which is right only in a tie, up to rounding), and the verdict comes from comparing
-every step given what was chosen before it, with derived bounds (condense_kernels/testing.py). A mismatch makes the
+every step given what was chosen before it, with derived bounds (condense_kernels/testing/). A mismatch makes the
 exit status 1.
 
 On a machine without a GPU, TRITON_INTERPRET=1 adds the Triton kernels in Triton's interpreter (small cases, slow).
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from .. import _backend
+from ..greedy_select import reference as greedy_reference
 from ..similarity.reference import TAKEN
-from ..testing import KINDS, Finding, Inputs, compare, compare_alone, exact_similarity, greedy_reference, make_inputs
+from ..testing import KINDS, Finding, Inputs, compare, compare_alone, exact_similarity, make_inputs
 from . import make_console, make_progress, need
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
