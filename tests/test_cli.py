@@ -5,14 +5,11 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from condense_kernels import __main__, __version__, _backend, testing
 from condense_kernels.cli import check, demo, env, methods, patches, tables
 from condense_kernels.testing import inputs
-
-Image = pytest.importorskip("PIL.Image", reason="the extra cli")
-pytest.importorskip("matplotlib", reason="the extra cli")
-pytest.importorskip("einops", reason="the extra cli")
 
 CPP_OR_REFERENCE = "reference" if _backend.unavailable("cpp", torch.device("cpu")) else "cpp"
 
