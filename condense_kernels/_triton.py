@@ -28,6 +28,11 @@ def reject_float64(**tensors: torch.Tensor | None) -> None:
             )
 
 
+def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    """Zeros for an argument that was left out; its pointer is then any tensor's, and never read."""
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
 @triton.jit
 def bits_of(x):
     return x.to(tl.int32, bitcast=True)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import FLOAT32_MAX, NOWHERE, downscale, is_finite, on_device_of, reject_float64
+from .._triton import FLOAT32_MAX, NOWHERE, downscale, is_finite, on_device_of, reject_float64, strides_of
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier
@@ -46,14 +46,30 @@ class Space:
 
 
 @triton.jit
-def coordinate(where_ptr, offs_n, axis, shrink, shrink_again, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr):
-    """Coordinate `axis` of tokens; (t, h, w) of a row-major grid follows from the token's number."""
+def grid_place(token, HEIGHT, WIDTH):
+    """(t, h, w) of tokens in a row-major grid, as fp32. By the middle of the cell, rounding cannot reach an edge."""
+    token = token.to(tl.float32)
+    row = tl.floor((token + 0.5) / WIDTH)
+    frame = tl.floor((row + 0.5) / HEIGHT)
+    return frame, row - frame * HEIGHT, token - row * WIDTH
+
+
+@triton.jit
+def load_coordinate(where_ptr, token, axis, shrink, shrink_again, stride_n, stride_p):
+    return tl.load(where_ptr + token * stride_n + axis * stride_p).to(tl.float32) * shrink * shrink_again
+
+
+@triton.jit
+def all_coordinates(
+    where_ptr, token, axes, shrink, shrink_again, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr
+):
+    """[BLOCK_N, AXES]"""
     if MODE == GRID:
-        token = offs_n.to(tl.int32)
-        row = token // WIDTH
-        place = tl.where(axis == 0, row // HEIGHT, tl.where(axis == 1, row % HEIGHT, token % WIDTH))
-        return place.to(tl.float32)
-    return tl.load(where_ptr + offs_n * stride_n + axis * stride_p).to(tl.float32) * shrink * shrink_again
+        t, h, w = grid_place(token, HEIGHT, WIDTH)
+        return tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
+    else:
+        axes = axes[None, :].to(tl.int64)
+        return load_coordinate(where_ptr, token[:, None], axes, shrink, shrink_again, stride_n, stride_p)
 
 
 @triton.jit
@@ -79,8 +95,8 @@ def distance_factor(
         start = tl.zeros([], tl.int64)
         while start < N:
             offs_n = start + tl.arange(0, BLOCK_N)
-            x = coordinate(
-                where_ptr, tl.minimum(offs_n, N - 1)[:, None], axes[None, :].to(tl.int64), 1.0, 1.0,
+            x = all_coordinates(
+                where_ptr, tl.minimum(offs_n, N - 1), axes, 1.0, 1.0,
                 stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
             )  # fmt: skip
             boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
@@ -93,8 +109,8 @@ def distance_factor(
     start = tl.zeros([], tl.int64)
     while start < N:
         offs_n = start + tl.arange(0, BLOCK_N)
-        x = coordinate(
-            where_ptr, tl.minimum(offs_n, N - 1)[:, None], axes[None, :].to(tl.int64), shrink, shrink_again,
+        x = all_coordinates(
+            where_ptr, tl.minimum(offs_n, N - 1), axes, shrink, shrink_again,
             stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
         )  # fmt: skip
         boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
@@ -113,6 +129,13 @@ def distance_factor(
 
 
 @triton.jit
+def add_square(square, x, y):
+    """square [BLOCK_K, BLOCK_N] + (x [BLOCK_K] - y [BLOCK_N])**2"""
+    step = x[:, None] - y[None, :]
+    return square + step * step
+
+
+@triton.jit
 def nearest_rows(
     s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, shrink, shrink_again, factor,
     stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
@@ -124,6 +147,8 @@ def nearest_rows(
     best = tl.full([BLOCK_N], float("nan"), tl.float32)  # every score beats "none yet", -infinity too
     row = tl.full([BLOCK_N], NOWHERE, tl.int32)
     own = tl.full([BLOCK_N], NOWHERE, tl.int32)
+    if MODE == GRID:
+        t, h, w = grid_place(tokens, HEIGHT, WIDTH)
     start = tl.zeros([], tl.int32)
     while start < K:
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -137,16 +162,17 @@ def nearest_rows(
             score = tl.where(is_finite(score), score, 0.0)
         if MODE != NO_DISTANCE:
             square = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-            for p in range(P):
-                axis = tl.full([], p, tl.int64)
-                x = coordinate(
-                    where_ptr, kept, axis, shrink, shrink_again, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE
-                )
-                y = coordinate(
-                    where_ptr, tokens, axis, shrink, shrink_again, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE
-                )
-                step = x[:, None] - y[None, :]
-                square += step * step
+            if MODE == GRID:
+                kept_t, kept_h, kept_w = grid_place(kept, HEIGHT, WIDTH)
+                square = add_square(square, kept_t, t)
+                square = add_square(square, kept_h, h)
+                square = add_square(square, kept_w, w)
+            else:
+                for p in range(P):
+                    axis = tl.full([], p, tl.int64)
+                    x = load_coordinate(where_ptr, kept, axis, shrink, shrink_again, stride_where_n, stride_where_p)
+                    y = load_coordinate(where_ptr, tokens, axis, shrink, shrink_again, stride_where_n, stride_where_p)
+                    square = add_square(square, x, y)
             # Scaled coordinates are below 1: only a non-finite one makes the square non-finite, and its distance is 0.
             distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
             score = score - factor * distance  # Eq. 6
@@ -215,7 +241,7 @@ def launch_assign(s, indices, tier, space, spatial_weight, sanitise):
     assign_kernel[(b * parts,)](
         s, indices, s if tier is None else tier, s if space.tensor is None else space.tensor, assignment,
         float(spatial_weight),
-        *s.stride(), *indices.stride(), *((0, 0) if tier is None else tier.stride()), *space.strides,
+        *s.stride(), *indices.stride(), *strides_of(tier, 2), *space.strides,
         n, k, space.height, space.width, parts,
         P=space.axes, AXES=axes, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
         MODE=space.mode, HAS_TIER=tier is not None, SANITISE=sanitise,

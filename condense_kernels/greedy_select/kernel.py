@@ -23,6 +23,7 @@ from .._triton import (
     on_device_of,
     order_key,
     reject_float64,
+    strides_of,
 )
 
 MAX_TOKENS = 16384
@@ -47,7 +48,7 @@ class SelectConfig:
             )
         n0 = 1 << max(n - 1, 1).bit_length() - 1  # the largest power of two below n: both segments exist
         if n > 1024:  # equal segments: a reduction across warps costs more than the lanes that are doubled
-            return cls(n0, n0, num_warps=8 if n <= 2048 else 16)
+            return cls(n0, n0, num_warps=8 if n <= 4096 else 16)
         return cls(n0, triton.next_power_of_2(max(n - n0, 1)), num_warps=1)
 
 
@@ -241,8 +242,7 @@ def greedy_select(
     with on_device_of(s):
         greedy_select_kernel[(b,)](
             s, prior, s if sbar is None else sbar, s if tier is None else tier, order, float(suppression),
-            *s.stride(), *prior.stride(), *((0,) if sbar is None else sbar.stride()),
-            *((0, 0) if tier is None else tier.stride()), n, k,
+            *s.stride(), *prior.stride(), *strides_of(sbar, 1), *strides_of(tier, 2), n, k,
             N0=config.n0, N1=config.n1, BLOCK=256, HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip

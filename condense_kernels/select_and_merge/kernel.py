@@ -32,14 +32,16 @@ from ..similarity.kernel import global_similarity, launch_tiles, mean_similarity
 class FusedConfig:
     select: SelectConfig
     width: int  # row length of s, padded so that every row starts and ends on 64 bytes
-    assign_in_select: bool  # in the same launch as the selection, by its few warps; else in one of its own
+    # Assignment in the launch of the selection, or in one of its own? At N = 576, K = 64 the one warp of the selection
+    # would issue some 65,000 instructions for it (counted in sm_90 code, not timed), where a launch spreads them.
+    assign_in_select: bool = False
     block_n: int = 64
-    block_k: int = 16
+    block_k: int = 8
 
     @classmethod
-    def for_shape(cls, n: int, k: int) -> "FusedConfig":
+    def for_shape(cls, n: int) -> "FusedConfig":
         width = triton.cdiv(n, 16) * 16
-        return cls(SelectConfig.for_shape(width), width, assign_in_select=True)
+        return cls(SelectConfig.for_shape(width), width)
 
 
 @triton.jit
@@ -69,8 +71,8 @@ def select_kernel(
     offs0, offs1, new1 = segments(WIDTH, N0, N1)
     mask0 = offs0 < N
     mask1 = (offs1 < N) & new1
-    tier0 = tl.load(tier_ptr + offs0, mask=mask0, other=DUPLICATE).to(tl.int32)
-    tier1 = tl.load(tier_ptr + offs1, mask=mask1, other=DUPLICATE).to(tl.int32)
+    tier0 = tl.load(tier_ptr + offs0, mask=mask0, other=DUPLICATE)
+    tier1 = tl.load(tier_ptr + offs1, mask=mask1, other=DUPLICATE)
     num_valid = count_tokens(tier0 == 0, tier1 == 0)
     sbar = mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, 256)
 
@@ -81,9 +83,7 @@ def select_kernel(
     nu0 = tl.where(tier0 == 0, negated(u0), dead(tier0))
     nu1 = tl.where(tier1 == 0, negated(u1), dead(tier1))
     anchors = tl.minimum(num_anchors, num_valid)
-    nu0, nu1 = pick_greedily(
-        s_ptr, indices_ptr, nu0, nu1, offs0, offs1, anchors, suppression, WIDTH, 1, False, False
-    )
+    nu0, nu1 = pick_greedily(s_ptr, indices_ptr, nu0, nu1, offs0, offs1, anchors, suppression, WIDTH, 1, False, False)
 
     # Background (Eq. 3, 4): the anchors are dead, but count in the mean.
     g0 = global_similarity(row_sums_ptr, offs0, mask0, N, num_blocks)
@@ -154,11 +154,13 @@ def select_and_merge(
     reject_float64(features=features, scores=scores, keys=keys)
     b, n, _ = features.shape
     k = num_anchors + num_background
-    config = FusedConfig.for_shape(n, k)
+    config = FusedConfig.for_shape(n)
     space = Space.of(grid, positions, spatial_weight)
     axes = triton.next_power_of_2(space.axes)
     with on_device_of(features):
-        s, tier, row_sums, abs_sums = launch_tiles(features if keys is None else keys, scores, mask, config.width)
+        s, tier, row_sums, abs_sums = launch_tiles(
+            features if keys is None else keys, scores, mask, config.width, torch.int32
+        )
         indices = features.new_empty((b, k), dtype=torch.int64)
         assignment = features.new_empty((b, n), dtype=torch.int64)
         if b > 0:

@@ -14,6 +14,7 @@ from .._triton import (
     on_device_of,
     power_of_two,
     reject_float64,
+    strides_of,
 )
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
@@ -175,12 +176,14 @@ def similarity_tile_kernel(
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if CAN_OVERFLOW and scaled:
         acc = dot_tile(
-            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels, DK, BLOCK, BLOCK_D, True, INTERPRETED
-        )
+            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels,
+            DK, BLOCK, BLOCK_D, True, INTERPRETED,
+        )  # fmt: skip
     else:
         acc = dot_tile(
-            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels, DK, BLOCK, BLOCK_D, False, INTERPRETED
-        )
+            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels,
+            DK, BLOCK, BLOCK_D, False, INTERPRETED,
+        )  # fmt: skip
     s = acc * (inverse_i[:, None] * inverse_j[None, :])
     s = tl.where((tier_i == 0)[:, None] & (tier_j == 0)[None, :], s, 0.0)
 
@@ -194,7 +197,7 @@ def similarity_tile_kernel(
     tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
     abs_sum = tl.sum(tl.sum(tl.abs(fixed), axis=1).to(tl.int64), axis=0)
     if pid_i == pid_j:
-        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tl.int8), mask=offs_i < N)
+        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=offs_i < N)
     else:  # the mirrored tile
         mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
         tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
@@ -251,23 +254,24 @@ def similarity_means_kernel(
             offs = start + tl.arange(0, BLOCK)
             count += (tl.load(tier_ptr + pid_b * N + offs, mask=offs < N, other=2) == 0).to(tl.int32)
             start += BLOCK
-        tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr + pid_b * num_tiles, tl.sum(count, 0), num_tiles, BLOCK))
+        num_valid = tl.sum(count, axis=0)
+        tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, BLOCK))
 
 
-def launch_tiles(keys, scores, mask, width):
+def launch_tiles(keys, scores, mask, width, tier_dtype):
     """The tile kernel alone: s [B, N, width], tier [B, N] and the integer sums that the means are made of."""
     b, n, dk = keys.shape
     config = SimilarityConfig.for_shape(keys.dtype)
     blocks = triton.cdiv(n, config.block)
     tiles = blocks * (blocks + 1) // 2
     s = keys.new_empty((b, n, width), dtype=torch.float32)
-    tier = keys.new_empty((b, n), dtype=torch.int8)
+    tier = keys.new_empty((b, n), dtype=tier_dtype)
     row_sums = keys.new_empty((b, blocks, n), dtype=torch.int32)
     abs_sums = keys.new_empty((b, tiles), dtype=torch.int64)
     if b > 0:
         similarity_tile_kernel[(b * tiles,)](
             keys, keys if scores is None else scores, keys if mask is None else mask, s, tier, row_sums, abs_sums,
-            *keys.stride(), *((0, 0) if scores is None else scores.stride()), *((0, 0) if mask is None else mask.stride()),
+            *keys.stride(), *strides_of(scores, 2), *strides_of(mask, 2),
             n, width, blocks, tiles, dk,
             DK=dk, BLOCK=config.block, BLOCK_D=config.block_d, STAGES=config.num_stages,
             HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
@@ -286,7 +290,7 @@ def similarity(
     reject_float64(keys=keys, scores=scores)
     b, n, _ = keys.shape
     with on_device_of(keys):
-        s, tier, row_sums, abs_sums = launch_tiles(keys, scores, mask, n)
+        s, tier, row_sums, abs_sums = launch_tiles(keys, scores, mask, n, torch.int8)
         g = s.new_empty((b, n))
         sbar = s.new_empty((b,))
         block = 256

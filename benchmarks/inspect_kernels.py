@@ -1,0 +1,217 @@
+"""What the compilers make of the Triton kernels, on a machine without a GPU.
+
+Calls the launchers with meta tensors, compiles what they launch for every target, and prints what is found in the
+generated code:
+
+    registers   of a thread
+    spills      instructions that spill to or fill from the stack (CUDA), spilled registers (HIP)
+    stack       bytes of a thread, also what the compiler puts there on its own account
+    shared      bytes of a block
+    pick_loop   instructions in the body of the greedy loop, and barriers among them
+    mma         matrix instructions
+    loads16     loads of 16 bytes a thread
+
+    python benchmarks/inspect_kernels.py [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from condense_kernels.assign.kernel import assign
+from condense_kernels.greedy_select.kernel import greedy_select
+from condense_kernels.merge.kernel import merge
+from condense_kernels.select_and_merge.kernel import select_and_merge
+from condense_kernels.similarity.kernel import similarity
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SELECTING = ("greedy_select_kernel", "select_kernel")  # those with a pick loop
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls() -> dict[str, tuple]:
+    """Label -> (launcher, positional arguments, keyword arguments)."""
+    bf16, int64 = torch.bfloat16, torch.int64
+    cases = {
+        f"similarity {TYPES[dtype]} Dk={dk}": (similarity, (empty(2, 576, dk, dtype=dtype), empty(2, 576)), {})
+        for dtype, dk in ((bf16, 1024), (bf16, 80), (torch.float16, 1024), (torch.float32, 1024))
+    }
+    for n in (576, 729, 2880, 16384):
+        options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
+        cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
+    for label, where in {"grid": {"grid": (24, 24)}, "positions": {"positions": empty(576, 2)}}.items():
+        options = {"tier": empty(2, 576, dtype=torch.int8), **where}
+        cases[f"assign {label}"] = (assign, (empty(2, 576, 576), empty(2, 64, dtype=int64)), options)
+    for dtype in (bf16, torch.float32):
+        tensors = (empty(2, 576), empty(2, 64, dtype=int64), empty(2, 576, dtype=int64))
+        cases[f"merge {TYPES[dtype]}"] = (merge, (empty(2, 576, 1024, dtype=dtype), *tensors), {})
+    for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
+        features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
+        cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
+    return cases
+
+
+def launches(launcher, args, kwargs) -> list[tuple]:
+    """(kernel, its arguments by name, options) of everything a launcher launches; nothing runs."""
+    recorded = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        names = [p.name for p in kernel.params]
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        recorded.append((kernel, {**dict(zip(names, args, strict=False)), **kwargs}, options))
+
+    original, triton.JITFunction.run = triton.JITFunction.run, record
+    try:
+        launcher(*args, **kwargs)
+    finally:
+        triton.JITFunction.run = original
+    return recorded
+
+
+def source_of(kernel, arguments: dict) -> ASTSource:
+    """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def nvidia_tool(name: str, *arguments: str) -> str:
+    path = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def loops(code: list[str], label: re.Pattern, branch: re.Pattern) -> list[list[str]]:
+    """The instructions between each backward branch and its label, innermost loops only."""
+    labels, spans = {}, []
+    for i, line in enumerate(code):
+        if found := label.match(line):
+            labels[found[1]] = i
+        elif (found := branch.search(line)) and labels.get(found[1], i) < i:
+            spans.append((labels[found[1]], i))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[line for line in code[start : end + 1] if not label.match(line)] for start, end in inner]
+
+
+def inspect_nvidia(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = nvidia_tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = nvidia_tool("nvdisasm", "-c", cubin.name)
+    code = [line.strip() for line in sass.splitlines()]
+    code = [line for line in code if line.startswith(".L_") or re.match(r"/\*[0-9a-f]+\*/", line)]
+    picks = [
+        loop
+        for loop in loops(code, re.compile(r"(\.L_\w+):"), re.compile(r"\bBRA\b.*`\((\.L_\w+)\)"))
+        if sum("REDUX" in line for line in loop) >= 4
+    ]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "pick_loop": min((len(loop) for loop in picks), default=None),
+        "barriers": max((sum("BAR." in line for line in loop) for loop in picks), default=None),
+        "mma": sum(bool(re.search(r"\b[HU]GMMA|HMMA|UTC\w*MMA", line)) for line in code),
+        "loads16": sum(bool(re.search(r"\bLDG\S*\.128|LDGSTS\S*\.128", line)) for line in code),
+    }
+
+
+def inspect_amd(compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+    code = [line.strip() for line in text.splitlines()]
+
+    def metadata(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    found = loops(code, re.compile(r"(\.LBB\w+):"), re.compile(r"\bs_c?branch\S*\s+(\.LBB\w+)"))
+    picks = [loop for loop in found if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 4]
+    return {
+        "registers": metadata("vgpr_count"),
+        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        "shared": metadata("group_segment_fixed_size"),
+        "pick_loop": None if not picks else min(map(len, picks)),
+        "barriers": max((sum("s_barrier" in line for line in loop) for loop in picks), default=None),
+        "mma": sum("mfma" in line for line in code),
+        "loads16": sum(bool(re.search(r"(global|buffer)_load_dwordx4", line)) for line in code),
+    }
+
+
+def inspect() -> list[dict]:
+    rows, seen = [], set()
+    for label, (launcher, args, kwargs) in calls().items():
+        for kernel, arguments, options in launches(launcher, args, kwargs):
+            source = source_of(kernel, arguments)
+            specialised = str((kernel.__name__, source.signature, source.constants, source.attrs, options))
+            if specialised in seen:
+                continue
+            seen.add(specialised)
+            for name, target in TARGETS.items():
+                compiled = triton.compile(source, target=target, options=options)
+                found = inspect_nvidia(compiled) if target.backend == "cuda" else inspect_amd(compiled)
+                if kernel.__name__ not in SELECTING:
+                    found["pick_loop"] = found["barriers"] = None
+                rows.append({"call": label, "kernel": kernel.__name__, "target": name, **found})
+    return rows
+
+
+def table(rows: list[dict]) -> Table:
+    result = Table(*rows[0], title="Generated code, not measured speed")
+    for row in rows:
+        result.add_row(*("" if value is None else str(value) for value in row.values()))
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    found = inspect()
+    Console(width=None if sys.stdout.isatty() else 140).print(table(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,68 @@
+"""What the Triton kernels compile to, for GPUs that need not be here. One subprocess compiles all of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "inspect_kernels.py"
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("compiled") / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the package that is tested
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json", str(path)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    kernels = {row["kernel"] for row in rows}
+    assert kernels == {
+        "similarity_tile_kernel",
+        "similarity_means_kernel",
+        "greedy_select_kernel",
+        "select_kernel",
+        "assign_kernel",
+        "merge_kernel",
+    }
+    for kernel in kernels:
+        assert {row["target"] for row in rows if row["kernel"] == kernel} == set(SHARED_LIMIT)
+
+
+def test_no_spills(rows):
+    """Except at N = 16384, where a register file holds four numbers a token and the pick loop needs three of them."""
+    assert [row for row in rows if row["spills"] and "N=16384" not in row["call"]] == []
+
+
+def test_shared_memory_fits(rows):
+    assert [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]] == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_pick_of_576_tokens_waits_for_no_barrier(rows, target):
+    found = [row for row in rows if row["call"].endswith(" N=576") and row["target"] == target and row["pick_loop"]]
+    assert {row["kernel"] for row in found} == {"greedy_select_kernel", "select_kernel"}
+    assert [row for row in found if row["barriers"]] == []
+
+
+def test_similarity_of_16_bit_keys_runs_on_matrix_units(rows):
+    found = [row for row in rows if row["kernel"] == "similarity_tile_kernel" and "fp32" not in row["call"]]
+    assert found and [row for row in found if not row["mma"]] == []
+
+
+def test_keys_are_loaded_16_bytes_at_a_time(rows):
+    found = [row for row in rows if row["kernel"] == "similarity_tile_kernel"]
+    assert found and [row for row in found if not row["loads16"]] == []

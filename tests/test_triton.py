@@ -1,0 +1,254 @@
+"""The Triton kernels in Triton's interpreter: what the tests through the public functions do not reach.
+
+Picks are compared bit for bit, given the same s; the fused launches with the stages in a row, bit for bit.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from condense_kernels import _backend
+from condense_kernels.select_and_merge.pipeline import Stages, compose
+
+pytest.importorskip("triton")
+if not _backend.triton_interprets():
+    pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
+
+from condense_kernels.assign import kernel as assign
+from condense_kernels.assign import reference as assign_reference
+from condense_kernels.greedy_select import kernel as greedy_select
+from condense_kernels.greedy_select import reference as greedy_reference
+from condense_kernels.merge import kernel as merge
+from condense_kernels.select_and_merge import kernel as select_and_merge
+from condense_kernels.similarity import kernel as similarity
+from condense_kernels.similarity import reference as similarity_reference
+
+NAN, INF = float("nan"), float("inf")
+STAGES = compose(Stages(similarity.similarity, greedy_select.greedy_select, assign.assign, merge.merge))
+
+
+def assert_same_bits(actual, expected):
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def cosines(kind: str, batch: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    if kind == "halves":  # many exact ties, negative values and zeros
+        s = torch.randint(-2, 3, (batch, n, n), generator=generator) / 2
+    else:
+        s = torch.randn(batch, n, n, generator=generator) / 3
+    s = torch.maximum(s, s.mT)
+    if kind == "broken":
+        s[torch.rand(s.shape, generator=generator) < 0.2] = NAN
+        s[torch.rand(s.shape, generator=generator) < 0.1] = -INF
+        s[s.abs() < 0.1] = -0.0
+    return s
+
+
+def priors(kind: str, batch: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    random = torch.rand(batch, n, generator=generator)
+    if kind == "broken":
+        special = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 3e38, -3e38, 1e-45])
+        return torch.where(random < 0.6, special[(random * 1000).long() % len(special)], random - 0.3)
+    return {
+        "random": random,
+        "signed": torch.round(random * 4) / 2 - 1,
+        "zero": random * -0.0,
+        "subnormal": random * 1e-42,
+        "huge": random * 3e38,
+    }[kind]
+
+
+@pytest.mark.parametrize("suppression", [0.0, 1.0, 0.3, 3e38])
+@pytest.mark.parametrize("prior", ["random", "signed", "zero", "subnormal", "huge", "broken"])
+@pytest.mark.parametrize("kind", ["random", "halves", "broken"])
+def test_picks_are_those_of_the_reference(kind, prior, suppression):
+    generator = torch.Generator().manual_seed(len(kind) + 10 * len(prior))
+    for n in (1, 2, 5, 16, 17):  # one and two tokens, powers of two and their neighbours
+        s, p = cosines(kind, 2, n, generator), priors(prior, 2, n, generator)
+        tier = torch.randint(0, 5, (2, n), generator=generator).clamp(max=3).to(torch.int8)
+        sbar = torch.rand(2, generator=generator)
+        for options in ({}, {"tier": tier}, {"sbar": sbar}, {"sbar": sbar, "tier": tier}):
+            for k in {1, (n + 1) // 2, n}:
+                args = (s, p, k)
+                actual = greedy_select.greedy_select(*args, **options, suppression=suppression)
+                assert torch.equal(actual, greedy_reference.greedy_select(*args, **options, suppression=suppression))
+
+
+@pytest.mark.parametrize("n", [64, 65, 100, 128, 1025], ids=lambda n: f"N={n}")
+def test_picks_of_segments(n):
+    """Two segments with an overlap, without, and equal ones across warps."""
+    generator = torch.Generator().manual_seed(n)
+    s, p = cosines("halves", 1, n, generator), priors("signed", 1, n, generator)
+    assert torch.equal(greedy_select.greedy_select(s, p, 40), greedy_reference.greedy_select(s, p, 40))
+
+
+def test_any_strides():
+    generator = torch.Generator().manual_seed(0)
+    s = cosines("random", 3, 9, generator)
+    p = priors("random", 3, 9, generator)
+    tier = torch.randint(0, 4, (3, 9), generator=generator).to(torch.int8)
+    sbar = torch.rand(3, generator=generator)
+
+    def strange(x):  # the batch innermost, every second element of it
+        return x.movedim(0, -1).repeat_interleave(2, dim=-1)[..., ::2].movedim(-1, 0)
+
+    expected = greedy_select.greedy_select(s, p, 9, sbar=sbar, tier=tier)
+    actual = greedy_select.greedy_select(strange(s), strange(p), 9, sbar=strange(sbar), tier=strange(tier))
+    assert torch.equal(actual, expected)
+    positions = torch.rand(3, 9, 2, generator=generator)
+    expected = assign.assign(s, expected[:, :4], tier=tier, positions=positions)
+    actual = assign.assign(strange(s), strange(actual[:, :4]), tier=strange(tier), positions=strange(positions))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("n", [1, 5, 33, 70])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"grid": "row"},
+        {"grid": "column"},
+        {"positions": torch.float32, "axes": 1},
+        {"positions": torch.float16, "axes": 2},
+        {"positions": torch.uint8, "axes": 3},
+        {"positions": torch.int64, "axes": 5},
+        {"positions": torch.float64, "axes": 2, "scale": 1e-30},
+        {"positions": torch.float32, "axes": 2, "scale": 1e37},
+        {},
+    ],
+    ids=str,
+)
+def test_assignment_is_that_of_the_reference(where, n):
+    generator = torch.Generator().manual_seed(n)
+    s = cosines("broken", 2, n, generator)
+    tier = torch.randint(0, 3, (2, n), generator=generator).to(torch.int8)
+    indices = torch.randint(-1, n, (2, (n + 1) // 2), generator=generator)  # absent and repeated rows among them
+    options = {"spatial_weight": 0.0 if not where else 0.7}
+    if "grid" in where:
+        options["grid"] = (1, n) if where["grid"] == "row" else (n, 1)
+    if "positions" in where:
+        positions = torch.randint(0, 9, (2, n, where["axes"]), generator=generator) * where.get("scale", 1)
+        options["positions"] = positions.to(where["positions"])
+        if options["positions"].is_floating_point():
+            options["positions"][:, n // 2] = NAN
+    for tiers in (None, tier):
+        expected = assign_reference.assign(s, indices, tier=tiers, **options)
+        assert torch.equal(assign.assign(s, indices, tier=tiers, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_indices_out_of_range_are_harmless(dtype):
+    """On a GPU values are not inspected: whatever they are, nothing outside the tensors is touched."""
+    x, scores, s = torch.rand(1, 4, 3).to(dtype), torch.rand(1, 4), torch.rand(1, 4, 4)
+    indices = torch.tensor([[2**40, -7, 1]])
+    assignment = assign.assign(s, indices, grid=(2, 2))
+    assert assignment.tolist() == [[2, 2, 2, 2]]  # the only row there is
+    merged, mass = merge.merge(x, scores, indices, torch.tensor([[0, 1, 2, 2**40]]))
+    assert merged[:, :2].eq(0).all() and mass[:, :2].eq(0).all()  # no token, nothing
+    torch.testing.assert_close(mass[:, 2], scores[:, 2])
+
+
+def test_kept_tokens_are_copied_bit_for_bit():
+    payload = torch.tensor([0x7FC12345, -0x00400001, 0x00000001, -0x80000000], dtype=torch.int32).view(torch.float32)
+    x = payload.expand(1, 3, 4).contiguous()  # NaN with payloads, a subnormal, -0
+    indices = torch.tensor([[0, 2]])
+    merged, mass = merge.merge(x, torch.tensor([[0.3, 0.0, 0.0]]), indices, torch.tensor([[0, 1, 1]]))
+    assert torch.equal(merged.view(torch.int32), x[:, :2].view(torch.int32))
+    torch.testing.assert_close(mass, torch.tensor([[0.3, 0.0]]))
+
+
+def test_long_clusters():
+    """More members than a partial sum takes, and than a block of tokens holds."""
+    n = 1100
+    x, scores = torch.rand(1, n, 2), torch.rand(1, n)
+    merged, mass = merge.merge(x, scores, torch.tensor([[0, 1]]), (torch.arange(n) % 2)[None])
+    expected = torch.stack([(scores[0, i::2, None] * x[0, i::2]).sum(0) / scores[0, i::2].sum() for i in (0, 1)])
+    torch.testing.assert_close(merged[0], expected)
+    torch.testing.assert_close(mass[0], torch.stack([scores[0, i::2].sum() for i in (0, 1)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 130])
+def test_similarity(n, dtype):
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(2, n, 70, generator=generator).to(dtype)
+    keys[:, n // 2] = keys[:, 0]
+    if dtype != torch.float16:  # squares that fp32 cannot hold
+        keys[0, ::3] *= 2.0**100
+        keys[0, 1::3] *= 2.0**-110
+    mask = torch.rand(2, n, generator=generator) < 0.8
+    scores = torch.rand(2, n, generator=generator)
+    scores[:, -1] = INF
+    s, sbar, g, tier = similarity.similarity(keys, scores, mask)
+    expected = similarity_reference.similarity(keys, scores, mask)
+    for actual, value, bound in zip((s, sbar, g), expected, (1e-6, 1e-6, 1e-6 * n), strict=False):
+        torch.testing.assert_close(actual.double(), value, rtol=0, atol=bound)
+    assert torch.equal(tier, expected[3]) and torch.equal(s, s.mT)
+
+
+def test_a_power_of_two_changes_no_bit():
+    keys = torch.randn(1, 40, 33, generator=torch.Generator().manual_seed(0))
+    expected = similarity.similarity(keys)
+    for exponent in (-90, -20, 20, 100):  # scaled in the kernel, not scaled, scaled
+        assert_same_bits(similarity.similarity(keys * 2.0**exponent), expected)
+
+
+def flagship_inputs(n: int, dtype: torch.dtype, layout: str) -> tuple[tuple, dict]:
+    generator = torch.Generator().manual_seed(n)
+    features = torch.randn(2, n, 24, generator=generator).to(dtype)
+    if layout == "permuted":
+        features = features.mT.contiguous().mT
+    scores = torch.rand(2, n, generator=generator)
+    if n > 4:
+        features[0, 1, 0] = NAN
+        scores[1, 2] = INF
+    options = {
+        "grid": {"grid": (1, n)},
+        "permuted": {"positions": torch.rand(n, 2, generator=generator)},
+        "masked": {"grid": (1, 1, n), "mask": torch.arange(n).expand(2, n) % 3 == 0},  # fewer valid than kept
+    }[layout]
+    kept = max(n // 2, 1)
+    return (features, scores, kept - kept // 3, kept // 3), options
+
+
+@pytest.mark.parametrize("layout", ["grid", "permuted", "masked"])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (64, torch.float32), (81, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("in_select", [False, True], ids=["assign apart", "assign in select"])
+def test_flagship_is_its_stages_in_a_row(n, dtype, layout, in_select, monkeypatch):
+    config = dataclasses.replace(select_and_merge.FusedConfig.for_shape(n), assign_in_select=in_select)
+    monkeypatch.setattr(select_and_merge.FusedConfig, "for_shape", lambda _: config)
+    args, options = flagship_inputs(n, dtype, layout)
+    result = select_and_merge.select_and_merge(*args, **options)
+    assert_same_bits(result, STAGES(*args, **options))
+    alone = {name: value[1:] if name == "mask" else value for name, value in options.items()}
+    image = select_and_merge.select_and_merge(args[0][1:], args[1][1:], *args[2:], **alone)
+    assert_same_bits([x[1:] for x in result], image)
+
+
+@pytest.mark.parametrize("argument", ["features", "scores", "keys"])
+def test_float64_is_refused_with_the_remedy(argument):
+    inputs = {"features": torch.rand(1, 4, 2), "scores": torch.rand(1, 4), "keys": torch.rand(1, 4, 2)}
+    inputs[argument] = inputs[argument].double()
+    with pytest.raises(ValueError, match=rf"{argument}: .*float64.*Remedy.*CPU"):
+        select_and_merge.select_and_merge(
+            inputs["features"], inputs["scores"], 1, 1, keys=inputs["keys"], spatial_weight=0
+        )
+
+
+def test_too_many_tokens_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 20000\. Remedy"):
+        greedy_select.SelectConfig.for_shape(20000)
+
+
+def test_empty_batches_launch_nothing():
+    x, scores = torch.empty(0, 4, 3), torch.empty(0, 4)
+    merged, indices, assignment, mass = select_and_merge.select_and_merge(x, scores, 2, 1, grid=(2, 2))
+    assert [*map(list, (merged.shape, indices.shape, assignment.shape, mass.shape))] == [
+        [0, 3, 3], [0, 3], [0, 4], [0, 3],
+    ]  # fmt: skip
+    assert greedy_select.greedy_select(torch.rand(2, 4, 4), torch.rand(2, 4), 0).shape == (2, 0)
