@@ -7,7 +7,7 @@ generated code:
     spills      instructions that spill to or fill from the stack (CUDA), spilled registers (HIP)
     stack       bytes of a thread, also what the compiler puts there on its own account
     shared      bytes of a block
-    pick_loop   instructions in the body of the greedy loop, and barriers among them
+    pick_loop   instructions in the body of the greedy loop; barriers and fused multiply-adds among them
     mma         matrix instructions
     loads16     loads of 16 bytes a thread
 
@@ -79,6 +79,8 @@ def calls() -> dict[str, tuple]:
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
+    options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
+    cases["select_and_merge masked"] = (select_and_merge, (empty(2, 576, 64), empty(2, 576), 48, 16), options)
     return cases
 
 
@@ -156,6 +158,7 @@ def inspect_nvidia(compiled) -> dict:
         "shared": compiled.metadata.shared,
         "pick_loop": min((len(loop) for loop in picks), default=None),
         "barriers": max((sum("BAR." in line for line in loop) for loop in picks), default=None),
+        "fused": max((sum("FFMA" in line for line in loop) for loop in picks), default=None),
         "mma": sum(bool(re.search(r"\b[HU]GMMA|HMMA|UTC\w*MMA", line)) for line in code),
         "loads16": sum(bool(re.search(r"\bLDG\S*\.128|LDGSTS\S*\.128", line)) for line in code),
     }
@@ -177,6 +180,7 @@ def inspect_amd(compiled) -> dict:
         "shared": metadata("group_segment_fixed_size"),
         "pick_loop": None if not picks else min(map(len, picks)),
         "barriers": max((sum("s_barrier" in line for line in loop) for loop in picks), default=None),
+        "fused": max((sum(bool(re.search(r"v_(pk_)?fma", line)) for line in loop) for loop in picks), default=None),
         "mma": sum("mfma" in line for line in code),
         "loads16": sum(bool(re.search(r"(global|buffer)_load_dwordx4", line)) for line in code),
     }
@@ -195,7 +199,7 @@ def inspect() -> list[dict]:
                 compiled = triton.compile(source, target=target, options=options)
                 found = inspect_nvidia(compiled) if target.backend == "cuda" else inspect_amd(compiled)
                 if kernel.__name__ not in SELECTING:
-                    found["pick_loop"] = found["barriers"] = None
+                    found["pick_loop"] = found["barriers"] = found["fused"] = None
                 rows.append({"call": label, "kernel": kernel.__name__, "target": name, **found})
     return rows
 

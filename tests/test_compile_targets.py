@@ -58,6 +58,12 @@ def test_a_pick_of_576_tokens_waits_for_no_barrier(rows, target):
     assert [row for row in found if row["barriers"]] == []
 
 
+def test_scores_are_rounded_twice(rows):
+    """A fused multiply-add in the pick loop would round a score once, and pick another token than the contract."""
+    found = [row for row in rows if row["pick_loop"]]
+    assert found and [row for row in found if row["fused"]] == []
+
+
 def test_similarity_of_16_bit_keys_runs_on_matrix_units(rows):
     found = [row for row in rows if row["kernel"] == "similarity_tile_kernel" and "fp32" not in row["call"]]
     assert found and [row for row in found if not row["mma"]] == []

@@ -24,6 +24,7 @@ from condense_kernels.select_and_merge import kernel as select_and_merge
 from condense_kernels.similarity import kernel as similarity
 from condense_kernels.similarity import reference as similarity_reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
 NAN, INF = float("nan"), float("inf")
 STAGES = compose(Stages(similarity.similarity, greedy_select.greedy_select, assign.assign, merge.merge))
 
@@ -60,23 +61,22 @@ def priors(kind: str, batch: int, n: int, generator: torch.Generator) -> torch.T
     }[kind]
 
 
-@pytest.mark.parametrize("suppression", [0.0, 1.0, 0.3, 3e38])
+@pytest.mark.parametrize("suppression", [0.0, 0.7, 3e38])
 @pytest.mark.parametrize("prior", ["random", "signed", "zero", "subnormal", "huge", "broken"])
 @pytest.mark.parametrize("kind", ["random", "halves", "broken"])
 def test_picks_are_those_of_the_reference(kind, prior, suppression):
     generator = torch.Generator().manual_seed(len(kind) + 10 * len(prior))
-    for n in (1, 2, 5, 16, 17):  # one and two tokens, powers of two and their neighbours
+    for n in (1, 5, 16, 17):  # a power of two and its neighbour among them
         s, p = cosines(kind, 2, n, generator), priors(prior, 2, n, generator)
         tier = torch.randint(0, 5, (2, n), generator=generator).clamp(max=3).to(torch.int8)
         sbar = torch.rand(2, generator=generator)
-        for options in ({}, {"tier": tier}, {"sbar": sbar}, {"sbar": sbar, "tier": tier}):
-            for k in {1, (n + 1) // 2, n}:
-                args = (s, p, k)
-                actual = greedy_select.greedy_select(*args, **options, suppression=suppression)
-                assert torch.equal(actual, greedy_reference.greedy_select(*args, **options, suppression=suppression))
+        for k, options in ((n, {}), ((n + 1) // 2, {"sbar": sbar}), (n, {"sbar": sbar, "tier": tier})):
+            actual = greedy_select.greedy_select(s, p, k, **options, suppression=suppression)
+            expected = greedy_reference.greedy_select(s, p, k, **options, suppression=suppression)
+            assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("n", [64, 65, 100, 128, 1025], ids=lambda n: f"N={n}")
+@pytest.mark.parametrize("n", [64, 65, 100, 1025], ids=lambda n: f"N={n}")
 def test_picks_of_segments(n):
     """Two segments with an overlap, without, and equal ones across warps."""
     generator = torch.Generator().manual_seed(n)
@@ -103,7 +103,7 @@ def test_any_strides():
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("n", [1, 5, 33, 70])
+@pytest.mark.parametrize("n", [1, 5, 70])
 @pytest.mark.parametrize(
     "where",
     [
@@ -215,7 +215,7 @@ def flagship_inputs(n: int, dtype: torch.dtype, layout: str) -> tuple[tuple, dic
 @pytest.mark.parametrize("layout", ["grid", "permuted", "masked"])
 @pytest.mark.parametrize(
     ("n", "dtype"),
-    [(1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (64, torch.float32), (81, torch.bfloat16)],
+    [(1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (64, torch.float32), (69, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("in_select", [False, True], ids=["assign apart", "assign in select"])
@@ -241,8 +241,9 @@ def test_float64_is_refused_with_the_remedy(argument):
 
 
 def test_too_many_tokens_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 20000\. Remedy"):
-        greedy_select.SelectConfig.for_shape(20000)
+    scores = torch.zeros(1, 1).expand(1, 16385)
+    with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 16385\. Remedy"):
+        select_and_merge.select_and_merge(scores[..., None], scores, 1, 0, spatial_weight=0)
 
 
 def test_empty_batches_launch_nothing():
@@ -251,4 +252,10 @@ def test_empty_batches_launch_nothing():
     assert [*map(list, (merged.shape, indices.shape, assignment.shape, mass.shape))] == [
         [0, 3, 3], [0, 3], [0, 4], [0, 3],
     ]  # fmt: skip
-    assert greedy_select.greedy_select(torch.rand(2, 4, 4), torch.rand(2, 4), 0).shape == (2, 0)
+
+
+def test_no_rows():
+    s, none = torch.rand(2, 4, 4), torch.empty(2, 0, dtype=torch.int64)
+    assert greedy_select.greedy_select(s, s[0, :2], 0).shape == (2, 0)
+    assert assign.assign(s, none, grid=(2, 2)).eq(-1).all()
+    assert merge.merge(s, s[0, :2], none, none.new_full((2, 4), -1))[0].shape == (2, 0, 4)

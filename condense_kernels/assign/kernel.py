@@ -21,7 +21,7 @@ class AssignConfig:
 
     @classmethod
     def for_shape(cls, k: int) -> "AssignConfig":
-        return cls(block_k=min(32, triton.next_power_of_2(k)))
+        return cls(block_k=min(32, triton.next_power_of_2(max(k, 1))))
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,19 @@ from .._triton import (
     strides_of,
 )
 
-MAX_TOKENS = 16384
+MAX_TOKENS = 16384  # a register file of 65,536 numbers then holds four a token; the loop needs three at a time
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
 TAKEN = tl.constexpr(3)  # the tier that is never picked
 DUPLICATE = tl.constexpr(4)  # in the overlap of the segments, or padding; the tiers are 0 to 3
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: priors are summed as integers, so that the order is free
+
+
+def check_num_tokens(n: int) -> None:
+    if n > MAX_TOKENS:
+        raise ValueError(
+            f"N: expected at most {MAX_TOKENS} tokens an image in the Triton greedy selection, got {n}. "
+            "Remedy: condense windows or frames separately, or use CPU tensors."
+        )
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,6 @@ class SelectConfig:
 
     @classmethod
     def for_shape(cls, n: int) -> "SelectConfig":
-        if n > MAX_TOKENS:
-            raise ValueError(
-                f"N: expected at most {MAX_TOKENS} tokens an image in the Triton greedy selection, got {n}. "
-                "Remedy: condense windows or frames separately, or use CPU tensors."
-            )
         n0 = 1 << max(n - 1, 1).bit_length() - 1  # the largest power of two below n: both segments exist
         if n > 1024:  # equal segments: a reduction across warps costs more than the lanes that are doubled
             return cls(n0, n0, num_warps=8 if n <= 4096 else 16)
@@ -235,6 +238,7 @@ def greedy_select(
     """Return order [B, k] int64: the picked tokens, first pick first."""
     reject_float64(s=s, prior=prior)
     b, n = prior.shape
+    check_num_tokens(n)
     order = s.new_empty((b, k), dtype=torch.int64)
     if b == 0 or k == 0:
         return order

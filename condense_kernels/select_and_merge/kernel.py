@@ -1,4 +1,4 @@
-"""The flagship in three launches: similarity tiles, then selection and assignment, then merge.
+"""The flagship in four launches: similarity tiles, selection, assignment, merge; three where the selection assigns.
 
 Device functions and rounding are those of the stages, so the result is their composition, bit for bit.
 """
@@ -15,6 +15,7 @@ from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_factor, launch_
 from ..greedy_select.kernel import (
     DUPLICATE,
     SelectConfig,
+    check_num_tokens,
     count_tokens,
     dead,
     died_of,
@@ -153,6 +154,7 @@ def select_and_merge(
     """Return merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]."""
     reject_float64(features=features, scores=scores, keys=keys)
     b, n, _ = features.shape
+    check_num_tokens(n)
     k = num_anchors + num_background
     config = FusedConfig.for_shape(n)
     space = Space.of(grid, positions, spatial_weight)
