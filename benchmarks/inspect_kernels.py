@@ -80,7 +80,7 @@ def calls() -> dict[str, tuple]:
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
     options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
-    cases["select_and_merge masked"] = (select_and_merge, (empty(2, 576, 64), empty(2, 576), 48, 16), options)
+    cases["select_and_merge masked"] = (select_and_merge, (features[:, :576], scores[:, :576], 48, 16), options)
     return cases
 
 
