@@ -72,6 +72,13 @@ def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None
         )
 
 
+def check_values(name: str, values: torch.Tensor, low: int, high: int) -> None:
+    """The one check that reads values: for the reference, which indexes with them. As csrc/checks.h."""
+    wrong = values[(values < low) | (values >= high)]
+    if len(wrong) > 0:
+        raise RuntimeError(f"{name}: expected values in [{low}, {high}), got {int(wrong[0])}.")
+
+
 def check_where(
     grid: Sequence[int] | None,
     positions: torch.Tensor | None,

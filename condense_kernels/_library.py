@@ -4,6 +4,7 @@ The schemas live in csrc/library.cpp. Where that library is absent (no compiler 
 schemas are defined here and the reference serves CPU tensors, with one warning.
 """
 
+import functools
 import importlib.resources
 import os
 import warnings
@@ -88,7 +89,21 @@ def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable)
     if not _has_kernel(op, "CUDA"):
         _library.impl(op, cuda, "CUDA")
     if not _has_kernel(op, "Meta"):
-        torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=_library)
+
+
+def _on_one_device(fake: Callable) -> Callable:
+    """A meta tensor among real ones sends the call to the fake kernel, whose outputs would be real and unwritten."""
+
+    @functools.wraps(fake)
+    def checked(*args, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if any(tensor.device != tensors[0].device for tensor in tensors):
+            devices = ", ".join(str(tensor.device) for tensor in tensors)
+            raise RuntimeError(f"expected all tensors on the device of the first argument, got {devices}.")
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 _load_error = _load()

@@ -50,25 +50,32 @@ Layout<T> Layout<T>::of_grid(const int64_t* grid, int64_t num_axes, int64_t n, c
 }
 
 template <class T>
-Layout<T> Layout<T>::of_positions(const T* positions, int64_t num_axes, int64_t n, const int8_t* tier,
+Layout<T> Layout<T>::of_positions(const double* positions, int64_t num_axes, int64_t n, const int8_t* tier,
                                   double spatial_weight) {
   Layout layout{Buffer<T>(num_axes * n), num_axes, T{0}};
   const auto finite = [&](int64_t i) {
-    return std::all_of(positions + i * num_axes, positions + (i + 1) * num_axes, [](T x) { return std::isfinite(x); });
+    return std::all_of(positions + i * num_axes, positions + (i + 1) * num_axes,
+                       [](double x) { return std::isfinite(x); });
   };
-  T magnitude = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (is_masked(tier, i) || !finite(i)) continue;
-    for (int64_t p = 0; p < num_axes; ++p) magnitude = std::max(magnitude, std::fabs(positions[i * num_axes + p]));
+  Buffer<double> low(num_axes);
+  double extent = 0;
+  for (int64_t p = 0; p < num_axes; ++p) {
+    double high = -std::numeric_limits<double>::infinity();
+    low[p] = -high;
+    for (int64_t i = 0; i < n; ++i) {
+      if (is_masked(tier, i) || !finite(i)) continue;
+      low[p] = std::min(low[p], positions[i * num_axes + p]);
+      high = std::max(high, positions[i * num_axes + p]);
+    }
+    extent = std::max(extent, high - low[p]);
   }
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);
-  const T first = std::ldexp(T{1}, -(exponent / 2)), second = std::ldexp(T{1}, exponent / 2 - exponent);
+  // Moved to the origin and scaled in fp64: what T then rounds is small beside the extent, wherever the tokens are.
+  const Shrink<double> shrink(extent);
   for (int64_t i = 0; i < n; ++i) {
     const bool has_place = finite(i);  // NaN makes every distance from and to it 0
     for (int64_t p = 0; p < num_axes; ++p) {
-      layout.positions[p * n + i] =
-          has_place ? positions[i * num_axes + p] * first * second : std::numeric_limits<T>::quiet_NaN();
+      layout.positions[p * n + i] = has_place ? static_cast<T>(shrink(positions[i * num_axes + p] - low[p]))
+                                              : std::numeric_limits<T>::quiet_NaN();
     }
   }
   layout.factor = distance_factor(layout.positions.get(), num_axes, n, tier, spatial_weight);
@@ -125,7 +132,7 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
   const Tensor kept = contiguous_as(indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   const auto tiers = contiguous_as(tier, ScalarType::Char);
-  const auto places = contiguous_as(positions, kScalarType<T>);
+  const auto places = contiguous_as(positions, ScalarType::Double);
   const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
   for_each_image(B, N * K, [&](int64_t b, int slots) {
     const int8_t* image_tier = row_of<int8_t>(tiers, b, N);

@@ -14,8 +14,6 @@
 #include <string>
 #include <vector>
 
-#include "rowops.h"
-
 namespace condense {
 
 using torch::headeronly::ScalarType;
@@ -85,6 +83,12 @@ inline void check_weight(const char* name, double value) {
   }
 }
 
+// Fixed-point sums hold 2^23 tokens.
+inline void check_num_tokens(const char* name, const Tensor& t) {
+  constexpr int64_t kMost = int64_t{1} << 23;
+  if (t.size(1) > kMost) fail(name, ": expected at most ", kMost, " tokens an image, got ", t.size(1), ".");
+}
+
 inline void check_count(const char* name, int64_t value, int64_t n) {
   if (value < 0 || value > n)
     fail(name, ": expected 0 <= ", name, " <= ", n, " (N = ", n, " tokens), got ", value, ".");
@@ -110,9 +114,13 @@ inline void check_where(const std::optional<std::vector<int64_t>>& grid, const s
         "spatial_weight=0 for assignment by similarity alone.");
   }
   if (grid) {
-    int64_t product = grid->size() == 2 || grid->size() == 3 ? 1 : -1;
-    for (const int64_t size : *grid) product = size < 1 || size > n ? -1 : product < 0 ? -1 : product * size;
-    if (product != n) {
+    int64_t left = n;  // divided by each size in turn: their product might not fit
+    bool fits = grid->size() == 2 || grid->size() == 3;
+    for (const int64_t size : *grid) {
+      fits = fits && size >= 1 && left % size == 0;
+      if (fits) left /= size;
+    }
+    if (!fits || left != 1) {
       fail("grid: expected (H, W) or (T, H, W) with product N = ", n, ", got ", shape_text(*grid),
            ". Remedy: positions= for tokens that are no full grid.");
     }

@@ -23,20 +23,17 @@ void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
     ++count;
     if (std::isfinite(prior[i])) magnitude = std::max(magnitude, std::fabs(prior[i]));
   }
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);
-  // In two steps, as 2^-exponent itself may not be representable.
-  const T first = std::ldexp(T{1}, -(exponent / 2)), second = std::ldexp(T{1}, exponent / 2 - exponent);
+  const Shrink<T> shrink(magnitude);
   int64_t sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    nu[i] = prior[i] * first * second;  // below 1 in magnitude where finite
+    nu[i] = shrink(prior[i]);  // below 1 in magnitude where finite
     if (counted(i) && std::isfinite(prior[i]))
       sum += static_cast<int64_t>(std::fabs(nu[i]) * T{1099511627776});  // 2^40
   }
   if (sum == 0) return std::fill(nu, nu + n, T{0});
   const double mean = static_cast<double>(sum) / static_cast<double>(count) / 1099511627776.0;
   const T ratio = static_cast<T>(static_cast<double>(sbar) / mean);
-  for (int64_t i = 0; i < n; ++i) nu[i] = -(ratio * nu[i]);
+  for (int64_t i = 0; i < n; ++i) nu[i] = 0 - ratio * nu[i];
 }
 
 }  // namespace
@@ -50,7 +47,7 @@ void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, 
   if (sbar) {
     scale_prior(prior, *sbar, tier, n, nu.get());
   } else {
-    for (int64_t i = 0; i < n; ++i) nu[i] = -prior[i];
+    for (int64_t i = 0; i < n; ++i) nu[i] = 0 - prior[i];
   }
   int64_t candidates = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -107,6 +104,7 @@ Tensor greedy_select(const Tensor& s, const Tensor& prior, int64_t k, std::optio
   check_rank("s", s, "B N N", 3);
   check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
   check_working("s", s);
+  check_num_tokens("s", s);
   const std::vector<int64_t> tokens = {s.size(0), s.size(1)};
   check_shape("prior", prior, "B N", tokens);
   check_floating("prior", prior);

@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -51,11 +52,16 @@ enum class InstructionSet { kDefault, kAvx2, kAvx512 };
 InstructionSet best_instruction_set() {
 #if defined(CONDENSE_HAS_X86_ISAS)
   const char* asked = std::getenv("CONDENSE_CPU_CAPABILITY");
+  if (asked && std::strcmp(asked, "default") && std::strcmp(asked, "avx2") && std::strcmp(asked, "avx512")) {
+    std::fprintf(stderr, "CONDENSE_CPU_CAPABILITY: expected default, avx2 or avx512, got %s; it is ignored.\n", asked);
+    asked = nullptr;
+  }
   const auto allows = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
   if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return InstructionSet::kAvx512;
   }
+  // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for.
   const bool at_most_avx2 = allows("avx2") || allows("avx512");
   if (at_most_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
 #endif

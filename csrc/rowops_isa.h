@@ -140,9 +140,21 @@ void store_typed(const float* src, int64_t n, Out* dst) {
   for (; i < n; ++i) dst[i] = static_cast<Out>(src[i]);
 }
 
+// x as a float whose last bit says whether x lies off it: rounding it again, to fewer bits, is then rounding x once.
+inline float round_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  if (static_cast<double>(nearest) == x || !(__builtin_fabsf(nearest) <= __FLT_MAX__)) return nearest;
+  const bool away = __builtin_fabs(static_cast<double>(nearest)) > __builtin_fabs(x);
+  return bits_as<float>((bits_as<uint32_t>(nearest) - away) | 1u);
+}
+
 template <class Out>
 void store_typed(const double* src, int64_t n, Out* dst) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<Out>(static_cast<float>(src[i]));
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<Out>(round_to_odd(src[i]));
+}
+
+inline void store_typed(const double* src, int64_t n, float* dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
 }
 
 template <class T>

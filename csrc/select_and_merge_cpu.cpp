@@ -1,4 +1,4 @@
-// The flagship: the stages in a row, an image at a time, so that s lives only while its image does.
+// The flagship: the stages in a row. s lives only while its image does: at most one a thread.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -42,20 +42,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_as(const Tensor& fea
   const int64_t B = features.size(0), N = features.size(1), D = features.size(2);
   const int64_t K = options.num_anchors + options.num_background;
   const Tensor a = contiguous_as(scores, kScalarType<S>), weights = contiguous_as(scores, kScalarType<M>);
-  const auto valid = contiguous_as(mask, ScalarType::Bool), places = contiguous_as(positions, kScalarType<S>);
+  const auto valid = contiguous_as(mask, ScalarType::Bool), places = contiguous_as(positions, ScalarType::Double);
   const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
   const Tensor indices = torch::stable::empty({B, K}, ScalarType::Long);
   const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
   const Tensor mass = torch::stable::empty({B, K}, kScalarType<M>);
 
-  for_each_image(B, N * N * keys.size(2), [&](int64_t b, int slots) {
+  for_each_image(B, static_cast<double>(N) * N * keys.size(2), [&](int64_t b, int slots) {
     Buffer<S> s(N * N), g(N);
     Buffer<int8_t> tier(N);
     S sbar = 0;
     const Rows tokens = rows_of(features, b);
     const S* score = data_of<S>(a) + b * N;
     int64_t *kept = output<int64_t>(indices) + b * K, *rows = output<int64_t>(assignment) + b * N;
-    similarity_image<S>(rows_of(keys, b), score, row_of<bool>(valid, b, N), slots, s.get(), &sbar, g.get(), tier.get());
+    similarity_image<S>(rows_of(keys, b), score, row_of<uint8_t>(valid, b, N), slots, s.get(), &sbar, g.get(),
+                        tier.get());
     select_image<S>(s.get(), &sbar, score, g.get(), tier.get(), N, options, kept);
     const Layout<S> layout = layout_of<S>(grid, places, b, N, tier.get(), options.spatial_weight);
     assign_image<S>(s.get(), N, kept, tier.get(), layout, N, K, slots, rows);

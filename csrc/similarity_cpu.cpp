@@ -145,16 +145,16 @@ struct Gram {
   }
 };
 
-// tier, scale and inv of token i; row holds kPiece channels.
-constexpr int64_t kPiece = 1024;
+constexpr int64_t kPiece = 1024;  // channels converted at a time
 
+// tier, scale and inv of token i; row holds kPiece channels.
 template <class T>
-void measure_token(const Rows& keys, int64_t i, bool finite_score, const bool* mask, T* row, int8_t* tier, T* scale,
+void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
   const RowOps<T>& ops = row_ops<T>();
   *scale = *inv = 0;
   *tier = kMasked;
-  if (mask && !mask[i]) return;
+  if (mask && mask[i] == 0) return;
   T magnitude = 0;
   for (int64_t c = 0; c < keys.d; c += kPiece) {
     const int64_t depth = std::min(kPiece, keys.d - c);
@@ -194,7 +194,7 @@ void sum_rows(const double* s, int64_t n, int slots, double* g, double* magnitud
 }  // namespace
 
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const bool* mask, int slots, T* s, T* sbar, T* g,
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, int slots, T* s, T* sbar, T* g,
                       int8_t* tier) {
   const int64_t n = keys.n;
   Buffer<T> scale(n), inv(panels_of(n) * kTile), pieces(slots * kPiece);
@@ -231,8 +231,8 @@ void similarity_image(const Rows& keys, const T* scores, const bool* mask, int s
   *sbar = valid > 0 ? static_cast<T>(magnitude / (valid * valid)) : T{0};
 }
 
-template void similarity_image<float>(const Rows&, const float*, const bool*, int, float*, float*, float*, int8_t*);
-template void similarity_image<double>(const Rows&, const double*, const bool*, int, double*, double*, double*,
+template void similarity_image<float>(const Rows&, const float*, const uint8_t*, int, float*, float*, float*, int8_t*);
+template void similarity_image<double>(const Rows&, const double*, const uint8_t*, int, double*, double*, double*,
                                        int8_t*);
 
 namespace {
@@ -248,11 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_as(const Tensor& keys, con
   const auto a = contiguous_as(scores, kScalarType<T>);
   const auto valid = contiguous_as(mask, ScalarType::Bool);
   const auto image = [&](int64_t b, int slots) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<bool>(valid, b, N), slots,
+    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), slots,
                         output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N);
   };
-  for_each_image(B, N * N * keys.size(2), image);
+  for_each_image(B, static_cast<double>(N) * N * keys.size(2), image);
   return {s, sbar, g, tier};
 }
 

@@ -6,9 +6,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "rowops.h"
 
@@ -26,7 +33,7 @@ struct Rows {
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
 };
 
-// Uninitialised, aligned to a cache line. Allocate before a parallel region: there an exception would be lost.
+// Uninitialised, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
@@ -42,13 +49,43 @@ class Buffer {
   std::unique_ptr<T, Delete> data_;
 };
 
-// Runs f(slot) for every slot on torch's own threads.
+// Subnormal numbers count while this lives: torch.set_flush_denormal acts on single threads, and a result must not
+// depend on which of them computed it.
+class KeepSubnormals {
+ public:
+#if defined(__x86_64__)
+  KeepSubnormals() : before_(_mm_getcsr()) {
+    _mm_setcsr(before_ & ~0x8040u);
+  }  // neither flush to zero nor read as zero
+  ~KeepSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// Runs f(slot) for every slot on torch's own threads. torch would replace an exception by one that says nothing.
 template <class F>
 void for_each_slot(int slots, const F& f) {
-  if (slots == 1) return f(0);
-  torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) f(static_cast<int>(slot));
-  });
+  std::vector<std::exception_ptr> failures(slots);
+  const auto run = [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      try {
+        f(static_cast<int>(slot));
+      } catch (...) {
+        failures[slot] = std::current_exception();
+      }
+    }
+  };
+  if (slots == 1) {
+    run(0, 1);
+  } else {
+    torch::stable::parallel_for(0, slots, 1, run);
+  }
+  for (const std::exception_ptr& failure : failures) {
+    if (failure) std::rethrow_exception(failure);
+  }
 }
 
 // [lo, hi) of n items for one slot.
@@ -57,32 +94,47 @@ struct Share {
   Share(int64_t n, int slot, int slots) : lo(n * slot / slots), hi(n * (slot + 1) / slots) {}
 };
 
+// Two factors whose product is 2^-e, where 2^e is the smallest power of two above magnitude (frexp's e): 2^-e itself
+// may not be representable.
+template <class T>
+struct Shrink {
+  explicit Shrink(T magnitude) {
+    int exponent = 0;
+    std::frexp(magnitude, &exponent);
+    first = std::ldexp(T{1}, -(exponent / 2));
+    second = std::ldexp(T{1}, exponent / 2 - exponent);
+  }
+  T operator()(T x) const { return x * first * second; }
+  T first, second;
+};
+
 // Threads worth waking for so many multiply-adds.
-inline int slots_for(int64_t work, int64_t most) {
-  constexpr int64_t kWorthAThread = 1 << 17;  // some ten microseconds, what a parallel region costs
-  const int64_t threads = torch::stable::get_num_threads();
-  return static_cast<int>(std::max<int64_t>(1, std::min({threads, most, work / kWorthAThread})));
+inline int slots_for(double work, int64_t most) {
+  constexpr double kWorthAThread = 1 << 17;  // some ten microseconds, what a parallel region costs
+  const auto threads = static_cast<double>(torch::stable::get_num_threads());
+  return static_cast<int>(std::max(1.0, std::min({threads, static_cast<double>(most), work / kWorthAThread})));
 }
 
 // Runs f(image, slots) for every image: images side by side where they fill the threads, else one after the other
 // with all threads on each. `work` is what an image costs, in multiply-adds.
 template <class F>
-void for_each_image(int64_t images, int64_t work, const F& f) {
+void for_each_image(int64_t images, double work, const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
   if (images % threads == 0 || images >= 4 * threads) {
-    const int slots = slots_for(images * work, images);
+    const int slots = slots_for(static_cast<double>(images) * work, images);
     for_each_slot(slots, [&](int slot) {
       const Share share(images, slot, slots);
       for (int64_t b = share.lo; b < share.hi; ++b) f(b, 1);
     });
   } else {
+    const KeepSubnormals keep;
     for (int64_t b = 0; b < images; ++b) f(b, slots_for(work, threads));
   }
 }
 
 // s [n, n] contiguous, sbar [1], g [n], tier [n]. scores may be null, and so may mask.
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const bool* mask, int slots, T* s, T* sbar, T* g,
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, int slots, T* s, T* sbar, T* g,
                       int8_t* tier);
 
 // order [k]. s has rows of ld. sbar null: prior is the utility; tier null: all tokens are valid.
@@ -101,7 +153,7 @@ struct Layout {
   // Row-major grid of num_axes sizes, whose product is n.
   static Layout of_grid(const int64_t* grid, int64_t num_axes, int64_t n, const int8_t* tier, double spatial_weight);
   // positions [n, num_axes] contiguous.
-  static Layout of_positions(const T* positions, int64_t num_axes, int64_t n, const int8_t* tier,
+  static Layout of_positions(const double* positions, int64_t num_axes, int64_t n, const int8_t* tier,
                              double spatial_weight);
 };
 

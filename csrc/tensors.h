@@ -78,14 +78,14 @@ struct Matrices {
   int64_t ld;
 };
 
-// Where the tokens of image b are; positions is contiguous, [N, P] for all images or [B, N, P].
+// Where the tokens of image b are; positions is contiguous fp64, [N, P] for all images or [B, N, P].
 template <class T>
 Layout<T> layout_of(const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions, int64_t b,
                     int64_t n, const int8_t* tier, double spatial_weight) {
   if (spatial_weight == 0) return Layout<T>::none();
   if (grid) return Layout<T>::of_grid(grid->data(), static_cast<int64_t>(grid->size()), n, tier, spatial_weight);
   const int64_t axes = positions->size(positions->dim() - 1);
-  const T* places = data_of<T>(*positions) + (positions->dim() == 3 ? b * n * axes : 0);
+  const double* places = data_of<double>(*positions) + (positions->dim() == 3 ? b * n * axes : 0);
   return Layout<T>::of_positions(places, axes, n, tier, spatial_weight);
 }
 

@@ -120,6 +120,25 @@ def test_positions_of_any_magnitude(scale, backend):
 
 
 @pytest.mark.parametrize(
+    "positions",
+    [
+        torch.arange(6.0)[:, None] + 2**23,
+        torch.stack([torch.full((6,), 1e30), torch.arange(6.0)], dim=1),
+        torch.arange(6, dtype=torch.float64)[:, None] * 1e39,
+        torch.arange(6, dtype=torch.float64)[:, None] * 1e-60,
+        1_700_000_000 + torch.arange(6)[:, None],
+        (torch.arange(6) - 3).to(torch.int8)[:, None],
+    ],
+    ids=["offset", "constant axis", "beyond fp32", "below fp32", "seconds since 1970", "int8"],
+)
+def test_where_the_tokens_are_does_not_matter(positions, backend):
+    """Only their distances do: coordinates are moved to the origin and scaled before fp32 sees them."""
+    assert assign(torch.ones(1, 6, 6), torch.tensor([[0, 5]]), positions=positions, backend=backend).tolist() == [
+        [0, 0, 0, 1, 1, 1]
+    ]
+
+
+@pytest.mark.parametrize(
     "positions", [torch.ones(4, 2), torch.full((4, 2), math.nan), torch.zeros(1, 4, 1)], ids=["point", "nan", "zeros"]
 )
 def test_without_extent_there_is_no_distance(positions, backend):
@@ -147,6 +166,10 @@ def test_not_finite_similarity_counts_as_zero(backend):
 
 
 @pytest.mark.parametrize("index", [-2, 4, 2**40])
-def test_index_out_of_range(index, cpp):
+def test_index_out_of_range(index, backend):
+    indices = torch.tensor([[0, index]])
+    if backend == "triton":  # values are not read on a GPU: a row that takes nobody
+        assert assign(symmetric(4), indices, spatial_weight=0.0, backend=backend).tolist() == [[0] * 4]
+        return
     with pytest.raises(RuntimeError, match=rf"^indices: expected values in \[-1, 4\), got {index}"):
-        assign(symmetric(4), torch.tensor([[0, index]]), spatial_weight=0.0, backend=cpp)
+        assign(symmetric(4), indices, spatial_weight=0.0, backend=backend)

@@ -104,6 +104,17 @@ def test_refused_in_python(args, options, error, message):
         ck.select_and_merge(*args, **{"grid": GRID, **options})
 
 
+def test_a_meta_tensor_among_real_ones_is_refused():
+    """It sends a raw call to the fake kernel, whose real outputs nobody would write."""
+    with pytest.raises(RuntimeError, match="expected all tensors on the device of the first argument"):
+        torch.ops.condense.greedy_select(S3, META, 2)
+
+
+def test_a_grid_whose_product_overflows(cpp):
+    with pytest.raises(RuntimeError, match="^grid: expected"):
+        torch.ops.condense.assign(S3, IDX, grid=[2**32, 2**32, 6])
+
+
 def test_the_missing_batch_axis_is_the_remedy():
     with pytest.raises(ValueError, match=re.escape("Remedy: add the batch axis, features[None].")):
         ck.select_and_merge(F[0], S[0], 2, 1, grid=GRID)

@@ -126,6 +126,18 @@ def test_another_plane_merges_with_the_same_assignment(backend):
     ("indices", "rows", "name"),
     [([[9, 3, 4]], [[0] * 6], "indices"), ([[1, 3, -2]], [[0] * 6], "indices"), ([[1, 3, 4]], [[3] * 6], "assignment")],
 )
-def test_values_out_of_range(indices, rows, name, cpp):
+@pytest.mark.parametrize("cpu", ["cpp", "reference"])
+def test_values_out_of_range(indices, rows, name, cpu, request):
+    request.getfixturevalue("cpp")
     with pytest.raises(RuntimeError, match=rf"^{name}: expected values in "):
-        merge(*tokens(), torch.tensor(indices), torch.tensor(rows), backend=cpp)
+        merge(*tokens(), torch.tensor(indices), torch.tensor(rows), backend=cpu)
+
+
+@pytest.mark.parametrize("cpu", ["cpp", "reference"])
+def test_fp64_to_16_bits_is_rounded_once(cpu, cpp):
+    """By way of fp32 the mean 1 + 2^-11 + 2^-40 would end on the tie 1 + 2^-11, and that on 1."""
+    weight = 0.5 + 2.0**-30
+    scores = torch.tensor([[1 - weight, weight]], dtype=torch.float64)
+    features = torch.tensor([[[1.0], [1 + 2.0**-10]]]).half()
+    merged, _ = merge(features, scores, torch.tensor([[0]]), torch.zeros(1, 2, dtype=torch.int64), backend=cpu)
+    assert merged.item() == 1 + 2.0**-10

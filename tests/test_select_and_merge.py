@@ -175,6 +175,22 @@ def test_surroundings_do_not_matter(kind, fast):
         torch.set_float32_matmul_precision(precision)
 
 
+def test_subnormal_numbers_count_on_every_thread(cpp):
+    """torch.set_flush_denormal acts on the calling thread alone; the result must not depend on who computes it."""
+    inputs = make_inputs("random", batch=1, num_tokens=500, channels=40)
+    inputs = dataclasses.replace(inputs, features=inputs.features * 1e-39, grid=(20, 25))
+    expected, threads = inputs.run(cpp), torch.get_num_threads()
+    try:
+        for flush in (True, False):
+            torch.set_flush_denormal(flush)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert_same_bits(inputs.run(cpp), expected, f"flush {flush}, {count} threads")
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
 def test_scores_scale_out(fast):
     """Scores enter through scores / mean: a power of two changes nothing but the mass, down to subnormals."""
     inputs = make_inputs("random", num_tokens=24)

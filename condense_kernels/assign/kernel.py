@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import FLOAT32_MAX, NOWHERE, downscale, is_finite, on_device_of, reject_float64, strides_of
+from .._triton import FLOAT32_MAX, NOWHERE, is_finite, on_device_of, reject_float64, strides_of
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier
@@ -55,77 +55,84 @@ def grid_place(token, HEIGHT, WIDTH):
 
 
 @triton.jit
-def load_coordinate(where_ptr, token, axis, shrink, shrink_again, stride_n, stride_p):
-    return tl.load(where_ptr + token * stride_n + axis * stride_p).to(tl.float32) * shrink * shrink_again
+def frexp_exponent(x):
+    """e of the smallest power of two 2**e above x, an fp64 in its normal range; 0 for 0."""
+    return tl.where(x > 0, ((x.to(tl.int64, bitcast=True) >> 52) - 1022), 0)
 
 
 @triton.jit
-def all_coordinates(
-    where_ptr, token, axes, shrink, shrink_again, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr
-):
-    """[BLOCK_N, AXES]"""
+def power_of_two_fp64(exponent):
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_coordinate(where_ptr, token, axis, origin, shrink, shrink_again, stride_n, stride_p):
+    """In fp64 until it lies in [0, 1]: fp32 would swallow what is small beside its distance from 0."""
+    x = tl.load(where_ptr + token * stride_n + axis * stride_p).to(tl.float64)
+    return ((x - origin) * shrink * shrink_again).to(tl.float32)
+
+
+@triton.jit
+def all_coordinates(where_ptr, token, axes, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr):
+    """[BLOCK_N, AXES] fp64, as they are."""
     if MODE == GRID:
         t, h, w = grid_place(token, HEIGHT, WIDTH)
-        return tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
+        x = tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
+        return x.to(tl.float64)
     else:
-        axes = axes[None, :].to(tl.int64)
-        return load_coordinate(where_ptr, token[:, None], axes, shrink, shrink_again, stride_n, stride_p)
+        pointers = where_ptr + token[:, None] * stride_n + axes[None, :].to(tl.int64) * stride_p
+        return tl.load(pointers).to(tl.float64)
 
 
 @triton.jit
-def is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER: tl.constexpr):
-    """Which tokens [BLOCK_N] count for the bounding box, x [BLOCK_N, AXES] being their coordinates."""
-    boxed = (tl.min(is_finite(x).to(tl.int32), axis=1) != 0) & (offs_n < N)
-    if HAS_TIER:
-        boxed = boxed & (tl.load(tier_ptr + tl.minimum(offs_n, N - 1) * stride_tier) != MASKED)
-    return boxed
-
-
-@triton.jit
-def distance_factor(
-    where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
-    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
+def bounding_box(
+    where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
+    AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
-    """The two powers of two that scale the coordinates of one image, and spatial_weight / dmax for scaled ones."""
-    axes = tl.minimum(tl.arange(0, AXES), P - 1)  # padding repeats the last axis
-    shrink = 1.0
-    shrink_again = 1.0
-    if MODE == POSITIONS:
-        tops = tl.zeros([BLOCK_N, AXES], tl.float32)
-        start = tl.zeros([], tl.int64)
-        while start < N:
-            offs_n = start + tl.arange(0, BLOCK_N)
-            x = all_coordinates(
-                where_ptr, tl.minimum(offs_n, N - 1), axes, 1.0, 1.0,
-                stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
-            )  # fmt: skip
-            boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
-            tops = tl.maximum(tops, tl.where(boxed[:, None], tl.abs(x), 0.0))
-            start += BLOCK_N
-        shrink, shrink_again = downscale(tl.max(tl.max(tops, axis=1), axis=0))
-
-    low = tl.full([BLOCK_N, AXES], float("inf"), tl.float32)
-    high = tl.full([BLOCK_N, AXES], float("-inf"), tl.float32)
+    """Lowest coordinates and extents [AXES] fp64 of the valid tokens that have a place; an extent is 0 without any."""
+    low = tl.full([BLOCK_N, AXES], float("inf"), tl.float64)
+    high = tl.full([BLOCK_N, AXES], float("-inf"), tl.float64)
     start = tl.zeros([], tl.int64)
     while start < N:
         offs_n = start + tl.arange(0, BLOCK_N)
-        x = all_coordinates(
-            where_ptr, tl.minimum(offs_n, N - 1), axes, shrink, shrink_again,
-            stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE,
-        )  # fmt: skip
-        boxed = is_boxed(tier_ptr, x, offs_n, N, stride_tier, HAS_TIER)
-        low = tl.minimum(low, tl.where(boxed[:, None], x, float("inf")))
-        high = tl.maximum(high, tl.where(boxed[:, None], x, float("-inf")))
+        token = tl.minimum(offs_n, N - 1)
+        x = all_coordinates(where_ptr, token, axes, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE)
+        boxed = (tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1) != 0) & (offs_n < N)
+        if HAS_TIER:
+            boxed = boxed & (tl.load(tier_ptr + token * stride_tier) != MASKED)
+        low = tl.where(boxed[:, None], tl.minimum(low, x), low)
+        high = tl.where(boxed[:, None], tl.maximum(high, x), high)
         start += BLOCK_N
     lowest = tl.min(low, axis=0)
     highest = tl.max(high, axis=0)
-    box = tl.where(lowest < highest, highest - lowest, 0.0)
+    return lowest, tl.where(lowest < highest, highest - lowest, 0.0)
+
+
+@triton.jit
+def distance_frame(
+    where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
+):  # fmt: skip
+    """Where the origin of one image's coordinates is moved to, two powers of two to scale them with (one alone may not
+    be representable), and spatial_weight / dmax."""
+    axes = tl.minimum(tl.arange(0, AXES), P - 1)  # padding repeats the last axis
+    origin, extent = bounding_box(
+        where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
+        AXES, BLOCK_N, MODE, HAS_TIER,
+    )  # fmt: skip
+    exponent = tl.zeros([], tl.int64)
+    if MODE == POSITIONS:
+        exponent = frexp_exponent(tl.max(extent, axis=0))
+    half = exponent >> 1
+    shrink = power_of_two_fp64(-half)
+    shrink_again = power_of_two_fp64(half - exponent)
+    box = (extent * shrink * shrink_again).to(tl.float32)
     square = 0.0
     for p in range(P):  # in order, each operation rounded alone
-        extent = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
-        square += extent * extent
+        side = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
+        square += side * side
     factor = tl.div_rn(spatial_weight, tl.sqrt_rn(tl.where(square > 0, square, 1.0)))
-    return shrink, shrink_again, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
+    return origin, shrink, shrink_again, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
 
 
 @triton.jit
@@ -137,9 +144,9 @@ def add_square(square, x, y):
 
 @triton.jit
 def nearest_rows(
-    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, shrink, shrink_again, factor,
+    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink, shrink_again, factor,
     stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
     HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
 ):  # fmt: skip
     """The row of each of BLOCK_N tokens of one image: its own, else the best one; NOWHERE if no row takes anybody."""
@@ -170,10 +177,15 @@ def nearest_rows(
             else:
                 for p in range(P):
                     axis = tl.full([], p, tl.int64)
-                    x = load_coordinate(where_ptr, kept, axis, shrink, shrink_again, stride_where_n, stride_where_p)
-                    y = load_coordinate(where_ptr, tokens, axis, shrink, shrink_again, stride_where_n, stride_where_p)
+                    low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0.0), axis=0)
+                    x = load_coordinate(
+                        where_ptr, kept, axis, low, shrink, shrink_again, stride_where_n, stride_where_p
+                    )
+                    y = load_coordinate(
+                        where_ptr, tokens, axis, low, shrink, shrink_again, stride_where_n, stride_where_p
+                    )
                     square = add_square(square, x, y)
-            # Scaled coordinates are below 1: only a non-finite one makes the square non-finite, and its distance is 0.
+            # Coordinates in the box are at most 1: only one without a place makes the square non-finite: distance 0.
             distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
             score = score - factor * distance  # Eq. 6
         score = tl.where(takes[:, None], score, float("-inf"))
@@ -209,17 +221,17 @@ def assign_kernel(
     offs_n = pid % num_parts * BLOCK_N + tl.arange(0, BLOCK_N)
     tier_ptr += pid_b * stride_tier_b
     where_ptr += pid_b * stride_where_b
-    shrink, shrink_again, factor = 1.0, 1.0, 0.0
+    origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
-        shrink, shrink_again, factor = distance_factor(
+        origin, shrink, shrink_again, factor = distance_frame(
             where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, WIDTH,
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
         s_ptr + pid_b * stride_s_b, indices_ptr + pid_b * stride_index_b, tier_ptr, where_ptr, offs_n,
-        shrink, shrink_again, factor,
+        origin, shrink, shrink_again, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
-        P, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
+        P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
     )  # fmt: skip
     assigned = row != NOWHERE
     if HAS_TIER:

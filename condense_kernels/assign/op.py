@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _backend, _library
-from .._checks import check_tensor, check_weight, check_where
+from .._checks import check_tensor, check_values, check_weight, check_where
 from . import reference
 
 
@@ -22,6 +22,7 @@ def fake(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0
 
 
 def on_reference(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+    check_values("indices", indices, -1, s.shape[1])
     return reference.assign(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
 
 
@@ -65,8 +66,9 @@ def assign(
         assignment: [B, N] int64 in [0, K), the row of each token; -1 where masked, or where no row takes tokens.
 
     Raises:
-        TypeError, ValueError: wrong rank, shape, dtype, device, grid, spatial_weight or backend; on CPU also an index
-            outside [-1, N).
+        TypeError, ValueError: wrong rank, shape, dtype, device, grid, spatial_weight or backend.
+        RuntimeError: on CPU, an index outside [-1, N). On a GPU, where values are not read, it is a row that takes
+            nobody.
     """
     if not torch.compiler.is_compiling():
         check(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)

@@ -1,7 +1,7 @@
 import torch
 
 from .. import _backend, _library
-from .._checks import FLOATS, check_not_empty, check_tensor
+from .._checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..similarity.op import compute_dtype
 from . import reference
 
@@ -22,8 +22,10 @@ def fake(features, scores, indices, assignment):
 
 
 def on_reference(features, scores, indices, assignment):
+    check_values("indices", indices, -1, features.shape[1])
+    check_values("assignment", assignment, -1, indices.shape[1])
     merged, mass = reference.merge(features, scores, indices, assignment)
-    return merged.to(features.dtype), mass.to(compute_dtype(features, scores))
+    return reference.rounded_once(merged, features.dtype), mass.to(compute_dtype(features, scores))
 
 
 def on_triton(features, scores, indices, assignment):
@@ -47,7 +49,8 @@ def merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge each cluster into the mean of its tokens, weighted by their scores (Eq. 8).
 
-    Reusable on other planes of the same tokens: positions, deepstack features, a second encoder's output.
+    Reusable on other planes of the same tokens: positions, deepstack features, a second encoder's output. The products
+    scores_i * features_i and their sums have to lie in the range of the arithmetic, fp32 unless an input is fp64.
 
     Args:
         features: [B, N, D] fp32, fp16, bf16 or fp64.
@@ -63,7 +66,9 @@ def merge(
         mass: [B, K] fp32 (or fp64), the sum of the row's scores.
 
     Raises:
-        TypeError, ValueError: wrong rank, shape, dtype, device or backend; on CPU also an index out of range.
+        TypeError, ValueError: wrong rank, shape, dtype, device or backend.
+        RuntimeError: on CPU, a value of indices or assignment out of range. On a GPU, where values are not read, it
+            counts as -1.
     """
     if not torch.compiler.is_compiling():
         check(features, scores, indices, assignment)

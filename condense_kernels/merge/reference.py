@@ -3,6 +3,17 @@
 import torch
 
 
+def rounded_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp64 x as dtype. torch goes to 16 bits by way of fp32, where a second rounding would meet a tie of the first."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    nearest = x.float()
+    inexact = (nearest.double() != x) & nearest.isfinite()
+    toward_zero = nearest.view(torch.int32) - (nearest.double().abs() > x.abs()).int()
+    odd = (toward_zero | 1).view(torch.float32)  # an odd last bit says: not exactly this, but not beyond it
+    return torch.where(inexact, odd, nearest).to(dtype)
+
+
 def merge(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .._triton import on_device_of, reject_float64
-from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_factor, launch_assign, nearest_rows
+from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
 from ..greedy_select.kernel import (
     DUPLICATE,
     SelectConfig,
@@ -119,9 +119,9 @@ def select_kernel(
         tl.debug_barrier()  # the indices are read back by other threads
         assignment_ptr += pid_b * N
         where_ptr += pid_b * stride_where_b
-        shrink, shrink_again, factor = 1.0, 1.0, 0.0
+        origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
         if MODE != NO_DISTANCE:
-            shrink, shrink_again, factor = distance_factor(
+            origin, shrink, shrink_again, factor = distance_frame(
                 where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_BOX, MODE, True,
             )  # fmt: skip
@@ -129,9 +129,9 @@ def select_kernel(
         while start < N:
             offs_n = start + tl.arange(0, BLOCK_N)
             row = nearest_rows(
-                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, shrink, shrink_again, factor,
+                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink, shrink_again, factor,
                 WIDTH, 1, 1, 1, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
-                P, BLOCK_N, BLOCK_K, MODE, True, False,
+                P, AXES, BLOCK_N, BLOCK_K, MODE, True, False,
             )  # fmt: skip
             tier = tl.load(tier_ptr + offs_n, mask=offs_n < N, other=MASKED)
             tl.store(assignment_ptr + offs_n, tl.where(tier != MASKED, row, -1).to(tl.int64), mask=offs_n < N)

@@ -19,6 +19,16 @@ def token_tiers(
     return tier.to(torch.int8)
 
 
+def cosines(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not valid -> [N, N]
+    # A power of two scales exactly: no key of finite magnitude overflows when squared, or vanishes.
+    _, exponent = torch.frexp(z.abs().amax(dim=-1, keepdim=True))
+    z = torch.ldexp(torch.ldexp(z, -(exponent // 2)), -(exponent - exponent // 2))
+    norm = z.square().sum(dim=-1, keepdim=True).sqrt()  # [N, 1]
+    z = torch.where(norm > 0, z / norm, 0.0)  # a zero-norm key has cosine 0 with everything
+    # Not matmul, whose result depends on autocast and on a token's place; products commute, so s is symmetric.
+    return torch.stack([(z * row).sum(dim=-1) for row in z])
+
+
 def similarity(
     keys: torch.Tensor,  # [B, N, Dk]
     scores: torch.Tensor | None = None,  # [B, N]
@@ -26,16 +36,12 @@ def similarity(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return s [B, N, N] fp64, sbar [B] fp64, g [B, N] fp64, tier [B, N] int8."""
     tier = token_tiers(keys, scores, mask)
-    valid = (tier == VALID).double()  # [B, N]
-    z = torch.where(tier[..., None] == VALID, keys.double(), 0.0)
-    # A power of two scales exactly: no key of finite magnitude overflows when squared, or vanishes.
-    _, exponent = torch.frexp(z.abs().amax(dim=-1, keepdim=True))
-    z = torch.ldexp(torch.ldexp(z, -(exponent // 2)), -(exponent - exponent // 2))
-    norm = z.square().sum(dim=-1, keepdim=True).sqrt()  # [B, N, 1]
-    z = torch.where(norm > 0, z / norm, 0.0)  # a zero-norm key has cosine 0 with everything
-    # Not matmul: its result would depend on autocast and on the batch.
-    s = torch.stack([(z * z[:, i : i + 1]).sum(dim=-1) for i in range(z.shape[1])], dim=1)  # [B, N, N]
-    count = valid.sum(dim=-1)  # [B]
-    sbar = s.abs().sum(dim=(1, 2)) / (count * count).clamp(min=1)  # E[|S|] of Eq. 2 and 4
+    batch, n, _ = keys.shape
+    s = torch.empty(batch, n, n, dtype=torch.float64, device=keys.device)
+    sbar = s.new_empty(batch)
+    for b in range(batch):  # image by image, each laid out alike: no bit depends on the batch or on strides
+        s[b] = cosines(torch.where(tier[b, :, None] == VALID, keys[b].double(), 0.0).contiguous())
+        count = (tier[b] == VALID).sum().clamp(min=1)
+        sbar[b] = s[b].abs().sum() / (count * count)  # E[|S|] of Eq. 2 and 4
     g = s.sum(dim=-1)  # Eq. 3
     return s, sbar, g, tier

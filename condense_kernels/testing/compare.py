@@ -181,9 +181,10 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
         at = (inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]).double()
     boxed = at[valid & at.isfinite().all(dim=-1)]
     extent = float((boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) if len(boxed) else 0.0
-    # About 8 roundings and one an axis, at d <= dmax; a coordinate far from 0 is itself rounded to the dtype.
+    # About 8 roundings and one an axis, at d <= dmax; far from 0, the coordinates' own in fp64.
     offset = 4 * float(boxed.abs().amax()) / extent if extent > 0 else 0.0
-    return assign_reference.relative_distance(at, kept, valid), eps * (8 + at.shape[1] + offset)
+    error = eps * (8 + at.shape[1]) + unit_roundoff(torch.float64) * offset
+    return assign_reference.relative_distance(at, kept, valid), error
 
 
 def _compare_assignment(inputs: Inputs, stages: Stages, result: Condensed, exact: tuple, s_bound: float, eps: float):
