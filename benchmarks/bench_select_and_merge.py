@@ -9,7 +9,6 @@ No time is taken before the results agree.
 import argparse
 import csv
 import importlib.metadata
-import platform
 import statistics
 import subprocess
 import time
@@ -25,6 +24,7 @@ from rich.table import Table
 from shapes import SHAPES, Shape, make
 
 import condense_kernels as ck
+from condense_kernels.cli.env import processor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,6 +37,9 @@ def providers(shape: Shape, device: str = DEVICE) -> dict[str, Callable]:
     counts, grid = (shape.num_anchors, shape.num_background), shape.grid
     kept = sum(counts)
 
+    def plain(loop):
+        return plain_torch.select_and_merge(features, scores, *counts, grid, loop)
+
     def top_k():
         indices = scores.topk(kept, dim=1).indices.sort(dim=1).values
         return features.gather(1, indices[..., None].expand(-1, -1, shape.channels))
@@ -45,7 +48,8 @@ def providers(shape: Shape, device: str = DEVICE) -> dict[str, Callable]:
         "matmul of S alone, fp32": lambda: torch.matmul(z, z.transpose(1, 2)),
         "condense, fp32": lambda: torch.ops.condense.select_and_merge(features, scores, *counts, grid=grid),
         "condense, bf16": lambda: torch.ops.condense.select_and_merge(*half, *counts, grid=grid),
-        "plain torch loop, fp32": lambda: plain_torch.select_and_merge(features, scores, *counts, grid),
+        "plain torch, Eq. 2 as printed": lambda: plain(plain_torch.greedy_as_printed),
+        "plain torch, running maximum": lambda: plain(plain_torch.greedy_running_maximum),
         "top-k + sort + gather, no merge": top_k,
     }
 
@@ -55,10 +59,11 @@ def check(shape: Shape, device: str = DEVICE) -> None:
     features, scores = make(shape, device=device)
     counts = (shape.num_anchors, shape.num_background)
     ours = ck.select_and_merge(features, scores, *counts, grid=shape.grid)
-    plain = plain_torch.select_and_merge(features, scores, *counts, shape.grid)
-    for name, a, b in zip(ours._fields, ours, plain, strict=True):
-        rtol, atol = (1e-4, 1e-5) if a.is_floating_point() else (0, 0)
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    for loop in (plain_torch.greedy_as_printed, plain_torch.greedy_running_maximum):
+        plain = plain_torch.select_and_merge(features, scores, *counts, shape.grid, loop)
+        for name, a, b in zip(ours._fields, ours, plain, strict=True):
+            rtol, atol = (1e-4, 1e-5) if a.is_floating_point() else (0, 0)
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def seconds(call: Callable) -> float:
@@ -88,7 +93,7 @@ def interleaved(sides: dict[str, Callable], rounds: int, title: str) -> dict[str
 
 def provenance() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else ", ".join(processor())
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,10 +1,11 @@
-"""CondenseVLM written plainly in torch, the way a method's own repository would: the baseline to beat."""
+"""CondenseVLM written plainly in torch, the way a method's own repository would: the baselines to beat."""
 
 import torch
 import torch.nn.functional as F
 
 
-def greedy(s, utility, picks, taken):  # [N, N], [N]
+def greedy_as_printed(s, utility, picks, taken):  # [N, N], [N]
+    """Eq. 2 and 4 to the letter: the maximum over all picks so far, anew at every step."""
     order = []
     for _ in range(picks):
         score = utility if not order else utility - s[:, order].amax(dim=1)
@@ -14,8 +15,8 @@ def greedy(s, utility, picks, taken):  # [N, N], [N]
     return torch.stack(order) if order else utility.new_empty(0, dtype=torch.int64)
 
 
-def greedy_incremental(s, utility, picks, taken):  # [N, N], [N]
-    """The same with a running maximum: what a careful author would write."""
+def greedy_running_maximum(s, utility, picks, taken):  # [N, N], [N]
+    """The same picks from a running maximum: what a careful author would write."""
     order, suppressor = [], None
     for _ in range(picks):
         score = utility if suppressor is None else utility - suppressor
@@ -26,7 +27,7 @@ def greedy_incremental(s, utility, picks, taken):  # [N, N], [N]
     return torch.stack(order) if order else utility.new_empty(0, dtype=torch.int64)
 
 
-def select_and_merge(features, scores, num_anchors, num_background, grid, loop=greedy_incremental):
+def select_and_merge(features, scores, num_anchors, num_background, grid, loop=greedy_running_maximum):
     """features [B, N, D] fp32, scores [B, N]; suppression and spatial weight 1."""
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     at = torch.stack([y.flatten(), x.flatten()], dim=-1).float().to(features.device)

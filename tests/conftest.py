@@ -6,6 +6,8 @@ import torch
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
+import triton  # noqa: F401  the test extra brings it: without it half of the tests would be skipped
+
 from condense_kernels import _backend
 
 CPU = torch.device("cpu")

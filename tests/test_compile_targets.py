@@ -8,9 +8,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
-pytest.importorskip("rich")
-
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "inspect_kernels.py"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block
 

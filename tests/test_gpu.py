@@ -1,5 +1,7 @@
 """The Triton kernels compiled and run: what the interpreter cannot show. Skipped where there is no GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -82,14 +84,22 @@ def test_runs_on_the_current_stream():
     assert_same_bits(result, expected)
 
 
-def test_three_launches():
+@pytest.mark.parametrize("assign_in_select", [False, True])
+def test_launches(assign_in_select, monkeypatch):
+    """Similarity, selection, merge; and the assignment, in the selection's launch or in one of its own."""
+    from condense_kernels.select_and_merge.kernel import FusedConfig
+
+    for_shape = FusedConfig.for_shape
+    monkeypatch.setattr(
+        FusedConfig, "for_shape", lambda n: dataclasses.replace(for_shape(n), assign_in_select=assign_in_select)
+    )
     inputs = make_inputs("random", num_tokens=576, channels=64, device="cuda")
     inputs.run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         inputs.run()
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 3, kernels
+    assert len(kernels) == (3 if assign_in_select else 4), kernels
 
 
 def test_autocast_and_matmul_precision():

@@ -11,7 +11,6 @@ import torch
 from condense_kernels import _backend
 from condense_kernels.select_and_merge.pipeline import Stages, compose
 
-pytest.importorskip("triton")
 if not _backend.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
