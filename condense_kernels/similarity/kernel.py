@@ -277,6 +277,7 @@ def launch_tiles(keys, scores, mask, width, tier_dtype):
             HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
             CAN_OVERFLOW=keys.dtype != torch.float16, INTERPRETED=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages,
+            enable_fp_fusion=True,  # for the dot of fp32 keys; the sums of squares name theirs, nothing else could fuse
         )  # fmt: skip
     return s, tier, row_sums, abs_sums
 
@@ -297,6 +298,7 @@ def similarity(
         parts = triton.cdiv(n, block)
         if b > 0:
             similarity_means_kernel[(b * parts,)](
-                tier, row_sums, abs_sums, g, sbar, n, row_sums.shape[1], abs_sums.shape[1], parts, BLOCK=block
-            )
+                tier, row_sums, abs_sums, g, sbar, n, row_sums.shape[1], abs_sums.shape[1], parts,
+                BLOCK=block, enable_fp_fusion=False,
+            )  # fmt: skip
     return s, sbar, g, tier
