@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from condense_kernels import Condensed
+from condense_kernels import Condensed, similarity
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
 
 pytestmark = [
@@ -46,6 +46,18 @@ def test_the_same_bits_every_time(dtype):
     first = inputs.run()
     for _ in range(20):
         assert_same_bits(inputs.run(), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_similarities_are_symmetric_and_equal_tokens_alike(dtype):
+    """To the bit: rests on the matrix units treating swapped operands alike."""
+    keys = make_inputs("clustered", batch=2, num_tokens=300, channels=200, dtype=dtype, device="cuda").features
+    places = [0, 1, 63, 64, 130, 299]
+    keys[:, places] = keys[:, 5:6].clone()
+    s = similarity(keys)[0]
+    assert torch.equal(s, s.mT)
+    for i in places:
+        assert torch.equal(s[:, i], s[:, 5])
 
 
 def test_nothing_waits_for_the_device():
