@@ -239,6 +239,22 @@ def test_masked_tokens_kept_for_want_of_valid_ones(backend):
     assert result.mass.tolist() == [[0, 0, inputs.scores[0, 2].item(), 0]]
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [(1, [9]), (2, [0, 9]), (4, [0, 2, 5, 9]), (7, [0, 2, 5, 7, 8, 9, 10]), (9, [0, 1, 2, 3, 5, 7, 8, 9, 10])],
+)
+def test_broken_tokens_before_masked_ones_by_index(kept, expected, backend):
+    """Token 9 alone is valid; 0, 2, 5, 7, 8, 10 have a NaN in key or score; 1, 3, 4, 6 are masked."""
+    inputs = make_inputs("random", batch=1, num_tokens=11, num_anchors=(kept + 1) // 2, num_background=kept // 2)
+    features, scores = inputs.features.clone(), inputs.scores.clone()
+    features[0, [0, 5, 8], 0] = float("nan")
+    scores[0, [2, 7, 10]] = float("inf")
+    mask = torch.ones(1, 11, dtype=torch.bool)
+    mask[0, [1, 3, 4, 6]] = False
+    inputs = dataclasses.replace(inputs, features=features, scores=scores, mask=mask)
+    assert inputs.run(backend).indices.tolist() == [expected]
+
+
 def test_first_background_pick_is_the_most_similar_token(backend):
     inputs = make_inputs("random", batch=1, num_tokens=24, num_anchors=0, num_background=1)
     s = torch.nn.functional.cosine_similarity(inputs.features[0][:, None], inputs.features[0][None], dim=-1)
