@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, torch and Triton already there: build, test on the GPU, then measure.
 #   benchmarks/gpu.sh RESULTS [PYTHON]
-# Installs the package into the given Python without touching its torch; stops with the first wrong result.
+# Builds in place for the given Python, which needs torch, triton, setuptools, pytest, hypothesis, rich, einops and numpy
+# and keeps them as they are; stops with the first wrong result.
 # Without a GPU the same steps run on the CPU as far as they can, so that the script itself can be tried anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,8 @@ CONDENSE_BUILD_EXT=1 "$python" setup.py build_ext --inplace
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 echo "commit $commit"
-"$python" -m condense_kernels env || echo "(env needs rich: pip install rich)"
+"$python" -c "import hypothesis, pytest, rich, setuptools, triton"
+"$python" -m condense_kernels env
 
 step "results against the reference, compiled kernels"
 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py

@@ -46,6 +46,12 @@ def run(op: str, backend: str, reference: Callable, triton: Callable, args: tupl
     reason = unavailable(backend, args[0].device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            f"{op} has no gradients yet, and an argument requires grad. Remedy: call it under torch.no_grad(), or "
+            "pass tensor.detach()."
+        )
     if backend == "reference":
         return reference(*args, **kwargs)
     if backend == "triton" and args[0].device.type == "cpu":
@@ -60,8 +66,8 @@ def raw(check: Callable, kernel: Callable) -> Callable:
     def checked(*args, **kwargs):
         try:
             check(*args, **kwargs)
+            return kernel(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise RuntimeError(str(error)) from None
-        return kernel(*args, **kwargs)
+            raise RuntimeError(str(error)) from error
 
     return checked

@@ -23,23 +23,31 @@ def check_tensor(
     like: torch.Tensor | None = None,  # the tensor whose device is expected
 ) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor [{shape}], got {type(value).__name__}.")
-    axes = shape.split()
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}. Remedy: {name}.to_dense().")
-    if value.dim() != len(axes):
-        hint = " Remedy: add the batch axis, " + name + "[None]." if value.dim() == len(axes) - 1 else ""
-        raise ValueError(f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}")
-    expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, value.shape, strict=True)]
-    if list(value.shape) != expected:
-        raise ValueError(
-            f"{name}: expected shape [{shape}] = {expected}, as the arguments before it have, got {list(value.shape)}."
+        raise TypeError(
+            f"{name}: expected a torch.Tensor [{shape}], got {type(value).__name__}. Remedy: torch.as_tensor({name})."
         )
+    axes = shape.split()
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}. Remedy: {name}.to_dense(), or padding.")
+    if value.dim() != len(axes):
+        missing = f"{name}[None], the batch axis" if axes[0] == "B" else f"{name}[:, None], the coordinates' axis"
+        hint = f" Remedy: add {missing}." if value.dim() == len(axes) - 1 else ""
+        raise ValueError(f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}")
+    known = {axis: size for axis, size in sizes.items() if axis in axes}
+    if any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, value.shape, strict=True)):
+        expected = ", ".join(str(known.get(axis, axis)) for axis in axes)
+        why = ", as the arguments before it have" if known else ""
+        raise ValueError(f"{name}: expected shape [{shape}] = [{expected}]{why}, got {list(value.shape)}.")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {allowed}, got {str(value.dtype).removeprefix('torch.')}.")
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {allowed}, got {got}. Remedy: {name}.to({dtypes[0]}).")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as of the first argument, got {value.device}.")
+        raise ValueError(
+            f"{name}: expected device {like.device}, as of the first argument, got {value.device}. "
+            f"Remedy: {name}.to({str(like.device)!r})."
+        )
 
 
 def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> None:
@@ -49,14 +57,14 @@ def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> Non
 
 def check_count(name: str, value: int, low: int, high: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}: {value!r}.")
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}: {value!r}. Remedy: int({name}).")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low} <= {name} <= {high} ({why}), got {value}.")
 
 
 def check_weight(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}: {value!r}.")
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}: {value!r}. Remedy: float({name}).")
     if not (math.isfinite(value) and 0 <= value <= FLOAT32_MAX):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}. Remedy: 0 switches the term off.")
 
@@ -96,7 +104,9 @@ def check_where(
         )
     if grid is not None:
         if not isinstance(grid, Sequence) or any(isinstance(g, bool) or not isinstance(g, int) for g in grid):
-            raise TypeError(f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}.")
+            raise TypeError(
+                f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}. Remedy: tuple(int(g) for g in grid)."
+            )
         if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != sizes["N"]:
             raise ValueError(
                 f"grid: expected (H, W) or (T, H, W) with product N = {sizes['N']}, got {tuple(grid)} with product "

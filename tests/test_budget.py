@@ -54,5 +54,7 @@ def test_condense_is_select_and_merge_with_the_split(backend):
 
 
 def test_condense_names_a_wrong_rank():
-    with pytest.raises(ValueError, match=r"^features: expected a tensor \[B N D\], got \[576, 16\]"):
+    with pytest.raises(ValueError, match=r"^features: expected 3 axes \[B N D\].*features\[None\]"):
         condense(torch.rand(576, 16), torch.rand(576), grid=(24, 24))
+    with pytest.raises(TypeError, match=r"^features: expected a torch.Tensor.*got list"):
+        condense([[1.0]], torch.rand(576))

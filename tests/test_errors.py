@@ -45,7 +45,7 @@ CASES = [
     ("assign", (S3, IDX), {"grid": (-2, -3)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N = 6"),
     ("assign", (S3, IDX), {"grid": (2**62, 4, 6)}, ValueError, "grid: expected (H, W) or (T, H, W) with product N"),
     ("assign", (S3, IDX), {"grid": GRID, "positions": F[0, :, :2]}, ValueError, "grid, positions: expected one of"),
-    ("assign", (S3, IDX), {"positions": F[0, :5]}, ValueError, "positions: expected shape [N P] = [6, 4]"),
+    ("assign", (S3, IDX), {"positions": F[0, :5]}, ValueError, "positions: expected shape [N P] = [6, "),
     ("assign", (S3, IDX), {"positions": F[0, :, :0]}, ValueError, "positions: expected at least one coordinate"),
     ("assign", (S3, IDX), {"positions": S3 > 0}, TypeError, "positions: expected dtype"),
     ("assign", (S3, IDX), {"grid": GRID, "spatial_weight": float("nan")}, ValueError, "spatial_weight: expected a"),
@@ -116,8 +116,38 @@ def test_a_grid_whose_product_overflows(cpp):
 
 
 def test_the_missing_batch_axis_is_the_remedy():
-    with pytest.raises(ValueError, match=re.escape("Remedy: add the batch axis, features[None].")):
+    with pytest.raises(ValueError, match=re.escape("Remedy: add features[None], the batch axis.")):
         ck.select_and_merge(F[0], S[0], 2, 1, grid=GRID)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (torch.arange(6.0), "positions: expected 2 axes [N P], got 1: [6]. Remedy: add positions[:, None], the coor"),
+        (META, "positions: expected shape [N P] = [6, P], as the arguments before it have, got [2, 6]."),
+        ([0, 1], "positions: expected a torch.Tensor [N P], got list. Remedy: torch.as_tensor(positions)."),
+    ],
+    ids=["line", "scores", "list"],
+)
+def test_positions_of_the_wrong_kind(positions, message):
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        ck.assign(S3, IDX, positions=positions)
+
+
+def test_no_gradient_is_lost_in_silence(backend):
+    features = F.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"^select_and_merge has no gradients yet.*Remedy: .*torch.no_grad\(\)"):
+        ck.select_and_merge(features, S, 2, 1, grid=GRID, backend=backend)
+    with torch.no_grad():
+        assert not ck.select_and_merge(features, S, 2, 1, grid=GRID, backend=backend).merged.requires_grad
+
+
+def test_raw_operators_raise_runtime_errors_from_their_launchers_too():
+    def launch(keys):
+        raise ValueError("keys: expected fp32")
+
+    with pytest.raises(RuntimeError, match="^keys: expected fp32"):
+        _backend.raw(lambda keys: None, launch)(F)
 
 
 def test_unavailable_backend_says_why_and_what_to_do(monkeypatch):

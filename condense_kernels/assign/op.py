@@ -58,7 +58,8 @@ def assign(
         indices: [B, K] int64, the kept tokens; -1 is a row that takes nobody.
         tier: [B, N] int8; a token of tier 2 (masked) is not assigned, and its row takes nobody.
         grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
-        positions: [N, P] or [B, N, P] coordinates of any real dtype; a non-finite one makes its distances 0.
+        positions: [N, P] or [B, N, P] coordinates of a float or signed integer dtype (or uint8); a non-finite one makes
+            its token's distances 0.
         spatial_weight: finite, >= 0; 0 gives assignment by similarity alone.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .._checks import FLOATS, check_tensor
 from .op import Condensed, select_and_merge
 
 DEFAULT_BACKGROUND_RATIO = 0.25
@@ -20,9 +21,12 @@ def split_budget(
     background (1 - alpha in the paper's terms), the rest anchors. Halves round up in both.
     """
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        raise ValueError(f"num_tokens: expected an int >= 1, got {num_tokens!r}.")
+        raise ValueError(f"num_tokens: expected an int >= 1, got {num_tokens!r}. Remedy: int(num_tokens).")
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(f"keep: expected an int count or a float ratio, got {type(keep).__name__}: {keep!r}.")
+        raise TypeError(
+            f"keep: expected an int count or a float ratio, got {type(keep).__name__}: {keep!r}. "
+            "Remedy: int(keep) or float(keep)."
+        )
     if isinstance(keep, float):
         if not 0 < keep < 1:
             raise ValueError(f"keep: expected a ratio in (0, 1), got {keep}. Remedy: an int is a count of tokens.")
@@ -30,7 +34,10 @@ def split_budget(
     if not 1 <= keep <= num_tokens:
         raise ValueError(f"keep: expected 1 <= keep <= {num_tokens} tokens, got {keep}.")
     if isinstance(background_ratio, bool) or not isinstance(background_ratio, (int, float)):
-        raise TypeError(f"background_ratio: expected a number, got {type(background_ratio).__name__}.")
+        raise TypeError(
+            f"background_ratio: expected a number, got {type(background_ratio).__name__}: {background_ratio!r}. "
+            "Remedy: float(background_ratio)."
+        )
     if not 0 <= background_ratio <= 1:
         raise ValueError(f"background_ratio: expected a share in [0, 1], got {background_ratio}.")
     num_background = math.floor(keep * background_ratio + 0.5)
@@ -43,17 +50,31 @@ def condense(
     keep: int | float = 64,
     background_ratio: float = DEFAULT_BACKGROUND_RATIO,
     grid: Sequence[int] | None = None,
-    **options,
+    *,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
+    mask: torch.Tensor | None = None,  # [B, N]
+    suppression: float = 1.0,
+    spatial_weight: float = 1.0,
+    backend: str = "auto",
 ) -> Condensed:
     """Condense every image to a budget: ``condense(features, scores, keep=64, grid=(24, 24)).merged``.
 
     Args:
-        features: [B, N, D]; scores: [B, N]; grid and further options as in :func:`select_and_merge`.
+        features: [B, N, D] fp32, fp16, bf16 or fp64: the tokens that are merged.
+        scores: [B, N] floating, >= 0: importance.
         keep: a count of tokens, or a ratio in (0, 1); rounded as :func:`split_budget` says.
         background_ratio: the share of background tokens among the kept, in [0, 1].
+        grid: (H, W) or (T, H, W) with product N; this and the further options are those of :func:`select_and_merge`.
+
+    Returns:
+        The named tuple (merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]) of :func:`select_and_merge`.
+
+    Raises:
+        TypeError, ValueError: as :func:`select_and_merge` and :func:`split_budget`.
     """
-    if not isinstance(features, torch.Tensor) or features.dim() != 3:
-        got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise ValueError(f"features: expected a tensor [B N D], got {got}.")
+    check_tensor("features", features, "B N D", {}, FLOATS)
     num_anchors, num_background = split_budget(features.shape[1], keep, background_ratio)
-    return select_and_merge(features, scores, num_anchors, num_background, grid=grid, **options)
+    options = {"keys": keys, "grid": grid, "positions": positions, "mask": mask, "backend": backend}
+    weights = {"suppression": suppression, "spatial_weight": spatial_weight}
+    return select_and_merge(features, scores, num_anchors, num_background, **options, **weights)

@@ -105,7 +105,7 @@ def select_and_merge(
         num_anchors, num_background: int >= 0, 1 <= K <= N.
         keys: [B, N, Dk] floating: what the cosine similarity is computed on. None: features.
         grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
-        positions: [N, P] or [B, N, P] coordinates of any real dtype.
+        positions: [N, P] or [B, N, P] coordinates of a float or signed integer dtype (or uint8).
         mask: [B, N] bool, False = padding: not a candidate, never merged, in no mean.
         suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
