@@ -1,9 +1,9 @@
 # Everything is installed into $(VENV) with plain pip, nothing outside it; `make help` lists the targets.
 
 PYTHON ?= python3
-# What pip shall install as torch, e.g. TORCH="torch==2.12.0 --index-url ..." for another build.
-TORCH ?= torch==2.13.0
 VENV ?= .venv
+# What pip shall install as torch, e.g. TORCH="torch==2.12.0 --index-url ..." for another build; what is there stays.
+TORCH ?= $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
 # Further arguments of demo, test and bench, e.g. make test ARGS="-k merge".
 ARGS ?=
 
@@ -59,7 +59,7 @@ $(VENV)/created:
 $(VENV)/torch: $(VENV)/created force
 	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH)' ]; then \
 	    echo "installing $(TORCH) into $(VENV)"; \
-	    $(PIP) install $(TORCH) && echo '$(TORCH)' > $@; \
+	    $(PIP) install $$(test -e $@ && echo --force-reinstall) $(TORCH) && echo '$(TORCH)' > $@; \
 	fi
 
 # Editable, so that Python files need no reinstallation; the C++ files do, and are compiled in this step.

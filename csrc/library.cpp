@@ -1,6 +1,10 @@
 // Every operator of the library, in the order of the data's way. See docs/ for what they compute.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "rowops.h"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
   m.def(
       "similarity(Tensor keys, Tensor? scores=None, Tensor? mask=None) -> (Tensor s, Tensor sbar, Tensor g, Tensor "
@@ -16,4 +20,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
       "select_and_merge(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, "
       "Tensor? keys=None, SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, "
       "float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)");
+  m.def("cpu_capability() -> str");  // which instruction set the CPU kernels run with: default, avx2 or avx512
+}
+
+static std::string cpu_capability() { return condense::row_ops<float>().instruction_set; }
+
+STABLE_TORCH_LIBRARY_IMPL(condense, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }

@@ -105,7 +105,7 @@ def test_a_missing_package_is_named(capsys, monkeypatch, command, package, name)
     monkeypatch.setitem(sys.modules, package, None)
     status, _, err = run(capsys, command)
     assert status == 2
-    assert err == f"python -m condense_kernels {command} needs {name}: pip install 'condense-kernels[cli]'\n"
+    assert err == f"python -m condense_kernels {command} needs {name}: pip install {name}\n"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+def compiled(tmp_path_factory) -> tuple[str, list[dict]]:
     path = tmp_path_factory.mktemp("compiled") / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the package that is tested
@@ -21,8 +21,23 @@ def rows(tmp_path_factory) -> list[dict]:
         [sys.executable, str(SCRIPT), "--json", str(path)], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    print(run.stdout)
-    return json.loads(path.read_text())
+    return run.stdout, json.loads(path.read_text())
+
+
+@pytest.fixture
+def rows(compiled) -> list[dict]:
+    return compiled[1]
+
+
+def test_the_table(compiled, capsys):
+    with capsys.disabled():
+        print("\n" + compiled[0])
+    assert "select_kernel" in compiled[0]
+
+
+def test_registers(rows):
+    """Of a thread: 255 on NVIDIA's, 512 on gfx942, fewer where a block has more warps than fit with so many."""
+    assert [row for row in rows if not 0 < row["registers"] <= (512 if row["target"] == "gfx942" else 255)] == []
 
 
 def test_every_kernel_compiles_for_every_target(rows):
@@ -48,7 +63,7 @@ def test_shared_memory_fits(rows):
     assert [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]] == []
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_a_pick_of_576_tokens_waits_for_no_barrier(rows, target):
     found = [row for row in rows if row["call"].endswith(" N=576") and row["target"] == target and row["pick_loop"]]
     assert {row["kernel"] for row in found} == {"greedy_select_kernel", "select_kernel"}

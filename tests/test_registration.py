@@ -198,8 +198,12 @@ def test_each_instruction_set_that_the_machine_has(capability, cpp):
     """Named in the environment; one that the machine lacks falls back to the portable loops."""
     done = python(
         """
-        import torch
+        import os, torch
         from condense_kernels.testing import KINDS, assert_matches_reference, make_inputs
+        capabilities = ("default", "avx2", "avx512")
+        used, asked = (capabilities.index(name) for name in
+                       (torch.ops.condense.cpu_capability(), os.environ["CONDENSE_CPU_CAPABILITY"]))
+        assert used <= asked
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             for kind in KINDS:
                 inputs = make_inputs(kind, num_tokens=61, channels=37, dtype=dtype)

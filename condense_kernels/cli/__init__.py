@@ -19,7 +19,7 @@ class MissingPackage(CommandError):
     """Something of the extra "cli" is not installed."""
 
     def __init__(self, package: str):
-        super().__init__(f"needs {package}: pip install 'condense-kernels[cli]'")
+        super().__init__(f"needs {package}: pip install {package}")
 
 
 def need(*packages: str) -> None:

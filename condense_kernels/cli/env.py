@@ -14,7 +14,13 @@ import torch
 from .. import __version__, _backend, _library
 
 SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
-VARIABLES = ("CONDENSE_DISABLE_CPP", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "CONDENSE_DISABLE_CPP",
+    "CONDENSE_CPU_CAPABILITY",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +76,8 @@ def library() -> str:
     if reason is not None:
         return f"none: {reason}"
     loaded = [path for path in torch.ops.loaded_libraries if Path(path).name.startswith("_C.")]
-    return " ".join(loaded) or "the operators were there before this package was imported"
+    where = " ".join(loaded) or "the operators were there before this package was imported"
+    return f"{where}, runs with {torch.ops.condense.cpu_capability()}"
 
 
 def backends() -> list[tuple[str, str]]:
