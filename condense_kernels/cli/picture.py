@@ -10,7 +10,7 @@ from .methods import Result, Row
 from .patches import PATCH, put_together
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
-ANCHOR, BACKGROUND, KEPT = "#D55E00", "#0072B2", "#000000"
+ANCHOR, BACKGROUND, KEPT = "#D55E00", "#0072B2", "#CC79A7"
 SMALL, LARGE = 12.5, 15
 LONGEST_NAME = 21  # characters that fit above a panel
 
@@ -58,7 +58,7 @@ def draw_kept(axes, picture: torch.Tensor, result: Result, side: int) -> None:
     window = put_together(own.expand(-1, PATCH * PATCH * 3), side)
     show(axes, window * picture + (1 - window) * (picture if result.blocks else faded(picture)))
     if result.blocks:
-        draw_boundaries(axes, result.assignment, side, KEPT, 2)
+        draw_boundaries(axes, result.assignment, side, KEPT, 1.5)
     for patches, colour in ((result.anchors, ANCHOR), (result.background, BACKGROUND), (result.kept, KEPT)):
         draw_outlines(axes, patches, side, colour)
 
@@ -74,7 +74,7 @@ def show_scores(axes, inputs: Inputs) -> None:
     axes.imshow(inputs.scores.reshape(inputs.grid).cpu().numpy(), cmap="cividis", interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel("score: distance from the mean", fontsize=SMALL, labelpad=6)
+    axes.set_xlabel("score: unlike the mean patch\n(bright is high)", fontsize=SMALL, labelpad=6)
 
 
 def show_legend(axes, inputs: Inputs) -> None:
@@ -84,7 +84,7 @@ def show_legend(axes, inputs: Inputs) -> None:
     entries = (
         (ANCHOR, f"anchor ({inputs.num_anchors})"),
         (BACKGROUND, f"background ({inputs.num_background})"),
-        (KEPT, "kept"),
+        (KEPT, "kept, or a block of pooling"),
     )
     handles = [Patch(facecolor="none", edgecolor=colour, linewidth=2.5, label=label) for colour, label in entries]
     axes.legend(handles=handles, loc="upper left", fontsize=SMALL, frameon=False, borderaxespad=0, handlelength=1.2,
