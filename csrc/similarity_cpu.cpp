@@ -51,11 +51,11 @@ struct Gram {
 
   // kTile tokens of channels [c, c + depth), scaled, zeros beyond.
   void pack(int64_t panel, int64_t c, int64_t depth, Scratch<T>& scratch, T* to) const {
-    std::memset(scratch.rows.get(), 0, kTile * kChunk * sizeof(T));
-    for (int64_t r = 0, i = panel * kTile; r < kTile && i < n(); ++r, ++i) {
-      if (inv[i] != 0) {
-        ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, scale[i], scratch.rows.get() + r * kChunk);
-      }
+    for (int64_t r = 0, i = panel * kTile; r < kTile; ++r, ++i) {
+      T* row = scratch.rows.get() + r * kChunk;
+      const int64_t filled = i < n() && inv[i] != 0 ? depth : 0;
+      if (filled > 0) ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, filled, scale[i], row);
+      std::fill(row + filled, row + kChunk, T{0});
     }
     ops.pack_panel(scratch.rows.get(), to);
   }
