@@ -34,7 +34,8 @@ class FusedConfig:
     select: SelectConfig
     width: int  # row length of s, padded so that every row starts and ends on 64 bytes
     # Assignment in the launch of the selection, or in one of its own? At N = 576, K = 64 the one warp of the selection
-    # would issue some 65,000 instructions for it (counted in sm_90 code, not timed), where a launch spreads them.
+    # would issue some 65,000 instructions for it and spill registers (counted in sm_90 code, not timed), where a launch
+    # spreads them.
     assign_in_select: bool = False
     block_n: int = 64
     block_k: int = 8
