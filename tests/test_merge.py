@@ -133,11 +133,13 @@ def test_values_out_of_range(indices, rows, name, cpu, request):
         merge(*tokens(), torch.tensor(indices), torch.tensor(rows), backend=cpu)
 
 
+@pytest.mark.parametrize("side", [1, -1], ids=["above the tie", "below the tie"])
 @pytest.mark.parametrize("cpu", ["cpp", "reference"])
-def test_fp64_to_16_bits_is_rounded_once(cpu, cpp):
-    """By way of fp32 the mean 1 + 2^-11 + 2^-40 would end on the tie 1 + 2^-11, and that on 1."""
-    weight = 0.5 + 2.0**-30
+def test_fp64_to_16_bits_is_rounded_once(cpu, side, cpp):
+    """The means lie beside a tie of the 16 bits, by less than fp32 can tell: by way of it both would end on the tie."""
+    weight = 0.5 + side * 2.0**-30
     scores = torch.tensor([[1 - weight, weight]], dtype=torch.float64)
-    features = torch.tensor([[[1.0], [1 + 2.0**-10]]]).half()
-    merged, _ = merge(features, scores, torch.tensor([[0]]), torch.zeros(1, 2, dtype=torch.int64), backend=cpu)
-    assert merged.item() == 1 + 2.0**-10
+    for dtype, step in ((torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)):
+        features = torch.tensor([[[1.0], [1 + step]]]).to(dtype)
+        merged, _ = merge(features, scores, torch.tensor([[0]]), torch.zeros(1, 2, dtype=torch.int64), backend=cpu)
+        assert merged.item() == (1 + step if side > 0 else 1.0)
