@@ -1,9 +1,11 @@
 // Every token to the kept token that is most similar and near (Eq. 6, 7): one pass over a row of s for each kept token.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -37,35 +39,31 @@ T distance_factor(const T* positions, int64_t num_axes, int64_t n, const int8_t*
 }  // namespace
 
 template <class T>
-Layout<T> Layout<T>::of_grid(const int64_t* grid, int64_t num_axes, int64_t n, const int8_t* tier,
-                             double spatial_weight) {
-  Layout layout{Buffer<T>(num_axes * n), num_axes, T{0}};
+void Layout<T>::set_grid(const int64_t* grid, int64_t n, const int8_t* tier, double spatial_weight) {
   int64_t inner = n;  // tokens per step of the axis
   for (int64_t p = 0; p < num_axes; ++p) {
     inner /= grid[p];
-    for (int64_t i = 0; i < n; ++i) layout.positions[p * n + i] = static_cast<T>(i / inner % grid[p]);
+    for (int64_t i = 0; i < n; ++i) positions[p * n + i] = static_cast<T>(i / inner % grid[p]);
   }
-  layout.factor = distance_factor(layout.positions.get(), num_axes, n, tier, spatial_weight);
-  return layout;
+  factor = distance_factor(positions, num_axes, n, tier, spatial_weight);
 }
 
 template <class T>
-Layout<T> Layout<T>::of_positions(const double* positions, int64_t num_axes, int64_t n, const int8_t* tier,
-                                  double spatial_weight) {
-  Layout layout{Buffer<T>(num_axes * n), num_axes, T{0}};
+void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tier, double spatial_weight) {
   const auto finite = [&](int64_t i) {
-    return std::all_of(positions + i * num_axes, positions + (i + 1) * num_axes,
-                       [](double x) { return std::isfinite(x); });
+    bool all = true;
+    for (int64_t p = 0; p < num_axes; ++p) all = all && std::isfinite(places[p * n + i]);
+    return all;
   };
-  Buffer<double> low(num_axes);
+  std::vector<double> low(num_axes);
   double extent = 0;
   for (int64_t p = 0; p < num_axes; ++p) {
     double high = -std::numeric_limits<double>::infinity();
     low[p] = -high;
     for (int64_t i = 0; i < n; ++i) {
       if (is_masked(tier, i) || !finite(i)) continue;
-      low[p] = std::min(low[p], positions[i * num_axes + p]);
-      high = std::max(high, positions[i * num_axes + p]);
+      low[p] = std::min(low[p], places[p * n + i]);
+      high = std::max(high, places[p * n + i]);
     }
     extent = std::max(extent, high - low[p]);
   }
@@ -74,22 +72,20 @@ Layout<T> Layout<T>::of_positions(const double* positions, int64_t num_axes, int
   for (int64_t i = 0; i < n; ++i) {
     const bool has_place = finite(i);  // NaN makes every distance from and to it 0
     for (int64_t p = 0; p < num_axes; ++p) {
-      layout.positions[p * n + i] = has_place ? static_cast<T>(shrink(positions[i * num_axes + p] - low[p]))
-                                              : std::numeric_limits<T>::quiet_NaN();
+      positions[p * n + i] =
+          has_place ? static_cast<T>(shrink(places[p * n + i] - low[p])) : std::numeric_limits<T>::quiet_NaN();
     }
   }
-  layout.factor = distance_factor(layout.positions.get(), num_axes, n, tier, spatial_weight);
-  return layout;
+  factor = distance_factor(positions, num_axes, n, tier, spatial_weight);
 }
 
 template <class T>
-void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* tier, const Layout<T>& layout,
-                  int64_t n, int64_t k, int slots, int64_t* assignment) {
+void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& layout, int64_t n, int64_t k, int slots,
+                  const AssignMemory<T>& memory, int64_t* assignment) {
   using Index = typename RowOps<T>::Index;
   const RowOps<T>& ops = row_ops<T>();
+  const auto [best, best_row, s_rows] = memory;
   const auto takes_tokens = [&](int64_t row) { return indices[row] >= 0 && !is_masked(tier, indices[row]); };
-  Buffer<T> best(n);
-  Buffer<Index> best_row(n);
   int64_t first = 0;
   while (first < k && !takes_tokens(first)) ++first;
 
@@ -98,12 +94,12 @@ void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* 
     const Share share(n, slot, slots);
     for (int64_t lo = share.lo; lo < share.hi; lo += kBlock) {
       const int64_t hi = std::min(lo + kBlock, share.hi);
-      std::fill(best.get() + lo, best.get() + hi, -std::numeric_limits<T>::infinity());
-      std::fill(best_row.get() + lo, best_row.get() + hi, static_cast<Index>(first < k ? first : -1));
+      std::fill(best + lo, best + hi, -std::numeric_limits<T>::infinity());
+      std::fill(best_row + lo, best_row + hi, static_cast<Index>(first < k ? first : -1));
       for (int64_t row = first; row < k; ++row) {
         if (!takes_tokens(row)) continue;
-        ops.consider_row(s + indices[row] * ld, layout.positions.get(), n, layout.num_axes, indices[row], layout.factor,
-                         lo, hi, row, best.get(), best_row.get());
+        ops.consider_row(s_rows[row], layout.positions, n, layout.num_axes, indices[row], layout.factor, lo, hi, row,
+                         best, best_row);
       }
     }
     for (int64_t i = share.lo; i < share.hi; ++i) assignment[i] = is_masked(tier, i) ? -1 : best_row[i];
@@ -113,10 +109,10 @@ void assign_image(const T* s, int64_t ld, const int64_t* indices, const int8_t* 
   }
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                                       \
-  template struct Layout<T>;                                                                                          \
-  template void assign_image<T>(const T*, int64_t, const int64_t*, const int8_t*, const Layout<T>&, int64_t, int64_t, \
-                                int, int64_t*);
+#define CONDENSE_INSTANTIATE(T)                                                                         \
+  template struct Layout<T>;                                                                            \
+  template void assign_image<T>(const int64_t*, const int8_t*, const Layout<T>&, int64_t, int64_t, int, \
+                                const AssignMemory<T>&, int64_t*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE
@@ -132,13 +128,20 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
   const Tensor kept = contiguous_as(indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   const auto tiers = contiguous_as(tier, ScalarType::Char);
-  const auto places = contiguous_as(positions, ScalarType::Double);
+  const Space space{grid, positions, spatial_weight};
   const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
-  for_each_image(B, N * K, [&](int64_t b, int slots) {
+  const auto pieces = [&](Memory& memory, int) {
+    return std::pair{SpaceMemory<T>(memory, space, N), AssignMemory<T>(memory, N, K)};
+  };
+  for_each_image(B, N * K, pieces, [&](int64_t b, int slots, auto& taken) {
+    auto& [where, memory] = taken;
     const int8_t* image_tier = row_of<int8_t>(tiers, b, N);
-    const Layout<T> layout = layout_of<T>(grid, places, b, N, image_tier, spatial_weight);
-    assign_image<T>(matrices.at<T>(b), matrices.ld, data_of<int64_t>(kept) + b * K, image_tier, layout, N, K, slots,
-                    output<int64_t>(assignment) + b * N);
+    const int64_t* image_kept = data_of<int64_t>(kept) + b * K;
+    where.fill(space, b, N, image_tier);
+    for (int64_t row = 0; row < K; ++row) {
+      memory.s_rows[row] = matrices.at<T>(b) + std::max<int64_t>(image_kept[row], 0) * matrices.ld;
+    }
+    assign_image<T>(image_kept, image_tier, where.layout, N, K, slots, memory, output<int64_t>(assignment) + b * N);
   });
   return assignment;
 }

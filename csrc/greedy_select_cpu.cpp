@@ -1,6 +1,7 @@
 // The greedy, similarity-suppressed selection of Eq. 2 and Eq. 4: one pass over a row of s for each pick.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -36,49 +37,174 @@ void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
   for (int64_t i = 0; i < n; ++i) nu[i] = 0 - ratio * nu[i];
 }
 
-}  // namespace
-
+// nu of every token, NaN where it is no candidate; returns how many are.
 template <class T>
-void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
-                         int64_t k, T suppression, int64_t* order) {
+int64_t negate_utility(const T* prior, const T* sbar, const int8_t* tier, int64_t n, T* nu) {
   constexpr T kMax = std::numeric_limits<T>::max();
-  const RowOps<T>& ops = row_ops<T>();
-  Buffer<T> nu(n), m(n);
   if (sbar) {
-    scale_prior(prior, *sbar, tier, n, nu.get());
+    scale_prior(prior, *sbar, tier, n, nu);
   } else {
     for (int64_t i = 0; i < n; ++i) nu[i] = 0 - prior[i];
   }
   int64_t candidates = 0;
   for (int64_t i = 0; i < n; ++i) {
-    m[i] = -std::numeric_limits<T>::infinity();
     if (tier && tier[i] != kValid) {
-      nu[i] = std::numeric_limits<T>::quiet_NaN();  // no candidate
+      nu[i] = std::numeric_limits<T>::quiet_NaN();
     } else {
       nu[i] = std::isnan(nu[i]) ? kMax : std::clamp(nu[i], -kMax, kMax);
       ++candidates;
     }
   }
-  const int64_t picks = std::min(k, candidates);
-  for (int64_t step = 0; step < picks; ++step) {
-    const int64_t pick = step == 0 ? ops.first_pick(nu.get(), n)
-                                   : ops.next_pick(s + order[step - 1] * ld, nu.get(), suppression, n, m.get());
-    order[step] = pick;
-    nu[pick] = std::numeric_limits<T>::quiet_NaN();
-  }
+  return candidates;
+}
+
+// What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as only tier 3 is left.
+void fill_by_index(const int8_t* tier, int64_t n, int64_t picks, int64_t k, int64_t* order) {
   int64_t step = picks;
   for (const int8_t leftover : {kNonFinite, kMasked}) {
     for (int64_t i = 0; tier && i < n && step < k; ++i) {
       if (tier[i] == leftover) order[step++] = i;
     }
   }
-  std::fill(order + step, order + k, -1);  // only tier 3 is left
+  std::fill(order + step, order + k, -1);
 }
 
-template void greedy_select_image<float>(const float*, int64_t, const float*, const float*, const int8_t*, int64_t,
-                                         int64_t, float, int64_t*);
-template void greedy_select_image<double>(const double*, int64_t, const double*, const double*, const int8_t*, int64_t,
-                                          int64_t, double, int64_t*);
+}  // namespace
+
+template <class T>
+void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
+                         int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order) {
+  const RowOps<T>& ops = row_ops<T>();
+  const auto [nu, m] = memory;
+  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, n, nu));
+  std::fill(m, m + n, -std::numeric_limits<T>::infinity());
+  for (int64_t step = 0; step < picks; ++step) {
+    const int64_t pick =
+        step == 0 ? ops.first_pick(nu, n) : ops.next_pick(s + order[step - 1] * ld, nu, suppression, n, m);
+    order[step] = pick;
+    nu[pick] = std::numeric_limits<T>::quiet_NaN();
+  }
+  fill_by_index(tier, n, picks, k, order);
+}
+
+// Exact lazy batching. Once the first pick is made scores only fall (t only rises), so an old t is a bound: as long as
+// the best of a pool of exact scores comes before the best old one outside, it is the pick, whatever the new scores
+// outside may be. Then all scores are brought up to date with the round's picks at once, by one product.
+namespace {
+
+constexpr int64_t kPool = 512;  // tokens: 1 MB of similarities among them
+
+template <class T>
+struct Pool {
+  const GreedyMemory<T>& all;
+  const StreamedGreedyMemory<T>& memory;
+  int64_t size = 0;
+  T bound{};                 // t and index of the best token outside
+  int64_t bound_token = -1;  // -1: nobody is outside
+
+  // By score, then by index: ties go to the lowest index, in the pool and across its border.
+  bool before(int64_t i, int64_t j) const {
+    const T* t = memory.t;
+    return t[i] < t[j] || (t[i] == t[j] && i < j);
+  }
+
+  // The best candidates by t, in token order.
+  void fill(int64_t n) {
+    int64_t* tokens = memory.tokens;
+    int64_t live = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isnan(memory.t[i])) tokens[live++] = i;
+    }
+    size = std::min(live, kPool);
+    bound_token = -1;
+    if (live > kPool) {
+      std::nth_element(tokens, tokens + kPool, tokens + live, [&](int64_t i, int64_t j) { return before(i, j); });
+      bound_token = tokens[kPool];
+      bound = memory.t[bound_token];
+    }
+    std::sort(tokens, tokens + size);
+    for (int64_t i = 0; i < size; ++i) {
+      memory.pool.nu[i] = all.nu[tokens[i]];
+      memory.pool.m[i] = all.m[tokens[i]];
+      memory.pool_t[i] = memory.t[tokens[i]];
+    }
+  }
+
+  // Picks at most `most` tokens; the first of a round always comes before the bound.
+  int64_t pick(T suppression, int64_t most, int64_t* order) const {
+    const RowOps<T>& ops = row_ops<T>();
+    const auto [nu, m] = memory.pool;
+    int64_t best = ops.first_pick(memory.pool_t, size), picks = 0;
+    T t = memory.pool_t[best];
+    while (true) {
+      const int64_t token = memory.tokens[best];
+      if (bound_token >= 0 && !(t < bound || (t == bound && token < bound_token))) return picks;
+      order[picks++] = token;
+      nu[best] = all.nu[token] = std::numeric_limits<T>::quiet_NaN();
+      if (picks == most || picks == size) return picks;
+      best = ops.next_pick(memory.square + best * size, nu, suppression, size, m);
+      t = suppression * m[best] + nu[best];
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n)
+    : all(memory, n),
+      pool(memory, std::min(n, kPool)),
+      t(memory.take<T>(n)),
+      pool_t(memory.take<T>(std::min(n, kPool))),
+      square(memory.take<T>(std::min(n, kPool) * std::min(n, kPool))),
+      tokens(memory.take<int64_t>(n)) {}
+
+template <class T>
+int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
+                               T suppression, int slots, SimilarityMemory<T>& similarity,
+                               const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows) {
+  const RowOps<T>& ops = row_ops<T>();
+  const int64_t n = keys.n, width = width_of(n);
+  const auto [nu, m] = memory.all;
+  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, n, nu));
+  std::fill(m, m + n, -std::numeric_limits<T>::infinity());
+
+  // Brings all scores up to date with the picks [from, to).
+  const auto update = [&](int64_t from, int64_t to) {
+    similarity_rows(keys, order + from, to - from, slots, similarity, rows + from * width);
+    for_each_slot(slots, [&](int slot) {
+      const Share share(n, slot, slots);
+      const int64_t lo = share.lo, length = share.hi - lo;
+      for (int64_t step = from; step < to; ++step) ops.raise_row(rows + step * width + lo, length, m + lo);
+      ops.score_row(m + lo, nu + lo, suppression, length, memory.t + lo);
+    });
+  };
+  if (picks > 0) {  // alone: without it m is nothing, and a negative cosine would raise a score
+    order[0] = ops.first_pick(nu, n);
+    nu[order[0]] = std::numeric_limits<T>::quiet_NaN();
+    update(0, 1);
+  }
+  Pool<T> pool{memory.all, memory};
+  for (int64_t step = 1; step < picks;) {
+    pool.fill(n);
+    similarity_among(keys, memory.tokens, pool.size, slots, similarity, memory.square);
+    const int64_t more = pool.pick(suppression, picks - step, order + step);
+    update(step, step + more);
+    step += more;
+  }
+  fill_by_index(tier, n, picks, k, order);
+  return picks;
+}
+
+#define CONDENSE_INSTANTIATE(T)                                                                                   \
+  template struct StreamedGreedyMemory<T>;                                                                        \
+  template void greedy_select_image<T>(const T*, int64_t, const T*, const T*, const int8_t*, int64_t, int64_t, T, \
+                                       const GreedyMemory<T>&, int64_t*);                                         \
+  template int64_t greedy_select_streamed<T>(const Rows&, const T*, const T*, const int8_t*, int64_t, T, int,     \
+                                             SimilarityMemory<T>&, const StreamedGreedyMemory<T>&, int64_t*, T*);
+CONDENSE_INSTANTIATE(float)
+CONDENSE_INSTANTIATE(double)
+#undef CONDENSE_INSTANTIATE
 
 namespace {
 
@@ -91,9 +217,10 @@ Tensor greedy_select_as(const Tensor& s, const Tensor& prior, int64_t k, const s
   const auto mean = contiguous_as(sbar, kScalarType<T>);
   const auto tiers = contiguous_as(tier, ScalarType::Char);
   const Tensor order = torch::stable::empty({B, k}, ScalarType::Long);
-  for_each_image(B, N * k, [&](int64_t b, int) {
+  const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, N); };
+  for_each_image(B, N * k, pieces, [&](int64_t b, int, auto& memory) {
     greedy_select_image<T>(matrices.at<T>(b), matrices.ld, data_of<T>(a) + b * N, row_of<T>(mean, b, 1),
-                           row_of<int8_t>(tiers, b, N), N, k, static_cast<T>(suppression),
+                           row_of<int8_t>(tiers, b, N), N, k, static_cast<T>(suppression), memory,
                            output<int64_t>(order) + b * k);
   });
   return order;

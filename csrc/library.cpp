@@ -20,6 +20,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
       "select_and_merge(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, "
       "Tensor? keys=None, SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, "
       "float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)");
+  m.def(
+      "select_and_merge_out(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, "
+      "Tensor? keys=None, SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, "
+      "float spatial_weight=1.0, Tensor(a!)? workspace=None, Tensor(b!) merged, Tensor(c!) indices, "
+      "Tensor(d!) assignment, Tensor(e!) mass) -> ()");
+  m.def(
+      "workspace_bytes(Tensor features, Tensor scores, int num_anchors, int num_background, *, Tensor? keys=None, "
+      "int[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, float spatial_weight=1.0) "
+      "-> int");
   m.def("cpu_capability() -> str");  // which instruction set the CPU kernels run with: default, avx2 or avx512
 }
 

@@ -13,27 +13,26 @@ namespace {
 
 constexpr int64_t kFold = 32;  // members summed before the partial sum is folded: long clusters lose less
 
-// The tokens of row r are members[first[r], first[r + 1]), in token order.
-struct Clusters {
-  Clusters(const int64_t* assignment, int64_t n, int64_t k) : first(k + 2), members(n) {
-    std::fill(first.get(), first.get() + k + 2, 0);
-    for (int64_t i = 0; i < n; ++i) {
-      if (assignment[i] >= 0) ++first[assignment[i] + 2];
-    }
-    for (int64_t r = 2; r < k + 2; ++r) first[r] += first[r - 1];
-    for (int64_t i = 0; i < n; ++i) {
-      if (assignment[i] >= 0) members[first[assignment[i] + 1]++] = i;
-    }
+// Sorts the tokens by row: those of row r are members[first[r], first[r + 1]), in token order.
+template <class T>
+void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, const MergeMemory<T>& memory) {
+  int64_t *first = memory.first, *members = memory.members;
+  std::fill(first, first + k + 2, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (assignment[i] >= 0) ++first[assignment[i] + 2];
   }
-  Buffer<int64_t> first, members;
-};
+  for (int64_t r = 2; r < k + 2; ++r) first[r] += first[r - 1];
+  for (int64_t i = 0; i < n; ++i) {
+    if (assignment[i] >= 0) members[first[assignment[i] + 1]++] = i;
+  }
+}
 
 template <class T>
 struct Merger {
   const RowOps<T>& ops;
   const Rows& features;
   const T* scores;
-  const Clusters& clusters;
+  const int64_t *first, *members;
   T *row, *part, *total;  // [d] each
 
   void copy(int64_t i, char* to) const {
@@ -52,8 +51,7 @@ struct Merger {
   }
 
   void merge_row(int64_t r, int64_t own, char* to, T* mass) const {
-    const int64_t lo = clusters.first[r], hi = clusters.first[r + 1];
-    const int64_t* members = clusters.members.get();
+    const int64_t lo = first[r], hi = first[r + 1];
     double sum = 0;
     for (int64_t t = lo; t < hi; ++t) sum += static_cast<double>(scores[members[t]]);
     *mass = own < 0 ? T{0} : static_cast<T>(sum);
@@ -75,26 +73,26 @@ struct Merger {
 
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
-                 int slots, void* merged, T* mass) {
-  const Clusters clusters(assignment, features.n, k);
-  Buffer<T> rows(3 * slots * features.d);
+                 int slots, const MergeMemory<T>& memory, void* merged, T* mass) {
+  sort_by_row(assignment, features.n, k, memory);
   const int64_t cost = features.n + k;  // tokens to read and rows to write: what a slot gets an equal share of
   for_each_slot(slots, [&](int slot) {
-    T* row = rows.get() + 3 * slot * features.d;
-    const Merger<T> merger{row_ops<T>(), features, scores, clusters, row, row + features.d, row + 2 * features.d};
+    T* row = memory.rows + 3 * slot * features.d;
+    const Merger<T> merger{row_ops<T>(),   features, scores,           memory.first,
+                           memory.members, row,      row + features.d, row + 2 * features.d};
     const Share share(cost, slot, slots);
     for (int64_t r = 0; r < k; ++r) {
-      const int64_t before = clusters.first[r] + r;
+      const int64_t before = memory.first[r] + r;
       if (before < share.lo || before >= share.hi) continue;
       merger.merge_row(r, indices[r], static_cast<char*>(merged) + r * features.d * features.element_size(), mass + r);
     }
   });
 }
 
-template void merge_image<float>(const Rows&, const float*, const int64_t*, const int64_t*, int64_t, int, void*,
-                                 float*);
-template void merge_image<double>(const Rows&, const double*, const int64_t*, const int64_t*, int64_t, int, void*,
-                                  double*);
+template void merge_image<float>(const Rows&, const float*, const int64_t*, const int64_t*, int64_t, int,
+                                 const MergeMemory<float>&, void*, float*);
+template void merge_image<double>(const Rows&, const double*, const int64_t*, const int64_t*, int64_t, int,
+                                  const MergeMemory<double>&, void*, double*);
 
 namespace {
 
@@ -108,10 +106,11 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores
   check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
   const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
   const Tensor mass = torch::stable::empty({B, K}, kScalarType<T>);
-  for_each_image(B, N * D, [&](int64_t b, int slots) {
+  const auto pieces = [&](Memory& memory, int slots) { return MergeMemory<T>(memory, N, D, K, slots); };
+  for_each_image(B, N * D, pieces, [&](int64_t b, int slots, auto& memory) {
     const Rows image = rows_of(features, b);
     merge_image<T>(image, data_of<T>(a) + b * N, data_of<int64_t>(kept) + b * K, data_of<int64_t>(rows) + b * N, K,
-                   slots, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K);
+                   slots, memory, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K);
   });
   return {merged, mass};
 }

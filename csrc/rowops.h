@@ -32,9 +32,10 @@ struct RowOps {
 
   // panel[kChunk, kTile] = rows[kTile, kChunk], transposed.
   void (*pack_panel)(const T* rows, T* panel);
-  // c[kTile, kTile] = a^T b over depth channels of two panels, added to what c holds if accumulate.
-  void (*multiply_tile)(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate);
-  // t[i, j] *= inv_i[i] * inv_j[j] and mirror = t^T; all three kTile wide.
+  // c[kTile, kTile] = a^T b over depth channels of two panels, added to what c holds if accumulate. Rows from `rows` on
+  // may be left out.
+  void (*multiply_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
   void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
   int64_t (*sum_tile)(const T* t, int64_t* g_i, int64_t* g_j);
@@ -43,6 +44,11 @@ struct RowOps {
   int64_t (*first_pick)(const T* nu, int64_t n);
   // m = max(m, row); the smallest of suppression * m + nu, as above. A row value that is not finite counts as 0.
   int64_t (*next_pick)(const T* row, const T* nu, T suppression, int64_t n, T* m);
+
+  // m = max(m, row); row is finite.
+  void (*raise_row)(const T* row, int64_t n, T* m);
+  // t = suppression * m + nu
+  void (*score_row)(const T* m, const T* nu, T suppression, int64_t n, T* t);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

@@ -283,13 +283,13 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
 }
 
 template <class T>
-void multiply_tile(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate) {
+void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
   constexpr int kRows = CONDENSE_ISA_BYTES == 64 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
   constexpr int kVectors = CONDENSE_ISA_BYTES == 32 ? 2 : 3;
   constexpr int kColumns = kVectors * Simd<T>::kLanes;
   static_assert(kTile % kRows == 0 && kTile % kColumns == 0, "blocks tile the tile");
   for (int j = 0; j < kTile; j += kColumns) {
-    for (int i = 0; i < kTile; i += kRows) {
+    for (int i = 0; i < rows; i += kRows) {
       multiply_block<T, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
     }
   }
@@ -304,7 +304,7 @@ void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
       store(t + i * kTile + j, load<V>(t + i * kTile + j) * (load<V>(inv_j + j) * inv_i[i]));
     }
   }
-  for (int i = 0; i < kTile; i += kLanes) {
+  for (int i = 0; mirror && i < kTile; i += kLanes) {
     for (int j = 0; j < kTile; j += kLanes) transpose_block(t + i * kTile + j, kTile, mirror + j * kTile + i, kTile);
   }
 }
@@ -425,6 +425,16 @@ int64_t next_pick(const T* row, const T* nu, T suppression, int64_t n, T* m) {
 }
 
 template <class T>
+void raise_row(const T* row, int64_t n, T* m) {
+  for (int64_t i = 0; i < n; ++i) m[i] = row[i] > m[i] ? row[i] : m[i];
+}
+
+template <class T>
+void score_row(const T* m, const T* nu, T suppression, int64_t n, T* t) {
+  for (int64_t i = 0; i < n; ++i) t[i] = suppression * m[i] + nu[i];
+}
+
+template <class T>
 struct RowDistance {
   const T* positions;
   int64_t n, num_axes, kept;
@@ -497,10 +507,10 @@ void divide_row(T* x, T divisor, int64_t n) {
 
 template <class T>
 const RowOps<T>& row_ops() {
-  static constexpr RowOps<T> kOps = {CONDENSE_ISA_NAME, load_row<T>,   store_row<T>,     max_magnitude<T>,
-                                     sum_of_squares<T>, pack_panel<T>, multiply_tile<T>, scale_tile<T>,
-                                     sum_tile<T>,       first_pick<T>, next_pick<T>,     consider_row<T>,
-                                     accumulate_row<T>, fold_row<T>,   divide_row<T>};
+  static constexpr RowOps<T> kOps = {
+      CONDENSE_ISA_NAME, load_row<T>,     store_row<T>,      max_magnitude<T>, sum_of_squares<T>, pack_panel<T>,
+      multiply_tile<T>,  scale_tile<T>,   sum_tile<T>,       first_pick<T>,    next_pick<T>,      raise_row<T>,
+      score_row<T>,      consider_row<T>, accumulate_row<T>, fold_row<T>,      divide_row<T>};
   return kOps;
 }
 

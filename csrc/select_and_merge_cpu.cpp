@@ -1,7 +1,9 @@
-// The flagship: the stages in a row. s lives only while its image does: at most one a thread.
+// The flagship: the stages in a row. s lives only while its image does, at most one a thread; of a long image only the
+// kept tokens' rows are ever stored.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -13,65 +15,165 @@
 namespace condense {
 namespace {
 
-struct Options {
+// Tokens up to which an image's s is stored: 64 MB in fp32. CONDENSE_STORED_TOKENS sets another number.
+int64_t stored_tokens() {
+  static const int64_t tokens = [] {
+    const char* asked = std::getenv("CONDENSE_STORED_TOKENS");
+    return asked && *asked ? std::strtoll(asked, nullptr, 10) : 4096;
+  }();
+  return tokens;
+}
+
+// The operator's arguments, checked.
+struct Arguments {
+  const Tensor &features, &scores, &keys;
+  const std::optional<Tensor>& mask;
   int64_t num_anchors, num_background;
-  double suppression, spatial_weight;
+  double suppression;
+  Space space;
+
+  int64_t B() const { return features.size(0); }
+  int64_t N() const { return features.size(1); }
+  int64_t D() const { return features.size(2); }
+  int64_t K() const { return num_anchors + num_background; }
+  bool stored() const { return N() <= stored_tokens(); }
+  Schedule schedule() const { return {B(), static_cast<double>(N()) * N() * keys.size(2)}; }
+};
+
+struct Outputs {
+  Tensor merged, indices, assignment, mass;
+};
+
+template <class T>
+struct Kept {
+  int64_t token;
+  const T* s_row;
+};
+
+// What one image needs; S: the working type of the similarities, M: that of the merge.
+template <class S, class M>
+struct ImageMemory {
+  ImageMemory(Memory& memory, const Arguments& a, int slots)
+      : scores(memory.take<S>(a.N())),
+        weights(memory.take<M>(a.N())),
+        mask(memory.take<uint8_t>(a.mask ? a.N() : 0)),
+        tier(memory.take<int8_t>(a.N())),
+        rest(memory.take<int8_t>(a.N())),
+        g(memory.take<S>(a.N())),
+        order(memory.take<int64_t>(a.K())),
+        kept(memory.take<Kept<S>>(a.K())),
+        similarity(memory, a.N(), slots, a.stored()),
+        s(memory.take<S>(a.stored() ? a.N() * a.N() : 0)),
+        rows(memory.take<S>(a.stored() ? 0 : (a.K() + kTile) * width_of(a.N()))),
+        greedy(memory, a.stored() ? a.N() : 0),
+        streamed_greedy(memory, a.stored() ? 0 : a.N()),
+        where(memory, a.space, a.N()),
+        assign(memory, a.N(), a.K()),
+        merge(memory, a.N(), a.D(), a.K(), slots) {}
+  S* scores;
+  M* weights;
+  uint8_t* mask;
+  int8_t *tier, *rest;
+  S* g;
+  int64_t* order;
+  Kept<S>* kept;
+  SimilarityMemory<S> similarity;
+  S *s, *rows;  // [N, N] where it is stored, else [K, width_of(N)] and room for a tile
+  GreedyMemory<S> greedy;
+  StreamedGreedyMemory<S> streamed_greedy;
+  SpaceMemory<S> where;
+  AssignMemory<S> assign;
+  MergeMemory<M> merge;
 };
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
-template <class T>
-void select_image(const T* s, const T* sbar, const T* scores, const T* g, const int8_t* tier, int64_t n,
-                  const Options& options, int64_t* indices) {
-  const auto suppression = static_cast<T>(options.suppression);
-  greedy_select_image<T>(s, n, scores, sbar, tier, n, options.num_anchors, suppression, indices);
-  Buffer<int8_t> rest(n);  // an anchor is no candidate for the background
-  std::copy(tier, tier + n, rest.get());
-  for (int64_t a = 0; a < options.num_anchors; ++a) rest[indices[a]] = kTaken;
-  greedy_select_image<T>(s, n, g, sbar, rest.get(), n, options.num_background, suppression,
-                         indices + options.num_anchors);
-  std::sort(indices, indices + options.num_anchors + options.num_background);
-}
-
-// S: the working type of the similarities, M: that of the merge.
 template <class S, class M>
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_as(const Tensor& features, const Tensor& scores,
-                                                               const Tensor& keys, const Options& options,
-                                                               const std::optional<std::vector<int64_t>>& grid,
-                                                               const std::optional<Tensor>& positions,
-                                                               const std::optional<Tensor>& mask) {
-  const int64_t B = features.size(0), N = features.size(1), D = features.size(2);
-  const int64_t K = options.num_anchors + options.num_background;
-  const Tensor a = contiguous_as(scores, kScalarType<S>), weights = contiguous_as(scores, kScalarType<M>);
-  const auto valid = contiguous_as(mask, ScalarType::Bool), places = contiguous_as(positions, ScalarType::Double);
-  const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
-  const Tensor indices = torch::stable::empty({B, K}, ScalarType::Long);
-  const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
-  const Tensor mass = torch::stable::empty({B, K}, kScalarType<M>);
-
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), [&](int64_t b, int slots) {
-    Buffer<S> s(N * N), g(N);
-    Buffer<int8_t> tier(N);
-    S sbar = 0;
-    const Rows tokens = rows_of(features, b);
-    const S* score = data_of<S>(a) + b * N;
-    int64_t *kept = output<int64_t>(indices) + b * K, *rows = output<int64_t>(assignment) + b * N;
-    similarity_image<S>(rows_of(keys, b), score, row_of<uint8_t>(valid, b, N), slots, s.get(), &sbar, g.get(),
-                        tier.get());
-    select_image<S>(s.get(), &sbar, score, g.get(), tier.get(), N, options, kept);
-    const Layout<S> layout = layout_of<S>(grid, places, b, N, tier.get(), options.spatial_weight);
-    assign_image<S>(s.get(), N, kept, tier.get(), layout, N, K, slots, rows);
-    merge_image<M>(tokens, data_of<M>(weights) + b * N, kept, rows, K, slots,
-                   output<char>(merged) + b * K * D * tokens.element_size(), output<M>(mass) + b * K);
-  });
-  return {merged, indices, assignment, mass};
+void select_image(const Rows& keys, const Arguments& a, S sbar, int slots, ImageMemory<S, M>& memory) {
+  const int64_t N = a.N(), width = width_of(N);
+  const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+    const auto suppression = static_cast<S>(a.suppression);
+    int64_t *order = memory.order + first, with_rows = k;
+    S* rows = memory.rows + first * width;
+    if (memory.s) {
+      greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
+    } else {
+      with_rows = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, slots, memory.similarity,
+                                            memory.streamed_greedy, order, rows);
+      std::fill(rows + with_rows * width, rows + k * width, S{0});
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      memory.kept[first + i] = {order[i], memory.s ? memory.s + order[i] * N : rows + i * width};
+    }
+  };
+  select(memory.scores, memory.tier, 0, a.num_anchors);
+  std::copy(memory.tier, memory.tier + N, memory.rest);
+  for (int64_t i = 0; i < a.num_anchors; ++i) memory.rest[memory.order[i]] = kTaken;  // no candidate for the background
+  select(memory.g, memory.rest, a.num_anchors, a.num_background);
+  std::sort(memory.kept, memory.kept + a.K(), [](const Kept<S>& x, const Kept<S>& y) { return x.token < y.token; });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& features, const Tensor& scores,
-                                                            int64_t num_anchors, int64_t num_background,
-                                                            std::optional<Tensor> keys,
-                                                            std::optional<std::vector<int64_t>> grid,
-                                                            std::optional<Tensor> positions, std::optional<Tensor> mask,
-                                                            double suppression, double spatial_weight) {
+template <class S, class M>
+void condense_image(const Arguments& a, int64_t b, int slots, ImageMemory<S, M>& memory, const Outputs& out) {
+  const int64_t N = a.N(), D = a.D(), K = a.K();
+  const Rows keys = rows_of(a.keys, b), features = rows_of(a.features, b);
+  int64_t *indices = output<int64_t>(out.indices) + b * K, *assignment = output<int64_t>(out.assignment) + b * N;
+  convert_row(a.scores, b, memory.scores);
+  convert_row(a.scores, b, memory.weights);
+  if (a.mask) convert_row(*a.mask, b, memory.mask);
+  S sbar = 0;
+  similarity_image<S>(keys, memory.scores, a.mask ? memory.mask : nullptr, slots, memory.similarity, memory.s, &sbar,
+                      memory.g, memory.tier);
+  select_image(keys, a, sbar, slots, memory);
+  for (int64_t row = 0; row < K; ++row) {
+    indices[row] = memory.kept[row].token;
+    memory.assign.s_rows[row] = memory.kept[row].s_row;
+  }
+  memory.where.fill(a.space, b, N, memory.tier);
+  assign_image<S>(indices, memory.tier, memory.where.layout, N, K, slots, memory.assign, assignment);
+  merge_image<M>(features, memory.weights, indices, assignment, K, slots, memory.merge,
+                 output<char>(out.merged) + b * K * D * features.element_size(), output<M>(out.mass) + b * K);
+}
+
+// Bytes of one image in flight.
+template <class S, class M>
+int64_t image_bytes(const Arguments& a) {
+  Memory count;
+  ImageMemory<S, M>(count, a, a.schedule().slots);
+  return count.taken();
+}
+
+template <class S, class M>
+void condense_images(const Arguments& a, const Outputs& out, const Workspace& workspace) {
+  const Schedule schedule = a.schedule();
+  for_each_image(a.B(), schedule, workspace, image_bytes<S, M>(a), [&](int64_t b, Memory piece) {
+    ImageMemory<S, M> memory(piece, a, schedule.slots);
+    condense_image(a, b, schedule.slots, memory, out);
+  });
+}
+
+// The two functions for the working types of some arguments.
+struct Kernel {
+  int64_t (*image_bytes)(const Arguments&);
+  void (*run)(const Arguments&, const Outputs&, const Workspace&);
+};
+
+template <class S, class M>
+constexpr Kernel kKernel = {image_bytes<S, M>, condense_images<S, M>};
+
+bool is_wide_merge(const Arguments& a) { return is_double(a.scores) || is_double(a.features); }
+
+Kernel kernel_for(const Arguments& a) {
+  const bool wide_s = is_double(a.scores) || is_double(a.keys), wide_m = is_wide_merge(a);
+  return wide_s ? (wide_m ? kKernel<double, double> : kKernel<double, float>)
+                : (wide_m ? kKernel<float, double> : kKernel<float, float>);
+}
+
+int64_t bytes_for(const Arguments& a) { return a.schedule().at_a_time * kernel_for(a).image_bytes(a); }
+
+Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
+                  const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
+                  const std::optional<Tensor>& positions, const std::optional<Tensor>& mask, double suppression,
+                  double spatial_weight) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
@@ -93,18 +195,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
   check_where(grid, positions, spatial_weight, B, N);
+  return {features,       scores,      keys ? *keys : features,          mask, num_anchors,
+          num_background, suppression, {grid, positions, spatial_weight}};
+}
 
-  const Tensor& k = keys ? *keys : features;
-  const Options options{num_anchors, num_background, suppression, spatial_weight};
-  const bool wide_scores = is_double(scores);
-  const bool wide_s = wide_scores || is_double(k), wide_m = wide_scores || is_double(features);
-  const auto run = wide_s ? (wide_m ? select_and_merge_as<double, double> : select_and_merge_as<double, float>)
-                          : (wide_m ? select_and_merge_as<float, double> : select_and_merge_as<float, float>);
-  return run(features, scores, k, options, grid, positions, mask);
+void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
+                  ScalarType dtype) {
+  check_shape(name, t, axes, sizes);
+  check_dtype(name, t, {dtype}, torch::headeronly::toString(dtype));
+  if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor to write into, got another layout.");
+}
+
+// Starts on a cache line, wherever the caller's bytes do.
+Workspace workspace_in(const Tensor& bytes, int64_t needed) {
+  check_rank("workspace", bytes, "bytes", 1);
+  check_dtype("workspace", bytes, {ScalarType::Byte}, "uint8");
+  if (bytes.numel() < needed + Memory::kLine || !bytes.is_contiguous()) {
+    fail("workspace: expected at least ", needed + Memory::kLine, " contiguous bytes, got ", bytes.numel(),
+         ". Remedy: ask workspace_bytes anew; it depends on the number of threads.");
+  }
+  const auto address = reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr());
+  const auto start = (address + Memory::kLine - 1) / Memory::kLine * Memory::kLine;
+  return {reinterpret_cast<void*>(start), needed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& features, const Tensor& scores,
+                                                            int64_t num_anchors, int64_t num_background,
+                                                            std::optional<Tensor> keys,
+                                                            std::optional<std::vector<int64_t>> grid,
+                                                            std::optional<Tensor> positions, std::optional<Tensor> mask,
+                                                            double suppression, double spatial_weight) {
+  const Arguments a =
+      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+  const Outputs out{torch::stable::empty({a.B(), a.K(), a.D()}, features.scalar_type()),
+                    torch::stable::empty({a.B(), a.K()}, ScalarType::Long),
+                    torch::stable::empty({a.B(), a.N()}, ScalarType::Long),
+                    torch::stable::empty({a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float)};
+  kernel_for(a).run(a, out, Workspace(bytes_for(a)));
+  return {out.merged, out.indices, out.assignment, out.mass};
+}
+
+void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
+                          std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
+                          std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
+                          double spatial_weight, std::optional<Tensor> workspace, const Tensor& merged,
+                          const Tensor& indices, const Tensor& assignment, const Tensor& mass) {
+  const Arguments a =
+      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+  check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
+  check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
+  check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
+  check_output("mass", mass, "B K", {a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float);
+  const Outputs out{merged, indices, assignment, mass};
+  const int64_t needed = bytes_for(a);
+  if (workspace) {
+    kernel_for(a).run(a, out, workspace_in(*workspace, needed));
+  } else {
+    kernel_for(a).run(a, out, Workspace(needed));
+  }
+}
+
+int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
+                        std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
+                        std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
+                        double spatial_weight) {
+  return Memory::kLine + bytes_for(checked(features, scores, num_anchors, num_background, keys, grid, positions, mask,
+                                           suppression, spatial_weight));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("select_and_merge", TORCH_BOX(&select_and_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("select_and_merge", TORCH_BOX(&select_and_merge));
+  m.impl("select_and_merge_out", TORCH_BOX(&select_and_merge_out));
+  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
+}
 
 }  // namespace condense

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -20,132 +21,144 @@ namespace {
 
 constexpr int kWholePanels = 12;  // up to here a thread packs the whole image once a chunk (576 tokens: 295 KB)
 constexpr int kBlockPanels = 8;   // above, macro-blocks of 384 x 384 tokens
+constexpr int kBlockWidth = kBlockPanels * kTile;
+constexpr int64_t kPiece = 1024;  // channels converted at a time
 
-int64_t panels_of(int64_t n) { return (n + kTile - 1) / kTile; }
+int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
 
-// What a thread works in.
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t n)
-      : rows(kTile * kChunk),
-        panels(std::min<int64_t>(panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) * kChunk * kTile),
-        tile(kTile * kTile),
-        mirror(kTile * kTile),
-        g(panels_of(n) * kTile) {
-    std::memset(g.get(), 0, panels_of(n) * kTile * sizeof(int64_t));
-  }
-  Buffer<T> rows, panels, tile, mirror;
-  Buffer<int64_t> g;  // fixed point
-  int64_t magnitudes = 0;
+// The tokens along one side of a product: all, or those that are listed.
+struct Side {
+  int64_t count;
+  const int64_t* tokens = nullptr;
+
+  int64_t at(int64_t i) const { return tokens ? tokens[i] : i; }
+  int64_t in_panel(int64_t panel) const { return std::min<int64_t>(kTile, count - panel * kTile); }
 };
 
+// Cosines of the tokens of one side with those of the other, tile by tile. A cosine's bits depend on its two keys
+// alone: not on the sides, on the place in the tile, or on where the tile goes.
 template <class T>
-struct Gram {
+struct CosineTiles {
   const RowOps<T>& ops;
   const Rows& keys;
-  const T* scale;  // [n] power of two, exact
-  const T* inv;    // [padded n] 1 / norm of the scaled key, 0 for a token without similarities
-  T* s;            // [n, n]
-
-  int64_t n() const { return keys.n; }
+  const KeyFactors<T>& factors;
+  Side a, b;
+  bool symmetric;  // a is b: the upper tiles are computed, and mirrored
+  bool summed;     // into the fixed-point sums
+  T* to;           // [a, b] with rows of ld; null: tiles are dropped
+  int64_t ld;
+  bool roomy;  // the last tiles may be written whole
 
   // kTile tokens of channels [c, c + depth), scaled, zeros beyond.
-  void pack(int64_t panel, int64_t c, int64_t depth, Scratch<T>& scratch, T* to) const {
-    for (int64_t r = 0, i = panel * kTile; r < kTile; ++r, ++i) {
-      T* row = scratch.rows.get() + r * kChunk;
-      const int64_t filled = i < n() && inv[i] != 0 ? depth : 0;
-      if (filled > 0) ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, filled, scale[i], row);
-      std::fill(row + filled, row + kChunk, T{0});
+  void pack(const Side& side, int64_t panel, int64_t c, int64_t depth, TileMemory<T>& memory, T* packed) const {
+    const int64_t filled = side.in_panel(panel);
+    for (int64_t r = 0; r < kTile; ++r) {
+      T* row = memory.rows + r * kChunk;
+      const int64_t i = r < filled ? side.at(panel * kTile + r) : -1;
+      const int64_t length = i >= 0 && factors.inv[i] != 0 ? depth : 0;
+      if (length > 0) ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, length, factors.scale[i], row);
+      std::fill(row + length, row + kChunk, T{0});
     }
-    ops.pack_panel(scratch.rows.get(), to);
+    ops.pack_panel(memory.rows, packed);
   }
 
-  // Adds one chunk's products to tile (I, J) of s.
-  void multiply(int64_t I, int64_t J, const T* a, const T* b, int64_t depth, bool accumulate,
-                Scratch<T>& scratch) const {
-    const int64_t i0 = I * kTile, j0 = J * kTile;
-    const int64_t rows = std::min<int64_t>(kTile, n() - i0), columns = std::min<int64_t>(kTile, n() - j0);
-    T* to = s + i0 * n() + j0;
-    if (rows == kTile && columns == kTile) return ops.multiply_tile(a, b, depth, to, n(), accumulate);
-    T* tile = scratch.tile.get();
-    ops.multiply_tile(a, b, depth, tile, kTile, false);
+  // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
+  void multiply(const T* pa, const T* pb, int64_t depth, int64_t rows, int64_t columns, T* sums, int64_t ld_tile,
+                bool accumulate, TileMemory<T>& memory) const {
+    if (roomy || !to || (rows == kTile && columns == kTile)) {
+      return ops.multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
+    }
+    T* tile = memory.tile;
+    ops.multiply_tile(pa, pb, depth, rows, tile, kTile, false);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        to[i * n() + j] = accumulate ? to[i * n() + j] + tile[i * kTile + j] : tile[i * kTile + j];
+        sums[i * ld_tile + j] = accumulate ? sums[i * ld_tile + j] + tile[i * kTile + j] : tile[i * kTile + j];
       }
     }
   }
 
-  // Scales tile (I, J), stores it on both sides of the diagonal and adds it to the fixed-point sums.
-  void finish(int64_t I, int64_t J, Scratch<T>& scratch) const {
-    const int64_t i0 = I * kTile, j0 = J * kTile;
-    const int64_t rows = std::min<int64_t>(kTile, n() - i0), columns = std::min<int64_t>(kTile, n() - j0);
-    T *tile = scratch.tile.get(), *mirror = scratch.mirror.get();
+  void load_inverses(const Side& side, int64_t panel, T* inv) const {
+    const int64_t filled = side.in_panel(panel);
+    for (int64_t r = 0; r < kTile; ++r) inv[r] = r < filled ? factors.inv[side.at(panel * kTile + r)] : T{0};
+  }
+
+  // Scales tile (I, J), puts it where it belongs, on both sides of the diagonal, and adds it to the sums.
+  void finish(int64_t I, int64_t J, T* sums, int64_t ld_tile, TileMemory<T>& memory) const {
+    const int64_t rows = a.in_panel(I), columns = b.in_panel(J);
+    const bool mirrored = symmetric && I != J;
+    T *tile = memory.tile, *mirror = memory.mirror;
+    T inv_i[kTile], inv_j[kTile];
+    load_inverses(a, I, inv_i);
+    load_inverses(b, J, inv_j);
     if (rows < kTile || columns < kTile) std::memset(tile, 0, kTile * kTile * sizeof(T));
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, s + (i0 + i) * n() + j0, columns * sizeof(T));
-    ops.scale_tile(tile, inv + i0, inv + j0, mirror);
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(s + (i0 + i) * n() + j0, tile + i * kTile, columns * sizeof(T));
-    if (I != J) {
-      for (int64_t j = 0; j < columns; ++j) std::memcpy(s + (j0 + j) * n() + i0, mirror + j * kTile, rows * sizeof(T));
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
+    ops.scale_tile(tile, inv_i, inv_j, to && mirrored ? mirror : nullptr);
+    if (to) {
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
+      for (int64_t j = 0; j < columns && mirrored; ++j) {
+        std::memcpy(to + (J * kTile + j) * ld + I * kTile, mirror + j * kTile, rows * sizeof(T));
+      }
     }
     if constexpr (sizeof(T) == 4) {
-      int64_t* g = scratch.g.get();
-      const int64_t magnitudes = ops.sum_tile(tile, g + i0, I == J ? nullptr : g + j0);
-      scratch.magnitudes += I == J ? magnitudes : 2 * magnitudes;
+      if (!summed) return;
+      const int64_t magnitudes = ops.sum_tile(tile, memory.g + I * kTile, mirrored ? memory.g + J * kTile : nullptr);
+      memory.magnitudes += mirrored ? 2 * magnitudes : magnitudes;
     }
   }
 
-  // The tiles [lo, hi) of a macro-block of panels [I0, I1) x [J0, J1), counted along its rows, I <= J.
-  void block(int64_t I0, int64_t I1, int64_t J0, int64_t J1, int64_t lo, int64_t hi, Scratch<T>& scratch) const {
-    const bool diagonal = I0 == J0;
-    T* a = scratch.panels.get();
-    T* b = diagonal ? a : a + (I1 - I0) * kChunk * kTile;
+  // The tiles [lo, hi) of a block of panels [I0, I1) x [J0, J1), counted along its rows; I <= J where symmetric.
+  void block(int64_t I0, int64_t I1, int64_t J0, int64_t J1, int64_t lo, int64_t hi, TileMemory<T>& memory) const {
+    const bool diagonal = symmetric && I0 == J0;
+    T* pa = memory.panels;
+    T* pb = diagonal ? pa : pa + (I1 - I0) * kChunk * kTile;
+    const int64_t ld_tile = to ? ld : kBlockWidth;
     const auto for_each_tile = [&](const auto& f) {
       int64_t t = 0;
       for (int64_t I = I0; I < I1; ++I) {
         for (int64_t J = diagonal ? I : J0; J < J1; ++J, ++t) {
-          if (lo <= t && t < hi) f(I, J);
+          if (t < lo || t >= hi) continue;
+          f(I, J,
+            to ? to + I * kTile * ld + J * kTile : memory.block + (I - I0) * kTile * kBlockWidth + (J - J0) * kTile);
         }
       }
     };
     int64_t first_row = I1, last_row = I0, first_column = J1, last_column = J0;
-    for_each_tile([&](int64_t I, int64_t J) {
+    for_each_tile([&](int64_t I, int64_t J, T*) {
       first_row = std::min(first_row, I), last_row = std::max(last_row, I);
       first_column = std::min(first_column, J), last_column = std::max(last_column, J);
     });
     for (int64_t c = 0; c < keys.d; c += kChunk) {
       const int64_t depth = std::min<int64_t>(kChunk, keys.d - c);
       const int64_t last_packed = diagonal ? std::max(last_row, last_column) : last_row;
-      for (int64_t I = first_row; I <= last_packed; ++I) pack(I, c, depth, scratch, a + (I - I0) * kChunk * kTile);
+      for (int64_t I = first_row; I <= last_packed; ++I) pack(a, I, c, depth, memory, pa + (I - I0) * kChunk * kTile);
       for (int64_t J = first_column; J <= last_column && !diagonal; ++J) {
-        pack(J, c, depth, scratch, b + (J - J0) * kChunk * kTile);
+        pack(b, J, c, depth, memory, pb + (J - J0) * kChunk * kTile);
       }
-      for_each_tile([&](int64_t I, int64_t J) {
-        multiply(I, J, a + (I - I0) * kChunk * kTile, b + (J - J0) * kChunk * kTile, depth, c > 0, scratch);
+      for_each_tile([&](int64_t I, int64_t J, T* sums) {
+        multiply(pa + (I - I0) * kChunk * kTile, pb + (J - J0) * kChunk * kTile, depth, a.in_panel(I), b.in_panel(J),
+                 sums, ld_tile, c > 0, memory);
       });
     }
-    for_each_tile([&](int64_t I, int64_t J) { finish(I, J, scratch); });
+    for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
   }
 
-  // This slot's equal share of all upper tiles, taken block by block.
-  void run(int slot, int slots, Scratch<T>& scratch) const {
-    const int64_t panels = panels_of(n());
-    const int64_t side = panels <= kWholePanels ? panels : kBlockPanels;
-    const Share share(panels * (panels + 1) / 2, slot, slots);
+  // This slot's equal share of all tiles, taken block by block.
+  void run(int slot, int slots, TileMemory<T>& memory) const {
+    const int64_t rows = panels_of(a.count), columns = panels_of(b.count);
+    const int64_t side = to && symmetric && rows <= kWholePanels ? rows : kBlockPanels;
+    const Share share(symmetric ? rows * (rows + 1) / 2 : rows * columns, slot, slots);
     int64_t t = 0;  // tiles before this block
-    for (int64_t I0 = 0; I0 < panels; I0 += side) {
-      for (int64_t J0 = I0; J0 < panels; J0 += side) {
-        const int64_t I1 = std::min(I0 + side, panels), J1 = std::min(J0 + side, panels);
-        const int64_t tiles = I0 == J0 ? (I1 - I0) * (I1 - I0 + 1) / 2 : (I1 - I0) * (J1 - J0);
+    for (int64_t I0 = 0; I0 < rows; I0 += side) {
+      for (int64_t J0 = symmetric ? I0 : 0; J0 < columns; J0 += side) {
+        const int64_t I1 = std::min(I0 + side, rows), J1 = std::min(J0 + side, columns);
+        const int64_t tiles = symmetric && I0 == J0 ? (I1 - I0) * (I1 - I0 + 1) / 2 : (I1 - I0) * (J1 - J0);
         const int64_t lo = std::max(share.lo - t, int64_t{0}), hi = std::min(share.hi - t, tiles);
-        if (lo < hi) block(I0, I1, J0, J1, lo, hi, scratch);
+        if (lo < hi) block(I0, I1, J0, J1, lo, hi, memory);
         t += tiles;
       }
     }
   }
 };
-
-constexpr int64_t kPiece = 1024;  // channels converted at a time
 
 // tier, scale and inv of token i; row holds kPiece channels.
 template <class T>
@@ -174,66 +187,129 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
 
+// g and the sum of |s|, from the tiles' integers.
+template <class T>
+double add_sums(const std::vector<TileMemory<T>>& parts, int64_t n, T* g) {
+  constexpr double kUnit = 1.0 / (1 << 24);
+  int64_t magnitudes = 0;
+  for (const TileMemory<T>& part : parts) magnitudes += part.magnitudes;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t sum = 0;
+    for (const TileMemory<T>& part : parts) sum += part.g[i];
+    g[i] = static_cast<T>(static_cast<double>(sum) * kUnit);
+  }
+  return static_cast<double>(magnitudes) * kUnit;
+}
+
 // In fp64 the sums are plain, each row's and then the rows' in index order.
-void sum_rows(const double* s, int64_t n, int slots, double* g, double* magnitude) {
-  Buffer<double> magnitudes(n);
+void sum_rows(const double* s, int64_t ld, int64_t rows, int64_t n, int slots, double* g, double* magnitudes) {
   for_each_slot(slots, [&](int slot) {
-    const Share share(n, slot, slots);
+    const Share share(rows, slot, slots);
     for (int64_t i = share.lo; i < share.hi; ++i) {
       g[i] = magnitudes[i] = 0;
       for (int64_t j = 0; j < n; ++j) {
-        g[i] += s[i * n + j];
-        magnitudes[i] += std::fabs(s[i * n + j]);
+        g[i] += s[i * ld + j];
+        magnitudes[i] += std::fabs(s[i * ld + j]);
       }
     }
   });
-  *magnitude = 0;
-  for (int64_t i = 0; i < n; ++i) *magnitude += magnitudes[i];
+}
+
+double plain_sums(const Rows& keys, const double* s, int slots, SimilarityMemory<double>& memory, double* g) {
+  const int64_t n = keys.n;
+  if (s) {
+    sum_rows(s, n, n, n, slots, g, memory.sums);
+  } else {  // every tile twice, once for each of its rows
+    std::vector<int64_t> tokens(kTile);
+    for (int64_t first = 0; first < n; first += kTile) {
+      const int64_t rows = std::min<int64_t>(kTile, n - first);
+      std::iota(tokens.begin(), tokens.end(), first);
+      similarity_rows(keys, tokens.data(), rows, slots, memory, memory.strip);
+      sum_rows(memory.strip, width_of(n), rows, n, slots, g + first, memory.sums + first);
+    }
+  }
+  return std::accumulate(memory.sums, memory.sums + n, 0.0);
+}
+
+template <class T>
+void run_tiles(const CosineTiles<T>& tiles, int slots, SimilarityMemory<T>& memory) {
+  for_each_slot(slots, [&](int slot) { tiles.run(slot, slots, memory.of_slot[slot]); });
 }
 
 }  // namespace
 
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, int slots, T* s, T* sbar, T* g,
-                      int8_t* tier) {
-  const int64_t n = keys.n;
-  Buffer<T> scale(n), inv(panels_of(n) * kTile), pieces(slots * kPiece);
-  std::fill(inv.get() + n, inv.get() + panels_of(n) * kTile, T{0});
-  std::vector<Scratch<T>> scratch;
-  scratch.reserve(slots);
-  for (int slot = 0; slot < slots; ++slot) scratch.emplace_back(n);
+TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
+    : rows(memory.take<T>(kTile * kChunk)),
+      panels(memory.take<T>(std::min<int64_t>(panels_of(n) * 2, std::max(kWholePanels, 2 * kBlockPanels)) * kChunk *
+                            kTile)),
+      tile(memory.take<T>(kTile * kTile)),
+      mirror(memory.take<T>(kTile * kTile)),
+      block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
+      piece(memory.take<T>(kPiece)),
+      g(memory.take<int64_t>(width_of(n))),
+      magnitudes(0) {}
 
+template <class T>
+SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored)
+    : factors(memory, n),
+      sums(sizeof(T) == 8 ? memory.take<double>(n) : nullptr),
+      strip(sizeof(T) == 8 && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr) {
+  of_slot.reserve(slots);
+  for (int slot = 0; slot < slots; ++slot) of_slot.emplace_back(memory, n, stored);
+}
+
+template <class T>
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, int slots, SimilarityMemory<T>& memory,
+                      T* s, T* sbar, T* g, int8_t* tier) {
+  const int64_t n = keys.n;
   for_each_slot(slots, [&](int slot) {
+    TileMemory<T>& mine = memory.of_slot[slot];
+    std::fill(mine.g, mine.g + width_of(n), 0);
     const Share share(n, slot, slots);
     for (int64_t i = share.lo; i < share.hi; ++i) {
       const bool finite_score = !scores || std::isfinite(scores[i]);
-      measure_token(keys, i, finite_score, mask, pieces.get() + slot * kPiece, tier + i, &scale[i], &inv[i]);
+      measure_token(keys, i, finite_score, mask, mine.piece, tier + i, memory.factors.scale + i,
+                    memory.factors.inv + i);
     }
   });
-  const Gram<T> gram{row_ops<T>(), keys, scale.get(), inv.get(), s};
-  for_each_slot(slots, [&](int slot) { gram.run(slot, slots, scratch[slot]); });
-
-  const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
   double magnitude = 0;
   if constexpr (sizeof(T) == 4) {
-    constexpr double kUnit = 1.0 / (1 << 24);
-    int64_t magnitudes = 0;
-    for (const Scratch<T>& part : scratch) magnitudes += part.magnitudes;
-    magnitude = static_cast<double>(magnitudes) * kUnit;
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t sum = 0;
-      for (const Scratch<T>& part : scratch) sum += part.g[i];
-      g[i] = static_cast<T>(static_cast<double>(sum) * kUnit);
-    }
+    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, true, s, n, false}, slots, memory);
+    magnitude = add_sums(memory.of_slot, n, g);
   } else {
-    sum_rows(s, n, slots, g, &magnitude);
+    if (s) run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, false, s, n, false}, slots, memory);
+    magnitude = plain_sums(keys, s, slots, memory, g);
   }
+  const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
   *sbar = valid > 0 ? static_cast<T>(magnitude / (valid * valid)) : T{0};
 }
 
-template void similarity_image<float>(const Rows&, const float*, const uint8_t*, int, float*, float*, float*, int8_t*);
-template void similarity_image<double>(const Rows&, const double*, const uint8_t*, int, double*, double*, double*,
-                                       int8_t*);
+template <class T>
+void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, int slots, SimilarityMemory<T>& memory,
+                      T* square) {
+  const Side side{count, tokens};
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, true, false, square, count, false}, slots, memory);
+}
+
+template <class T>
+void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, int slots, SimilarityMemory<T>& memory,
+                     T* rows) {
+  const Side some{count, tokens}, all{keys.n};
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, false, false, rows, width_of(keys.n), true}, slots,
+               memory);
+}
+
+#define CONDENSE_INSTANTIATE(T)                                                                                   \
+  template struct TileMemory<T>;                                                                                  \
+  template struct SimilarityMemory<T>;                                                                            \
+  template void similarity_image<T>(const Rows&, const T*, const uint8_t*, int, SimilarityMemory<T>&, T*, T*, T*, \
+                                    int8_t*);                                                                     \
+  template void similarity_among<T>(const Rows&, const int64_t*, int64_t, int, SimilarityMemory<T>&, T*);         \
+  template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, int, SimilarityMemory<T>&, T*);
+CONDENSE_INSTANTIATE(float)
+CONDENSE_INSTANTIATE(double)
+#undef CONDENSE_INSTANTIATE
 
 namespace {
 
@@ -247,12 +323,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_as(const Tensor& keys, con
   const Tensor tier = torch::stable::empty({B, N}, ScalarType::Char);
   const auto a = contiguous_as(scores, kScalarType<T>);
   const auto valid = contiguous_as(mask, ScalarType::Bool);
-  const auto image = [&](int64_t b, int slots) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), slots,
+  const auto pieces = [&](Memory& memory, int slots) { return SimilarityMemory<T>(memory, N, slots, true); };
+  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, int slots, auto& memory) {
+    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), slots, memory,
                         output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N);
-  };
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), image);
+  });
   return {s, sbar, g, tier};
 }
 

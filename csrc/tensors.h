@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <vector>
@@ -78,15 +80,78 @@ struct Matrices {
   int64_t ld;
 };
 
-// Where the tokens of image b are; positions is contiguous fp64, [N, P] for all images or [B, N, P].
-template <class T>
-Layout<T> layout_of(const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions, int64_t b,
-                    int64_t n, const int8_t* tier, double spatial_weight) {
-  if (spatial_weight == 0) return Layout<T>::none();
-  if (grid) return Layout<T>::of_grid(grid->data(), static_cast<int64_t>(grid->size()), n, tier, spatial_weight);
-  const int64_t axes = positions->size(positions->dim() - 1);
-  const double* places = data_of<double>(*positions) + (positions->dim() == 3 ? b * n * axes : 0);
-  return Layout<T>::of_positions(places, axes, n, tier, spatial_weight);
+// Elements of a one-channel tensor [n] in any layout, as T.
+template <class T, class From>
+void convert_from(const void* from, int64_t stride, int64_t n, T* to) {
+  const auto* values = static_cast<const From*>(from);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(values[i * stride]);
 }
+
+template <class T>
+void convert(const void* from, ScalarType dtype, int64_t stride, int64_t n, T* to) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return convert_from<T, double>(from, stride, n, to);
+    case ScalarType::Half:
+      return convert_from<T, c10::Half>(from, stride, n, to);
+    case ScalarType::BFloat16:
+      return convert_from<T, c10::BFloat16>(from, stride, n, to);
+    case ScalarType::Long:
+      return convert_from<T, int64_t>(from, stride, n, to);
+    case ScalarType::Int:
+      return convert_from<T, int32_t>(from, stride, n, to);
+    case ScalarType::Short:
+      return convert_from<T, int16_t>(from, stride, n, to);
+    case ScalarType::Char:
+      return convert_from<T, int8_t>(from, stride, n, to);
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return convert_from<T, uint8_t>(from, stride, n, to);
+    default:
+      return convert_from<T, float>(from, stride, n, to);
+  }
+}
+
+// Row b of a tensor [B, N] in any layout, as T.
+template <class T>
+void convert_row(const Tensor& t, int64_t b, T* to) {
+  const char* row = static_cast<const char*>(t.const_data_ptr()) + b * t.stride(0) * t.element_size();
+  convert(row, t.scalar_type(), t.stride(1), t.size(1), to);
+}
+
+// Where the tokens are, as Eq. 6 is told.
+struct Space {
+  const std::optional<std::vector<int64_t>>& grid;
+  const std::optional<Tensor>& positions;
+  double spatial_weight;
+
+  // 0 without a distance term.
+  int64_t num_axes() const {
+    if (spatial_weight == 0) return 0;
+    return grid ? static_cast<int64_t>(grid->size()) : positions->size(positions->dim() - 1);
+  }
+};
+
+template <class T>
+struct SpaceMemory {
+  SpaceMemory(Memory& memory, const Space& space, int64_t n)
+      : layout(memory, n, space.num_axes()), places(memory.take<double>(space.positions ? n * layout.num_axes : 0)) {}
+  Layout<T> layout;
+  double* places;
+
+  void fill(const Space& space, int64_t b, int64_t n, const int8_t* tier) {
+    const int64_t axes = layout.num_axes;
+    if (axes == 0) return;
+    if (space.grid) return layout.set_grid(space.grid->data(), n, tier, space.spatial_weight);
+    const Tensor& p = *space.positions;
+    const bool shared = p.dim() == 2;
+    for (int64_t axis = 0; axis < axes; ++axis) {
+      const int64_t offset = (shared ? 0 : b * p.stride(0)) + axis * p.stride(p.dim() - 1);
+      const char* column = static_cast<const char*>(p.const_data_ptr()) + offset * p.element_size();
+      convert(column, p.scalar_type(), p.stride(p.dim() - 2), n, places + axis * n);
+    }
+    layout.set_positions(places, n, tier, space.spatial_weight);
+  }
+};
 
 }  // namespace condense
