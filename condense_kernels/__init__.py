@@ -7,7 +7,7 @@ from ._version import __version__
 from .assign import assign
 from .greedy_select import greedy_select
 from .merge import merge
-from .select_and_merge import Condensed, condense, select_and_merge, split_budget
+from .select_and_merge import Condensed, condense, select_and_merge, split_budget, workspace_bytes
 from .similarity import similarity
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "select_and_merge",
     "similarity",
     "split_budget",
+    "workspace_bytes",
 ]

@@ -50,6 +50,17 @@ def check_tensor(
         )
 
 
+def check_output(
+    name: str, value: torch.Tensor, shape: str, sizes: dict[str, int], dtype: torch.dtype, like: torch.Tensor
+) -> None:
+    check_tensor(name, value, shape, dict(sizes), (dtype,), like)
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor to write into, got strides {value.stride()}. "
+            f"Remedy: {name}.contiguous()."
+        )
+
+
 def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> None:
     if value.shape[axis] == 0:
         raise ValueError(f"{name}: expected at least one {what}, got shape {list(value.shape)}.")

@@ -33,6 +33,17 @@ SCHEMAS = {
         " SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
         " float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)"
     ),
+    "select_and_merge_out": (
+        "(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, Tensor? keys=None,"
+        " SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
+        " float spatial_weight=1.0, Tensor(a!)? workspace=None, Tensor(b!) merged, Tensor(c!) indices,"
+        " Tensor(d!) assignment, Tensor(e!) mass) -> ()"
+    ),
+    "workspace_bytes": (
+        "(Tensor features, Tensor scores, int num_anchors, int num_background, *, Tensor? keys=None,"
+        " int[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
+        " float spatial_weight=1.0) -> int"
+    ),
 }
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -82,13 +93,13 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable) -> None:
+def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable | None) -> None:
     """Give ``op`` its Triton kernel, its fake kernel and, without the compiled library, the reference on CPU."""
     if not _has_kernel(op, "CPU"):
         _library.impl(op, cpu_fallback, "CPU")
     if not _has_kernel(op, "CUDA"):
         _library.impl(op, cuda, "CUDA")
-    if not _has_kernel(op, "Meta"):
+    if fake is not None and not _has_kernel(op, "Meta"):
         torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=_library)
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _backend, _library
-from .._checks import FLOATS, check_budget, check_not_empty, check_tensor, check_weight, check_where
+from .._checks import FLOATS, check_budget, check_not_empty, check_output, check_tensor, check_weight, check_where
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
@@ -50,6 +50,30 @@ def check(
     check_where(grid, positions, spatial_weight, sizes, features)
 
 
+def check_out(
+    features,
+    scores,
+    num_anchors,
+    num_background,
+    *,
+    workspace=None,
+    merged,
+    indices,
+    assignment,
+    mass,
+    **options,
+) -> None:
+    check(features, scores, num_anchors, num_background, **options)
+    b, n, d = features.shape
+    sizes = {"B": b, "N": n, "D": d, "K": num_anchors + num_background}
+    check_output("out.merged", merged, "B K D", sizes, features.dtype, features)
+    check_output("out.indices", indices, "B K", sizes, torch.int64, features)
+    check_output("out.assignment", assignment, "B N", sizes, torch.int64, features)
+    check_output("out.mass", mass, "B K", sizes, similarity.compute_dtype(features, scores), features)
+    if workspace is not None:
+        check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
+
+
 def fake(features, scores, num_anchors, num_background, **_):
     b, n, d = features.shape
     k = num_anchors + num_background
@@ -67,14 +91,46 @@ on_reference = compose(
 )
 
 
+def on_reference_out(*args, workspace=None, merged, indices, assignment, mass, **options):
+    for out, result in zip((merged, indices, assignment, mass), on_reference(*args, **options), strict=True):
+        out.copy_(result)
+
+
 def on_triton(*args, **kwargs):
     from .kernel import select_and_merge as launch
 
     return launch(*args, **kwargs)
 
 
+def on_triton_out(*args, workspace=None, merged, indices, assignment, mass, **options):
+    on_triton(*args, **options, workspace=workspace, out=(merged, indices, assignment, mass))
+
+
+def bytes_on_reference(*args, **options) -> int:
+    return 0
+
+
+def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, **_) -> int:
+    from .kernel import workspace_bytes as count
+
+    keys = features if keys is None else keys
+    return count(*features.shape[:2], num_anchors + num_background, keys.shape[2], keys.dtype)
+
+
 _library.register(
     "select_and_merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+)
+_library.register(
+    "select_and_merge_out",
+    cpu_fallback=_backend.raw(check_out, on_reference_out),
+    cuda=_backend.raw(check_out, on_triton_out),
+    fake=lambda *args, **kwargs: None,
+)
+_library.register(
+    "workspace_bytes",
+    cpu_fallback=_backend.raw(check, bytes_on_reference),
+    cuda=_backend.raw(check, bytes_on_triton),
+    fake=None,  # returns no tensor: nothing to trace
 )
 
 
@@ -91,6 +147,8 @@ def select_and_merge(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     backend: str = "auto",
+    out: Condensed | None = None,
+    workspace: torch.Tensor | None = None,  # [bytes] uint8
 ) -> Condensed:
     """Condense N visual tokens of each image to K = num_anchors + num_background (CondenseVLM, section 3).
 
@@ -110,6 +168,10 @@ def select_and_merge(
         suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
+        out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into; they must not
+            overlap an argument. None: new tensors.
+        workspace: [bytes] uint8 on the device of features, workspace_bytes(...) of them at least: then nothing else is
+            allocated. What it holds before and after means nothing. None: the operator allocates.
 
     Returns:
         A named tuple
@@ -131,6 +193,59 @@ def select_and_merge(
         "spatial_weight": spatial_weight,
     }
     args = (features, scores, num_anchors, num_background)
-    if not torch.compiler.is_compiling():
+    if out is None and workspace is None:
+        if not torch.compiler.is_compiling():
+            check(*args, **options)
+        return Condensed(*_backend.run("select_and_merge", backend, on_reference, on_triton, args, options))
+    if out is None:
         check(*args, **options)
-    return Condensed(*_backend.run("select_and_merge", backend, on_reference, on_triton, args, options))
+        out = Condensed(*fake(*args))
+    merged, indices, assignment, mass = out
+    if workspace is not None:
+        check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
+        needed = workspace_bytes(*args, **options, backend=backend)
+        if workspace.numel() < needed:
+            raise ValueError(
+                f"workspace: expected at least {needed} bytes, got {workspace.numel()}. Remedy: ask workspace_bytes of "
+                "these arguments; on CPU it depends on torch.get_num_threads()."
+            )
+    options |= {"workspace": workspace, "merged": merged, "indices": indices, "assignment": assignment, "mass": mass}
+    if not torch.compiler.is_compiling():
+        check_out(*args, **options)
+    _backend.run("select_and_merge_out", backend, on_reference_out, on_triton_out, args, options)
+    return Condensed(*out)
+
+
+def workspace_bytes(
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    num_anchors: int,
+    num_background: int,
+    *,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    grid: Sequence[int] | None = None,
+    positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
+    mask: torch.Tensor | None = None,  # [B, N]
+    suppression: float = 1.0,
+    spatial_weight: float = 1.0,
+    backend: str = "auto",
+) -> int:
+    """Return how many bytes of ``workspace`` select_and_merge needs for these arguments, which it has exactly as here.
+
+    Only shapes, dtypes and the device are looked at. On CPU the number depends on torch.get_num_threads(). An operator
+    that runs on the reference needs none, and allocates as it pleases.
+
+    Raises:
+        TypeError, ValueError: as select_and_merge.
+    """
+    options = {
+        "keys": keys,
+        "grid": grid,
+        "positions": positions,
+        "mask": mask,
+        "suppression": suppression,
+        "spatial_weight": spatial_weight,
+    }
+    check(features, scores, num_anchors, num_background, **options)
+    args = (features, scores, num_anchors, num_background)
+    return _backend.run("workspace_bytes", backend, bytes_on_reference, bytes_on_triton, args, options)
