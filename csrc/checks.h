@@ -59,13 +59,35 @@ inline void check_cpu(const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(name, ": expected device cpu, as of the first argument, got another device.");
 }
 
+// As Python calls it.
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Char:
+      return "int8";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 inline void check_dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed,
                         const char* expected) {
   check_cpu(name, t);
   for (const ScalarType dtype : allowed) {
     if (t.scalar_type() == dtype) return;
   }
-  fail(name, ": expected dtype ", expected, ", got ", torch::headeronly::toString(t.scalar_type()), ".");
+  fail(name, ": expected dtype ", expected, ", got ", dtype_name(t.scalar_type()), ".");
 }
 
 inline void check_floating(const char* name, const Tensor& t) {

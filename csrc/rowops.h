@@ -12,7 +12,7 @@ namespace condense {
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple of every microkernel's rows and columns
-constexpr int kChunk = 128;  // channels summed in registers before a partial dot product is stored
+constexpr int kChunk = 128;  // channels, or pairs, summed in registers before a partial dot product is stored
 
 // T is the working type: float, or double where an input is fp64.
 template <class T>
@@ -25,6 +25,13 @@ struct RowOps {
   void (*load_row)(const void* src, Dtype dtype, int64_t stride, int64_t n, T scale, T* dst);
   // dst[0, n) = src[0, n), rounded to dtype; dst is contiguous.
   void (*store_row)(const T* src, Dtype dtype, int64_t n, void* dst);
+
+  // Pairs of bf16 values as 32-bit words, where the processor multiplies them as such; null elsewhere. Products are
+  // exact and sums fp32, like those of multiply_tile, but values below 2^-126 count as 0.
+  // words[0, (n + 1) / 2) = src[0, n) * scale, a power of two.
+  void (*load_pairs)(const void* src, int64_t stride, int64_t n, T scale, T* words);
+  // As multiply_tile, over depth words.
+  void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
 
   // The largest magnitude of x[0, n); infinity where x has a NaN or an infinity.
   T (*max_magnitude)(const T* x, int64_t n);
@@ -63,7 +70,7 @@ struct RowOps {
 };
 
 // The loops for the best instruction set of this machine, or for the one that the environment variable
-// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512), where the machine has it.
+// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512, avx512_bf16), where the machine has it.
 template <class T>
 const RowOps<T>& row_ops();
 

@@ -1,6 +1,7 @@
 // The loops of rowops.h for one instruction set; rowops.cpp includes this file once for each, with
 //   CONDENSE_ISA         the namespace
 //   CONDENSE_ISA_BYTES   the vector width: 64, 32 or 16
+//   CONDENSE_ISA_PAIRS   1 where there is a dot product of bf16 pairs, else 0
 // Vectors are the compiler's own (GCC and Clang), so that one text serves all; intrinsics only where the language
 // has no word for the operation. No standard header may be included here: its inline functions would be compiled
 // for this instruction set and could be linked into code that runs without it.
@@ -255,8 +256,25 @@ void pack_panel(const T* rows, T* panel) {
   }
 }
 
+// What a channel adds to a dot product, or, in words of two bf16, a pair of channels.
+template <class T>
+struct Channel {
+  typedef typename Simd<T>::V V;
+  static inline V broadcast(const T* p) { return *p - V{}; }
+  static inline V add(V a, V b, V sum) { return fma(a, b, sum); }
+};
+
+#if CONDENSE_ISA_PAIRS
+struct Pair {
+  static inline VecF broadcast(const float* word) { return (VecF)_mm512_set1_epi32(load<int32_t>(word)); }
+  static inline VecF add(VecF a, VecF b, VecF sum) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, bits_as<__m512bh>(a), bits_as<__m512bh>(b));
+  }
+};
+#endif
+
 // kRows x kVectors accumulators in registers: all that the instruction set has, less what the operands need.
-template <class T, int kRows, int kVectors>
+template <class T, class Step, int kRows, int kVectors>
 inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
@@ -267,9 +285,9 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
     for (int v = 0; v < kVectors; ++v) bk[v] = load<V>(b + k * kTile + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V ak = a[k * kTile + r] - V{};  // broadcast
+      const V ak = Step::broadcast(a + k * kTile + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(ak, bk[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Step::add(ak, bk[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -282,7 +300,7 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
   }
 }
 
-template <class T>
+template <class T, class Step>
 void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
   constexpr int kRows = CONDENSE_ISA_BYTES == 64 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
   constexpr int kVectors = CONDENSE_ISA_BYTES == 32 ? 2 : 3;
@@ -290,10 +308,24 @@ void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, in
   static_assert(kTile % kRows == 0 && kTile % kColumns == 0, "blocks tile the tile");
   for (int j = 0; j < kTile; j += kColumns) {
     for (int i = 0; i < rows; i += kRows) {
-      multiply_block<T, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
+      multiply_block<T, Step, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
     }
   }
 }
+
+#if CONDENSE_ISA_PAIRS
+void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* words) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  const auto* values = static_cast<const c10::BFloat16*>(src);
+  auto* to = reinterpret_cast<c10::BFloat16*>(words);
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= n; i += kLanes) narrow(widen(values + i) * scale, to + i);
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(values[i * stride]) * scale;
+  if (n % 2) to[n] = 0.0f;
+}
+#endif
 
 template <class T>
 void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
@@ -503,14 +535,40 @@ void divide_row(T* x, T divisor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
+template <class T>
+constexpr RowOps<T> table() {
+  RowOps<T> ops = {};
+  ops.instruction_set = CONDENSE_ISA_NAME;
+  ops.load_row = load_row<T>;
+  ops.store_row = store_row<T>;
+#if CONDENSE_ISA_PAIRS
+  if constexpr (sizeof(T) == 4) {
+    ops.load_pairs = load_pairs;
+    ops.multiply_pairs = multiply_tile<T, Pair>;
+  }
+#endif
+  ops.max_magnitude = max_magnitude<T>;
+  ops.sum_of_squares = sum_of_squares<T>;
+  ops.pack_panel = pack_panel<T>;
+  ops.multiply_tile = multiply_tile<T, Channel<T>>;
+  ops.scale_tile = scale_tile<T>;
+  ops.sum_tile = sum_tile<T>;
+  ops.first_pick = first_pick<T>;
+  ops.next_pick = next_pick<T>;
+  ops.raise_row = raise_row<T>;
+  ops.score_row = score_row<T>;
+  ops.consider_row = consider_row<T>;
+  ops.accumulate_row = accumulate_row<T>;
+  ops.fold_row = fold_row<T>;
+  ops.divide_row = divide_row<T>;
+  return ops;
+}
+
 }  // namespace
 
 template <class T>
 const RowOps<T>& row_ops() {
-  static constexpr RowOps<T> kOps = {
-      CONDENSE_ISA_NAME, load_row<T>,     store_row<T>,      max_magnitude<T>, sum_of_squares<T>, pack_panel<T>,
-      multiply_tile<T>,  scale_tile<T>,   sum_tile<T>,       first_pick<T>,    next_pick<T>,      raise_row<T>,
-      score_row<T>,      consider_row<T>, accumulate_row<T>, fold_row<T>,      divide_row<T>};
+  static constexpr RowOps<T> kOps = table<T>();
   return kOps;
 }
 

@@ -202,7 +202,7 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
                   ScalarType dtype) {
   check_shape(name, t, axes, sizes);
-  check_dtype(name, t, {dtype}, torch::headeronly::toString(dtype));
+  check_dtype(name, t, {dtype}, dtype_name(dtype).c_str());
   if (!t.is_contiguous()) fail(name, ": expected a contiguous tensor to write into, got another layout.");
 }
 

@@ -49,14 +49,21 @@ struct CosineTiles {
   int64_t ld;
   bool roomy;  // the last tiles may be written whole
 
-  // kTile tokens of channels [c, c + depth), scaled, zeros beyond.
-  void pack(const Side& side, int64_t panel, int64_t c, int64_t depth, TileMemory<T>& memory, T* packed) const {
+  bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16; }
+
+  // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
+  void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
+            T* packed) const {
     const int64_t filled = side.in_panel(panel);
     for (int64_t r = 0; r < kTile; ++r) {
       T* row = memory.rows + r * kChunk;
       const int64_t i = r < filled ? side.at(panel * kTile + r) : -1;
       const int64_t length = i >= 0 && factors.inv[i] != 0 ? depth : 0;
-      if (length > 0) ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, length, factors.scale[i], row);
+      if (length > 0 && in_pairs()) {
+        ops.load_pairs(keys.at(i, c), keys.stride_d, channels, factors.scale[i], row);
+      } else if (length > 0) {
+        ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, channels, factors.scale[i], row);
+      }
       std::fill(row + length, row + kChunk, T{0});
     }
     ops.pack_panel(memory.rows, packed);
@@ -65,11 +72,12 @@ struct CosineTiles {
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
   void multiply(const T* pa, const T* pb, int64_t depth, int64_t rows, int64_t columns, T* sums, int64_t ld_tile,
                 bool accumulate, TileMemory<T>& memory) const {
+    const auto multiply_tile = in_pairs() ? ops.multiply_pairs : ops.multiply_tile;
     if (roomy || !to || (rows == kTile && columns == kTile)) {
-      return ops.multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
+      return multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
     }
     T* tile = memory.tile;
-    ops.multiply_tile(pa, pb, depth, rows, tile, kTile, false);
+    multiply_tile(pa, pb, depth, rows, tile, kTile, false);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
         sums[i * ld_tile + j] = accumulate ? sums[i * ld_tile + j] + tile[i * kTile + j] : tile[i * kTile + j];
@@ -127,12 +135,15 @@ struct CosineTiles {
       first_row = std::min(first_row, I), last_row = std::max(last_row, I);
       first_column = std::min(first_column, J), last_column = std::max(last_column, J);
     });
-    for (int64_t c = 0; c < keys.d; c += kChunk) {
-      const int64_t depth = std::min<int64_t>(kChunk, keys.d - c);
+    const int64_t most = in_pairs() ? 2 * kChunk : kChunk;
+    for (int64_t c = 0; c < keys.d; c += most) {
+      const int64_t channels = std::min(most, keys.d - c), depth = in_pairs() ? (channels + 1) / 2 : channels;
       const int64_t last_packed = diagonal ? std::max(last_row, last_column) : last_row;
-      for (int64_t I = first_row; I <= last_packed; ++I) pack(a, I, c, depth, memory, pa + (I - I0) * kChunk * kTile);
+      for (int64_t I = first_row; I <= last_packed; ++I) {
+        pack(a, I, c, channels, depth, memory, pa + (I - I0) * kChunk * kTile);
+      }
       for (int64_t J = first_column; J <= last_column && !diagonal; ++J) {
-        pack(b, J, c, depth, memory, pb + (J - J0) * kChunk * kTile);
+        pack(b, J, c, channels, depth, memory, pb + (J - J0) * kChunk * kTile);
       }
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
         multiply(pa + (I - I0) * kChunk * kTile, pb + (J - J0) * kChunk * kTile, depth, a.in_panel(I), b.in_panel(J),

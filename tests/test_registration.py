@@ -21,6 +21,8 @@ S, SBAR, G, TIER = ck.similarity(INPUTS.features, INPUTS.scores, INPUTS.mask)
 ORDER = ck.greedy_select(S, INPUTS.scores, 5, sbar=SBAR, tier=TIER)
 KEPT = ORDER.sort(dim=1).values
 ROWS = ck.assign(S, KEPT, tier=TIER, grid=(3, 4))
+OUT = {name: torch.empty_like(t) for name, t in INPUTS.run()._asdict().items()}
+WORKSPACE = torch.empty(ck.workspace_bytes(*INPUTS.args, **INPUTS.options), dtype=torch.uint8)
 
 # Dense but permuted tensors catch a fake kernel that copies its input's strides.
 PERMUTED = INPUTS.features.transpose(1, 2).contiguous().transpose(1, 2)
@@ -37,6 +39,7 @@ CALLS = [
     ("select_and_merge", INPUTS.args, INPUTS.options),
     ("select_and_merge", (PERMUTED, INPUTS.scores.double(), 3, 2), {"grid": [3, 4], "keys": PERMUTED[:, :, :2]}),
     ("select_and_merge", (PERMUTED.bfloat16(), INPUTS.scores, 0, 12), {"spatial_weight": 0.0}),
+    ("select_and_merge_out", INPUTS.args, {**INPUTS.options, **OUT, "workspace": WORKSPACE}),
 ]
 CALL_IDS = [f"{i}-{call[0]}" for i, call in enumerate(CALLS)]
 
@@ -52,7 +55,8 @@ def test_fake_agrees_in_shape_dtype_and_strides(op, args, options):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         convert = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: E731
         fake = getattr(OPS, op)(*map(convert, args), **{name: convert(value) for name, value in options.items()})
-    for r, f in zip(*[x if isinstance(x, tuple) else (x,) for x in (real, fake)], strict=True):
+    tuples = [x if isinstance(x, tuple) else () if x is None else (x,) for x in (real, fake)]
+    for r, f in zip(*tuples, strict=True):
         assert (f.shape, f.dtype, f.stride(), f.device) == (r.shape, r.dtype, r.stride(), r.device)
 
 
@@ -193,22 +197,25 @@ def test_a_stale_operator_is_an_error_at_import():
     assert "operator condense::similarity is already registered with another schema" in done.stderr
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_each_instruction_set_that_the_machine_has(capability, cpp):
-    """Named in the environment; one that the machine lacks falls back to the portable loops."""
+    """Named in the environment; one that the machine lacks falls back to the next. Stored and streamed s alike."""
     done = python(
         """
         import os, torch
-        from condense_kernels.testing import KINDS, assert_matches_reference, make_inputs
-        capabilities = ("default", "avx2", "avx512")
+        from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
+        capabilities = ("default", "avx2", "avx512", "avx512_bf16")
         used, asked = (capabilities.index(name) for name in
                        (torch.ops.condense.cpu_capability(), os.environ["CONDENSE_CPU_CAPABILITY"]))
         assert used <= asked
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             for kind in KINDS:
                 inputs = make_inputs(kind, num_tokens=61, channels=37, dtype=dtype)
-                assert_matches_reference(inputs.run("cpp"), inputs, backend="cpp")
+                result = inputs.run("cpp")
+                assert_matches_reference(result, inputs, backend="cpp")
+                assert_same_bits(result, inputs.run_stages("cpp")[-1], f"{kind} {dtype}")
         """,
         CONDENSE_CPU_CAPABILITY=capability,
+        CONDENSE_STORED_TOKENS="60",
     )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,115 @@
+"""Long images, whose N x N similarities are never stored: the same bits as the stages in a row, which do store them."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import condense_kernels as ck
+from condense_kernels.testing import assert_same_bits, make_inputs
+
+# The stages of operators of their own store s at any size, so they are what the streamed flagship is compared with.
+PRELUDE = """
+import random, torch
+import condense_kernels as ck
+from condense_kernels.testing import KINDS, assert_same_bits, make_inputs
+
+def same(inputs, what):
+    assert_same_bits(inputs.run("cpp"), inputs.run_stages("cpp")[-1], what)
+"""
+
+
+def streamed(program: str, **environment: str) -> None:
+    """Runs a program in which images of more than 48 tokens are streamed, as the limit is read but once."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
+        env={**os.environ, "CONDENSE_STORED_TOKENS": "48", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_every_kind_of_input(threads, cpp):
+    """From one tile to more tokens than the pool holds, budgets from 1 to N, each kind in each dtype."""
+    streamed(
+        """
+        pick = random.Random(0)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            for kind in KINDS:
+                n = pick.choice([49, 96, 97, 200, 520, 777, 1100])
+                k = pick.choice([1, 2, n // 8, n // 2, n - 1, n])
+                background = pick.choice([0, k // 4, k])
+                suppression = pick.choice([0.0, 0.5, 1.0, 1.0, 3.0, 3e38])
+                inputs = make_inputs(
+                    kind, batch=pick.choice([1, 2, 3]), num_tokens=n, channels=pick.choice([3, 16, 131, 259]),
+                    num_anchors=k - background, num_background=background, dtype=dtype, suppression=suppression,
+                )
+                same(inputs, f"{kind}, {dtype}, N {n}, K {k}, of these {background} background, x {suppression}")
+        """,
+        OMP_NUM_THREADS=threads,
+    )
+
+
+def test_a_round_that_ends_after_every_pick(cpp):
+    """Five directions of 600 equal tokens each: a pick drops the score of the whole pool below that of the others."""
+    streamed(
+        """
+        for scores in (torch.ones(1, 3000), torch.linspace(1, 2, 3000)[None], torch.linspace(2, 1, 3000)[None]):
+            for order in (torch.arange(3000), torch.randperm(3000, generator=torch.Generator().manual_seed(0))):
+                directions = torch.eye(5).repeat_interleave(600, dim=0)[order][None]
+                inputs = make_inputs("random", batch=1, num_tokens=3000, num_anchors=40, num_background=20,
+                                     features=directions, scores=scores)
+                same(inputs, "equal directions")
+        """
+    )
+
+
+def test_ties_across_the_border_of_the_pool(cpp):
+    """Equal scores in and outside the pool: the lowest index is the pick, wherever it is."""
+    streamed(
+        """
+        for seed in range(40):
+            pick = torch.Generator().manual_seed(seed)
+            keys = torch.randint(-1, 2, (1, 700, 3), generator=pick).float()  # cosines of a few values, many negative
+            scores = torch.randint(1, 4, (1, 700), generator=pick).float()
+            inputs = make_inputs("random", batch=1, num_tokens=700, num_anchors=200, num_background=100,
+                                 features=keys, scores=scores)
+            same(inputs, f"seed {seed}")
+        """
+    )
+
+
+def test_the_first_pick_stands_alone(cpp):
+    """All cosines with the first pick are negative: its suppression raises every score, by how much differs."""
+    streamed(
+        """
+        for seed in range(40):
+            pick = torch.Generator().manual_seed(seed)
+            keys = torch.randn(1, 600, 8, generator=pick)
+            scores = torch.rand(1, 600, generator=pick)
+            keys[..., 0] = 0.3 + torch.rand(1, 600, generator=pick)
+            keys[0, 77], scores[0, 77] = torch.eye(8)[0] * -1, 2.0
+            inputs = make_inputs("random", batch=1, num_tokens=600, num_anchors=50, num_background=50,
+                                 features=keys, scores=scores)
+            assert inputs.run_stages("cpp").anchors[0, 0] == 77
+            same(inputs, f"seed {seed}")
+        """
+    )
+
+
+def test_above_the_limit_that_users_have(cpp):
+    inputs = make_inputs("clustered", batch=1, num_tokens=4132, num_anchors=600, num_background=200)
+    assert_same_bits(inputs.run(cpp), inputs.run_stages(cpp)[-1])
+
+
+def test_in_a_workspace_of_its_own(cpp):
+    inputs = make_inputs("masked", batch=3, num_tokens=4132, num_anchors=30, num_background=20)
+    needed = ck.workspace_bytes(*inputs.args, **inputs.options)
+    assert needed < 3 * 4132 * 4132  # not even a byte a pair
+    out = ck.select_and_merge(*inputs.args, **inputs.options, workspace=torch.empty(needed, dtype=torch.uint8))
+    assert_same_bits(out, inputs.run(cpp))
