@@ -11,6 +11,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
+LINTED := $(CPP) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -28,12 +29,12 @@ test: $(VENV)/installed ## run the tests
 lint: $(VENV)/linters ## check style and formatting (needs no torch)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
+	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(LINTED))
 
 format: $(VENV)/linters ## format the code, and mend what the style check can mend
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
-	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+	$(if $(CPP),$(VENV)/bin/clang-format -i $(LINTED))
 
 bench: $(VENV)/installed ## run the benchmarks
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)

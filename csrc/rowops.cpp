@@ -9,7 +9,12 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define CONDENSE_ISA isa_default
@@ -48,6 +53,8 @@
 #undef CONDENSE_ISA_PAIRS
 #pragma GCC pop_options
 
+#if __GNUC__ >= 11
+#define CONDENSE_HAS_BF16_ISAS 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #define CONDENSE_ISA isa_avx512_bf16
@@ -55,34 +62,78 @@
 #define CONDENSE_ISA_PAIRS 1
 #include "rowops_isa.h"
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+#include "rowops_amx.h"
+#pragma GCC pop_options
+#endif
 #endif
 
 namespace condense {
 namespace {
 
-enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 #if defined(CONDENSE_HAS_X86_ISAS)
 InstructionSet best_of_processor() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAvx512Bf16 : InstructionSet::kAvx512;
+#if defined(CONDENSE_HAS_BF16_ISAS)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::kAvx512Bf16;
+#endif
+  if (avx512) return InstructionSet::kAvx512;
   // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return avx2 ? InstructionSet::kAvx2 : InstructionSet::kDefault;
 }
 
-InstructionSet most_allowed() {
+// The kernel lends out the tile registers' state on request, once for the whole process.
+bool can_use_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7, edx
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// AMX has to be asked for by name: its code has run in emulation, but not yet on a processor that has it.
+InstructionSet choose() {
+  const InstructionSet best = best_of_processor();
   const char* asked = std::getenv("CONDENSE_CPU_CAPABILITY");
-  if (!asked || !std::strcmp(asked, "avx512_bf16")) return InstructionSet::kAvx512Bf16;
-  if (!std::strcmp(asked, "avx512")) return InstructionSet::kAvx512;
-  if (!std::strcmp(asked, "avx2")) return InstructionSet::kAvx2;
+  if (!asked || !std::strcmp(asked, "avx512_bf16")) return best;
+  if (!std::strcmp(asked, "amx")) {
+    return best == InstructionSet::kAvx512Bf16 && can_use_amx() ? InstructionSet::kAmx : best;
+  }
+  if (!std::strcmp(asked, "avx512")) return std::min(best, InstructionSet::kAvx512);
+  if (!std::strcmp(asked, "avx2")) return std::min(best, InstructionSet::kAvx2);
   if (!std::strcmp(asked, "default")) return InstructionSet::kDefault;
   std::fprintf(stderr,
-               "CONDENSE_CPU_CAPABILITY: expected default, avx2, avx512 or avx512_bf16, got %s; it is ignored.\n",
+               "CONDENSE_CPU_CAPABILITY: expected default, avx2, avx512, avx512_bf16 or amx, got %s; it is ignored.\n",
                asked);
-  return InstructionSet::kAvx512Bf16;
+  return best;
 }
+
+#if defined(CONDENSE_HAS_BF16_ISAS)
+template <class T>
+RowOps<T> with_amx() {
+  RowOps<T> ops = isa_avx512_bf16::row_ops<T>();
+  ops.instruction_set = "amx";
+  if constexpr (sizeof(T) == 4) {
+    ops.pack_pairs = [](const T* rows, T* panel) {
+      std::memcpy(panel, rows, kChunk * kTile * sizeof(T));
+      isa_avx512_bf16::row_ops<T>().pack_pairs(rows, panel + kChunk * kTile);
+    };
+    ops.pairs_panel = isa_amx::kPanel;
+    ops.multiply_pairs = isa_amx::multiply_pairs;
+  }
+  return ops;
+}
+#endif
 #endif
 
 }  // namespace
@@ -90,8 +141,12 @@ InstructionSet most_allowed() {
 template <class T>
 const RowOps<T>& row_ops() {
 #if defined(CONDENSE_HAS_X86_ISAS)
-  static const InstructionSet chosen = std::min(best_of_processor(), most_allowed());
+  static const InstructionSet chosen = choose();
+#if defined(CONDENSE_HAS_BF16_ISAS)
+  static const RowOps<T> amx = with_amx<T>();
+  if (chosen == InstructionSet::kAmx) return amx;
   if (chosen == InstructionSet::kAvx512Bf16) return isa_avx512_bf16::row_ops<T>();
+#endif
   if (chosen == InstructionSet::kAvx512) return isa_avx512::row_ops<T>();
   if (chosen == InstructionSet::kAvx2) return isa_avx2::row_ops<T>();
 #endif

@@ -30,6 +30,9 @@ struct RowOps {
   // exact and sums fp32, like those of multiply_tile, but values below 2^-126 count as 0.
   // words[0, (n + 1) / 2) = src[0, n) * scale, a power of two.
   void (*load_pairs)(const void* src, int64_t stride, int64_t n, T scale, T* words);
+  // panel[pairs_panel] of rows[kTile, kChunk], as multiply_pairs wants it.
+  void (*pack_pairs)(const T* rows, T* panel);
+  int64_t pairs_panel;
   // As multiply_tile, over depth words.
   void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
 
@@ -70,7 +73,7 @@ struct RowOps {
 };
 
 // The loops for the best instruction set of this machine, or for the one that the environment variable
-// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512, avx512_bf16), where the machine has it.
+// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512, avx512_bf16, amx), where the machine has it.
 template <class T>
 const RowOps<T>& row_ops();
 

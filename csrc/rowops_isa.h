@@ -544,6 +544,8 @@ constexpr RowOps<T> table() {
 #if CONDENSE_ISA_PAIRS
   if constexpr (sizeof(T) == 4) {
     ops.load_pairs = load_pairs;
+    ops.pack_pairs = pack_panel<T>;
+    ops.pairs_panel = kChunk * kTile;
     ops.multiply_pairs = multiply_tile<T, Pair>;
   }
 #endif

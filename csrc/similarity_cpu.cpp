@@ -50,6 +50,7 @@ struct CosineTiles {
   bool roomy;  // the last tiles may be written whole
 
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16; }
+  int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
 
   // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
   void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
@@ -66,7 +67,7 @@ struct CosineTiles {
       }
       std::fill(row + length, row + kChunk, T{0});
     }
-    ops.pack_panel(memory.rows, packed);
+    (in_pairs() ? ops.pack_pairs : ops.pack_panel)(memory.rows, packed);
   }
 
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
@@ -118,7 +119,7 @@ struct CosineTiles {
   void block(int64_t I0, int64_t I1, int64_t J0, int64_t J1, int64_t lo, int64_t hi, TileMemory<T>& memory) const {
     const bool diagonal = symmetric && I0 == J0;
     T* pa = memory.panels;
-    T* pb = diagonal ? pa : pa + (I1 - I0) * kChunk * kTile;
+    T* pb = diagonal ? pa : pa + (I1 - I0) * panel_size();
     const int64_t ld_tile = to ? ld : kBlockWidth;
     const auto for_each_tile = [&](const auto& f) {
       int64_t t = 0;
@@ -140,14 +141,14 @@ struct CosineTiles {
       const int64_t channels = std::min(most, keys.d - c), depth = in_pairs() ? (channels + 1) / 2 : channels;
       const int64_t last_packed = diagonal ? std::max(last_row, last_column) : last_row;
       for (int64_t I = first_row; I <= last_packed; ++I) {
-        pack(a, I, c, channels, depth, memory, pa + (I - I0) * kChunk * kTile);
+        pack(a, I, c, channels, depth, memory, pa + (I - I0) * panel_size());
       }
       for (int64_t J = first_column; J <= last_column && !diagonal; ++J) {
-        pack(b, J, c, channels, depth, memory, pb + (J - J0) * kChunk * kTile);
+        pack(b, J, c, channels, depth, memory, pb + (J - J0) * panel_size());
       }
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
-        multiply(pa + (I - I0) * kChunk * kTile, pb + (J - J0) * kChunk * kTile, depth, a.in_panel(I), b.in_panel(J),
-                 sums, ld_tile, c > 0, memory);
+        multiply(pa + (I - I0) * panel_size(), pb + (J - J0) * panel_size(), depth, a.in_panel(I), b.in_panel(J), sums,
+                 ld_tile, c > 0, memory);
       });
     }
     for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
@@ -252,8 +253,8 @@ void run_tiles(const CosineTiles<T>& tiles, int slots, SimilarityMemory<T>& memo
 template <class T>
 TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>(std::min<int64_t>(panels_of(n) * 2, std::max(kWholePanels, 2 * kBlockPanels)) * kChunk *
-                            kTile)),
+      panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
+                            std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
       tile(memory.take<T>(kTile * kTile)),
       mirror(memory.take<T>(kTile * kTile)),
       block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),

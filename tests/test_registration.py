@@ -197,14 +197,14 @@ def test_a_stale_operator_is_an_error_at_import():
     assert "operator condense::similarity is already registered with another schema" in done.stderr
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_each_instruction_set_that_the_machine_has(capability, cpp):
     """Named in the environment; one that the machine lacks falls back to the next. Stored and streamed s alike."""
     done = python(
         """
         import os, torch
         from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
-        capabilities = ("default", "avx2", "avx512", "avx512_bf16")
+        capabilities = ("default", "avx2", "avx512", "avx512_bf16", "amx")
         used, asked = (capabilities.index(name) for name in
                        (torch.ops.condense.cpu_capability(), os.environ["CONDENSE_CPU_CAPABILITY"]))
         assert used <= asked
