@@ -20,14 +20,14 @@ def test_exactly_the_bytes_stated(batch, kind, dtype, cpp):
     """On the byte, off any alignment: the bytes around it stay as they are, and one less is refused."""
     inputs = make_inputs(kind, batch=batch, num_tokens=50, dtype=dtype)
     needed = ck.workspace_bytes(*inputs.args, **inputs.options)
-    memory = torch.full((needed + 10,), 0x5A, dtype=torch.uint8)
+    memory = torch.full((needed + 10,), 0xFF, dtype=torch.uint8)
     expected = inputs.run(cpp)
     out = empty_like(expected)
     given = ck.select_and_merge(*inputs.args, **inputs.options, workspace=memory[3:-7], out=out)
     assert_same_bits(given, expected)
     assert [t.data_ptr() for t in given] == [t.data_ptr() for t in out]
-    assert (memory[:3] == 0x5A).all() and (memory[-7:] == 0x5A).all()
-    assert not (memory[3:-7] == 0x5A).all()
+    assert (memory[:3] == 0xFF).all() and (memory[-7:] == 0xFF).all()
+    assert not (memory[3:-7] == 0xFF).all()
     with pytest.raises(ValueError, match=f"workspace: expected at least {needed} bytes, got {needed - 1}"):
         ck.select_and_merge(*inputs.args, **inputs.options, workspace=memory[: needed - 1])
     with pytest.raises(RuntimeError, match=f"workspace: expected at least {needed} contiguous bytes"):
