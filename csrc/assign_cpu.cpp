@@ -80,7 +80,7 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
 }
 
 template <class T>
-void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& layout, int64_t n, int64_t k, int slots,
+void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& layout, int64_t n, int64_t k, Crew& crew,
                   const AssignMemory<T>& memory, int64_t* assignment) {
   using Index = typename RowOps<T>::Index;
   const RowOps<T>& ops = row_ops<T>();
@@ -90,8 +90,8 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
   while (first < k && !takes_tokens(first)) ++first;
 
   constexpr int64_t kBlock = 2048;  // best and best_row stay in the first-level cache
-  for_each_slot(slots, [&](int slot) {
-    const Share share(n, slot, slots);
+  crew.run([&](int slot) {
+    const Share share(n, slot, crew.size());
     for (int64_t lo = share.lo; lo < share.hi; lo += kBlock) {
       const int64_t hi = std::min(lo + kBlock, share.hi);
       std::fill(best + lo, best + hi, -std::numeric_limits<T>::infinity());
@@ -109,9 +109,9 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
   }
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                         \
-  template struct Layout<T>;                                                                            \
-  template void assign_image<T>(const int64_t*, const int8_t*, const Layout<T>&, int64_t, int64_t, int, \
+#define CONDENSE_INSTANTIATE(T)                                                                           \
+  template struct Layout<T>;                                                                              \
+  template void assign_image<T>(const int64_t*, const int8_t*, const Layout<T>&, int64_t, int64_t, Crew&, \
                                 const AssignMemory<T>&, int64_t*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
@@ -133,7 +133,7 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
   const auto pieces = [&](Memory& memory, int) {
     return std::pair{SpaceMemory<T>(memory, space, N), AssignMemory<T>(memory, N, K)};
   };
-  for_each_image(B, N * K, pieces, [&](int64_t b, int slots, auto& taken) {
+  for_each_image(B, N * K, pieces, [&](int64_t b, auto& taken, Crew& crew) {
     auto& [where, memory] = taken;
     const int8_t* image_tier = row_of<int8_t>(tiers, b, N);
     const int64_t* image_kept = data_of<int64_t>(kept) + b * K;
@@ -141,7 +141,7 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
     for (int64_t row = 0; row < K; ++row) {
       memory.s_rows[row] = matrices.at<T>(b) + std::max<int64_t>(image_kept[row], 0) * matrices.ld;
     }
-    assign_image<T>(image_kept, image_tier, where.layout, N, K, slots, memory, output<int64_t>(assignment) + b * N);
+    assign_image<T>(image_kept, image_tier, where.layout, N, K, crew, memory, output<int64_t>(assignment) + b * N);
   });
   return assignment;
 }

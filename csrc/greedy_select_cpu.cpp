@@ -161,7 +161,7 @@ StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n)
 
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
-                               T suppression, int slots, SimilarityMemory<T>& similarity,
+                               T suppression, Crew& crew, SimilarityMemory<T>& similarity,
                                const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows) {
   const RowOps<T>& ops = row_ops<T>();
   const int64_t n = keys.n, width = width_of(n);
@@ -171,9 +171,9 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
 
   // Brings all scores up to date with the picks [from, to).
   const auto update = [&](int64_t from, int64_t to) {
-    similarity_rows(keys, order + from, to - from, slots, similarity, rows + from * width);
-    for_each_slot(slots, [&](int slot) {
-      const Share share(n, slot, slots);
+    similarity_rows(keys, order + from, to - from, crew, similarity, rows + from * width);
+    crew.run([&](int slot) {
+      const Share share(n, slot, crew.size());
       const int64_t lo = share.lo, length = share.hi - lo;
       for (int64_t step = from; step < to; ++step) ops.raise_row(rows + step * width + lo, length, m + lo);
       ops.score_row(m + lo, nu + lo, suppression, length, memory.t + lo);
@@ -187,7 +187,7 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
   Pool<T> pool{memory.all, memory};
   for (int64_t step = 1; step < picks;) {
     pool.fill(n);
-    similarity_among(keys, memory.tokens, pool.size, slots, similarity, memory.square);
+    similarity_among(keys, memory.tokens, pool.size, crew, similarity, memory.square);
     const int64_t more = pool.pick(suppression, picks - step, order + step);
     update(step, step + more);
     step += more;
@@ -200,7 +200,7 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
   template struct StreamedGreedyMemory<T>;                                                                        \
   template void greedy_select_image<T>(const T*, int64_t, const T*, const T*, const int8_t*, int64_t, int64_t, T, \
                                        const GreedyMemory<T>&, int64_t*);                                         \
-  template int64_t greedy_select_streamed<T>(const Rows&, const T*, const T*, const int8_t*, int64_t, T, int,     \
+  template int64_t greedy_select_streamed<T>(const Rows&, const T*, const T*, const int8_t*, int64_t, T, Crew&,   \
                                              SimilarityMemory<T>&, const StreamedGreedyMemory<T>&, int64_t*, T*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
@@ -218,7 +218,7 @@ Tensor greedy_select_as(const Tensor& s, const Tensor& prior, int64_t k, const s
   const auto tiers = contiguous_as(tier, ScalarType::Char);
   const Tensor order = torch::stable::empty({B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, N); };
-  for_each_image(B, N * k, pieces, [&](int64_t b, int, auto& memory) {
+  for_each_image(B, N * k, pieces, [&](int64_t b, auto& memory, Crew&) {
     greedy_select_image<T>(matrices.at<T>(b), matrices.ld, data_of<T>(a) + b * N, row_of<T>(mean, b, 1),
                            row_of<int8_t>(tiers, b, N), N, k, static_cast<T>(suppression), memory,
                            output<int64_t>(order) + b * k);

@@ -73,14 +73,14 @@ struct Merger {
 
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
-                 int slots, const MergeMemory<T>& memory, void* merged, T* mass) {
+                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass) {
   sort_by_row(assignment, features.n, k, memory);
   const int64_t cost = features.n + k;  // tokens to read and rows to write: what a slot gets an equal share of
-  for_each_slot(slots, [&](int slot) {
+  crew.run([&](int slot) {
     T* row = memory.rows + 3 * slot * features.d;
     const Merger<T> merger{row_ops<T>(),   features, scores,           memory.first,
                            memory.members, row,      row + features.d, row + 2 * features.d};
-    const Share share(cost, slot, slots);
+    const Share share(cost, slot, crew.size());
     for (int64_t r = 0; r < k; ++r) {
       const int64_t before = memory.first[r] + r;
       if (before < share.lo || before >= share.hi) continue;
@@ -89,9 +89,9 @@ void merge_image(const Rows& features, const T* scores, const int64_t* indices, 
   });
 }
 
-template void merge_image<float>(const Rows&, const float*, const int64_t*, const int64_t*, int64_t, int,
+template void merge_image<float>(const Rows&, const float*, const int64_t*, const int64_t*, int64_t, Crew&,
                                  const MergeMemory<float>&, void*, float*);
-template void merge_image<double>(const Rows&, const double*, const int64_t*, const int64_t*, int64_t, int,
+template void merge_image<double>(const Rows&, const double*, const int64_t*, const int64_t*, int64_t, Crew&,
                                   const MergeMemory<double>&, void*, double*);
 
 namespace {
@@ -107,10 +107,10 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores
   const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
   const Tensor mass = torch::stable::empty({B, K}, kScalarType<T>);
   const auto pieces = [&](Memory& memory, int slots) { return MergeMemory<T>(memory, N, D, K, slots); };
-  for_each_image(B, N * D, pieces, [&](int64_t b, int slots, auto& memory) {
+  for_each_image(B, N * D, pieces, [&](int64_t b, auto& memory, Crew& crew) {
     const Rows image = rows_of(features, b);
     merge_image<T>(image, data_of<T>(a) + b * N, data_of<int64_t>(kept) + b * K, data_of<int64_t>(rows) + b * N, K,
-                   slots, memory, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K);
+                   crew, memory, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K);
   });
   return {merged, mass};
 }

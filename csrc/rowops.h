@@ -13,6 +13,7 @@ enum class Dtype { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple of every microkernel's rows and columns
 constexpr int kChunk = 128;  // channels, or pairs, summed in registers before a partial dot product is stored
+constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyond the last: a multiple of every vector
 
 // T is the working type: float, or double where an input is fp64.
 template <class T>
@@ -26,25 +27,24 @@ struct RowOps {
   // dst[0, n) = src[0, n), rounded to dtype; dst is contiguous.
   void (*store_row)(const T* src, Dtype dtype, int64_t n, void* dst);
 
-  // Pairs of bf16 values as 32-bit words, where the processor multiplies them as such; null elsewhere. Products are
-  // exact and sums fp32, like those of multiply_tile, but values below 2^-126 count as 0.
-  // words[0, (n + 1) / 2) = src[0, n) * scale, a power of two.
-  void (*load_pairs)(const void* src, int64_t stride, int64_t n, T scale, T* words);
-  // panel[pairs_panel] of rows[kTile, kChunk], as multiply_pairs wants it.
-  void (*pack_pairs)(const T* rows, T* panel);
-  int64_t pairs_panel;
-  // As multiply_tile, over depth words.
-  void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
-
   // The largest magnitude of x[0, n); infinity where x has a NaN or an infinity.
   T (*max_magnitude)(const T* x, int64_t n);
   double (*sum_of_squares)(const T* x, int64_t n);
 
-  // panel[kChunk, kTile] = rows[kTile, kChunk], transposed.
-  void (*pack_panel)(const T* rows, T* panel);
+  // panel[depth, kTile] = rows[kTile, kChunk], transposed; depth is a multiple of kStep.
+  void (*pack_panel)(const T* rows, int64_t depth, T* panel);
   // c[kTile, kTile] = a^T b over depth channels of two panels, added to what c holds if accumulate. Rows from `rows` on
   // may be left out.
   void (*multiply_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // Pairs of bf16 values as 32-bit words, where the processor multiplies them as such; null elsewhere. Products are
+  // exact and sums fp32, like those of multiply_tile, but values below 2^-126 count as 0.
+  // words[0, (n + 1) / 2) = src[0, n) * scale, a power of two.
+  void (*load_pairs)(const void* src, int64_t stride, int64_t n, T scale, T* words);
+  // The same as multiply_pairs wants it: pairs_panel numbers.
+  void (*pack_pairs)(const T* rows, int64_t depth, T* panel);
+  int64_t pairs_panel;
+  // As multiply_tile, over depth words.
+  void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
   // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
   void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.

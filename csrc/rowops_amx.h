@@ -14,6 +14,7 @@ namespace condense {
 namespace isa_amx {
 
 constexpr int kSide = 16;  // rows of a tile register, and 32-bit words of a row
+static_assert(kStep % kSide == 0, "what a step reads is packed");
 constexpr int64_t kPanel = 2 * int64_t{kChunk} * kTile;
 
 // What ldtilecfg reads: all registers are 16 rows of 64 bytes.

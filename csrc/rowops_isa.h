@@ -247,10 +247,10 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
 }
 
 template <class T>
-void pack_panel(const T* rows, T* panel) {
+void pack_panel(const T* rows, int64_t depth, T* panel) {
   constexpr int kLanes = Simd<T>::kLanes;
   for (int r = 0; r < kTile; r += kLanes) {
-    for (int c = 0; c < kChunk; c += kLanes) {
+    for (int64_t c = 0; c < depth; c += kLanes) {
       transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + r, kTile);
     }
   }

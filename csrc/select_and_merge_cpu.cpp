@@ -88,7 +88,7 @@ struct ImageMemory {
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
 template <class S, class M>
-void select_image(const Rows& keys, const Arguments& a, S sbar, int slots, ImageMemory<S, M>& memory) {
+void select_image(const Rows& keys, const Arguments& a, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
   const int64_t N = a.N(), width = width_of(N);
   const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
     const auto suppression = static_cast<S>(a.suppression);
@@ -97,7 +97,7 @@ void select_image(const Rows& keys, const Arguments& a, S sbar, int slots, Image
     if (memory.s) {
       greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
     } else {
-      with_rows = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, slots, memory.similarity,
+      with_rows = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, crew, memory.similarity,
                                             memory.streamed_greedy, order, rows);
       std::fill(rows + with_rows * width, rows + k * width, S{0});
     }
@@ -113,7 +113,7 @@ void select_image(const Rows& keys, const Arguments& a, S sbar, int slots, Image
 }
 
 template <class S, class M>
-void condense_image(const Arguments& a, int64_t b, int slots, ImageMemory<S, M>& memory, const Outputs& out) {
+void condense_image(const Arguments& a, int64_t b, Crew& crew, ImageMemory<S, M>& memory, const Outputs& out) {
   const int64_t N = a.N(), D = a.D(), K = a.K();
   const Rows keys = rows_of(a.keys, b), features = rows_of(a.features, b);
   int64_t *indices = output<int64_t>(out.indices) + b * K, *assignment = output<int64_t>(out.assignment) + b * N;
@@ -121,16 +121,16 @@ void condense_image(const Arguments& a, int64_t b, int slots, ImageMemory<S, M>&
   convert_row(a.scores, b, memory.weights);
   if (a.mask) convert_row(*a.mask, b, memory.mask);
   S sbar = 0;
-  similarity_image<S>(keys, memory.scores, a.mask ? memory.mask : nullptr, slots, memory.similarity, memory.s, &sbar,
+  similarity_image<S>(keys, memory.scores, a.mask ? memory.mask : nullptr, crew, memory.similarity, memory.s, &sbar,
                       memory.g, memory.tier);
-  select_image(keys, a, sbar, slots, memory);
+  select_image(keys, a, sbar, crew, memory);
   for (int64_t row = 0; row < K; ++row) {
     indices[row] = memory.kept[row].token;
     memory.assign.s_rows[row] = memory.kept[row].s_row;
   }
   memory.where.fill(a.space, b, N, memory.tier);
-  assign_image<S>(indices, memory.tier, memory.where.layout, N, K, slots, memory.assign, assignment);
-  merge_image<M>(features, memory.weights, indices, assignment, K, slots, memory.merge,
+  assign_image<S>(indices, memory.tier, memory.where.layout, N, K, crew, memory.assign, assignment);
+  merge_image<M>(features, memory.weights, indices, assignment, K, crew, memory.merge,
                  output<char>(out.merged) + b * K * D * features.element_size(), output<M>(out.mass) + b * K);
 }
 
@@ -145,9 +145,9 @@ int64_t image_bytes(const Arguments& a) {
 template <class S, class M>
 void condense_images(const Arguments& a, const Outputs& out, const Workspace& workspace) {
   const Schedule schedule = a.schedule();
-  for_each_image(a.B(), schedule, workspace, image_bytes<S, M>(a), [&](int64_t b, Memory piece) {
+  for_each_image(a.B(), schedule, workspace, image_bytes<S, M>(a), [&](int64_t b, Memory piece, Crew& crew) {
     ImageMemory<S, M> memory(piece, a, schedule.slots);
-    condense_image(a, b, schedule.slots, memory, out);
+    condense_image(a, b, crew, memory, out);
   });
 }
 

@@ -55,7 +55,7 @@ struct CosineTiles {
   // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
   void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
             T* packed) const {
-    const int64_t filled = side.in_panel(panel);
+    const int64_t filled = side.in_panel(panel), padded = (depth + kStep - 1) / kStep * kStep;
     for (int64_t r = 0; r < kTile; ++r) {
       T* row = memory.rows + r * kChunk;
       const int64_t i = r < filled ? side.at(panel * kTile + r) : -1;
@@ -65,9 +65,9 @@ struct CosineTiles {
       } else if (length > 0) {
         ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, channels, factors.scale[i], row);
       }
-      std::fill(row + length, row + kChunk, T{0});
+      std::fill(row + length, row + padded, T{0});
     }
-    (in_pairs() ? ops.pack_pairs : ops.pack_panel)(memory.rows, packed);
+    (in_pairs() ? ops.pack_pairs : ops.pack_panel)(memory.rows, padded, packed);
   }
 
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
@@ -214,9 +214,9 @@ double add_sums(const std::vector<TileMemory<T>>& parts, int64_t n, T* g) {
 }
 
 // In fp64 the sums are plain, each row's and then the rows' in index order.
-void sum_rows(const double* s, int64_t ld, int64_t rows, int64_t n, int slots, double* g, double* magnitudes) {
-  for_each_slot(slots, [&](int slot) {
-    const Share share(rows, slot, slots);
+void sum_rows(const double* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, double* g, double* magnitudes) {
+  crew.run([&](int slot) {
+    const Share share(rows, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       g[i] = magnitudes[i] = 0;
       for (int64_t j = 0; j < n; ++j) {
@@ -227,25 +227,25 @@ void sum_rows(const double* s, int64_t ld, int64_t rows, int64_t n, int slots, d
   });
 }
 
-double plain_sums(const Rows& keys, const double* s, int slots, SimilarityMemory<double>& memory, double* g) {
+double plain_sums(const Rows& keys, const double* s, Crew& crew, SimilarityMemory<double>& memory, double* g) {
   const int64_t n = keys.n;
   if (s) {
-    sum_rows(s, n, n, n, slots, g, memory.sums);
+    sum_rows(s, n, n, n, crew, g, memory.sums);
   } else {  // every tile twice, once for each of its rows
     std::vector<int64_t> tokens(kTile);
     for (int64_t first = 0; first < n; first += kTile) {
       const int64_t rows = std::min<int64_t>(kTile, n - first);
       std::iota(tokens.begin(), tokens.end(), first);
-      similarity_rows(keys, tokens.data(), rows, slots, memory, memory.strip);
-      sum_rows(memory.strip, width_of(n), rows, n, slots, g + first, memory.sums + first);
+      similarity_rows(keys, tokens.data(), rows, crew, memory, memory.strip);
+      sum_rows(memory.strip, width_of(n), rows, n, crew, g + first, memory.sums + first);
     }
   }
   return std::accumulate(memory.sums, memory.sums + n, 0.0);
 }
 
 template <class T>
-void run_tiles(const CosineTiles<T>& tiles, int slots, SimilarityMemory<T>& memory) {
-  for_each_slot(slots, [&](int slot) { tiles.run(slot, slots, memory.of_slot[slot]); });
+void run_tiles(const CosineTiles<T>& tiles, Crew& crew, SimilarityMemory<T>& memory) {
+  crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
 }  // namespace
@@ -272,13 +272,13 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
 }
 
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, int slots, SimilarityMemory<T>& memory,
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier) {
   const int64_t n = keys.n;
-  for_each_slot(slots, [&](int slot) {
+  crew.run([&](int slot) {
     TileMemory<T>& mine = memory.of_slot[slot];
     std::fill(mine.g, mine.g + width_of(n), 0);
-    const Share share(n, slot, slots);
+    const Share share(n, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       const bool finite_score = !scores || std::isfinite(scores[i]);
       measure_token(keys, i, finite_score, mask, mine.piece, tier + i, memory.factors.scale + i,
@@ -287,38 +287,38 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, in
   });
   double magnitude = 0;
   if constexpr (sizeof(T) == 4) {
-    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, true, s, n, false}, slots, memory);
+    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, true, s, n, false}, crew, memory);
     magnitude = add_sums(memory.of_slot, n, g);
   } else {
-    if (s) run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, false, s, n, false}, slots, memory);
-    magnitude = plain_sums(keys, s, slots, memory, g);
+    if (s) run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, false, s, n, false}, crew, memory);
+    magnitude = plain_sums(keys, s, crew, memory, g);
   }
   const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
   *sbar = valid > 0 ? static_cast<T>(magnitude / (valid * valid)) : T{0};
 }
 
 template <class T>
-void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, int slots, SimilarityMemory<T>& memory,
+void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square) {
   const Side side{count, tokens};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, true, false, square, count, false}, slots, memory);
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, true, false, square, count, false}, crew, memory);
 }
 
 template <class T>
-void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, int slots, SimilarityMemory<T>& memory,
+void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows) {
   const Side some{count, tokens}, all{keys.n};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, false, false, rows, width_of(keys.n), true}, slots,
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, false, false, rows, width_of(keys.n), true}, crew,
                memory);
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                                   \
-  template struct TileMemory<T>;                                                                                  \
-  template struct SimilarityMemory<T>;                                                                            \
-  template void similarity_image<T>(const Rows&, const T*, const uint8_t*, int, SimilarityMemory<T>&, T*, T*, T*, \
-                                    int8_t*);                                                                     \
-  template void similarity_among<T>(const Rows&, const int64_t*, int64_t, int, SimilarityMemory<T>&, T*);         \
-  template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, int, SimilarityMemory<T>&, T*);
+#define CONDENSE_INSTANTIATE(T)                                                                                     \
+  template struct TileMemory<T>;                                                                                    \
+  template struct SimilarityMemory<T>;                                                                              \
+  template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
+                                    int8_t*);                                                                       \
+  template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
+  template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE
@@ -336,8 +336,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_as(const Tensor& keys, con
   const auto a = contiguous_as(scores, kScalarType<T>);
   const auto valid = contiguous_as(mask, ScalarType::Bool);
   const auto pieces = [&](Memory& memory, int slots) { return SimilarityMemory<T>(memory, N, slots, true); };
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, int slots, auto& memory) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), slots, memory,
+  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), crew, memory,
                         output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N);
   });

@@ -1,0 +1,96 @@
+// The working memory of a call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+namespace condense {
+
+// Blocks that a thread has freed, for its next call: the C library gives blocks of this size back to the system, and
+// faulting their pages in again took up to a third of a call's time.
+class FreeBlocks {
+ public:
+  static FreeBlocks& of_this_thread() {
+    thread_local FreeBlocks blocks;
+    return blocks;
+  }
+  FreeBlocks() { blocks_.reserve(kMostBlocks + 1); }  // so that giving a block back cannot fail
+  ~FreeBlocks() {
+    for (const Block& block : blocks_) ::operator delete(block.data, kAlignment);
+  }
+  void* take(size_t size) {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      if (blocks_[i].size != size) continue;
+      void* data = blocks_[i].data;
+      kept_ -= size;
+      blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
+      return data;
+    }
+    return ::operator new(size, kAlignment);
+  }
+  void give(void* data, size_t size) {
+    blocks_.push_back({data, size});
+    kept_ += size;
+    while (kept_ > kMostBytes || blocks_.size() > kMostBlocks) {  // the oldest goes
+      kept_ -= blocks_.front().size;
+      ::operator delete(blocks_.front().data, kAlignment);
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  static constexpr std::align_val_t kAlignment{64};  // a cache line
+  static constexpr size_t kMostBytes = size_t{8} << 20, kMostBlocks = 16;
+  std::vector<Block> blocks_;
+  size_t kept_ = 0;
+};
+
+// Hands out the pieces of one block, uninitialised, each on a cache line of its own; null for none. Without a block it
+// counts: the code that takes the pieces is also what says how many bytes they are.
+class Memory {
+ public:
+  static constexpr int64_t kLine = 64;
+
+  Memory() = default;
+  Memory(char* block, int64_t size) : block_(block), size_(size) {}
+  template <class T>
+  T* take(int64_t n) {
+    char* piece = block_ + taken_;
+    taken_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+    if (!block_ || n == 0) return nullptr;
+    if (taken_ > size_) throw std::logic_error("condense: a kernel took more memory than it had counted.");
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  char* block_ = nullptr;
+  int64_t size_ = 0, taken_ = 0;
+};
+
+// A call's working memory: the caller's, or a block of this thread.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(FreeBlocks::of_this_thread().take(bytes)), own_(true) {}
+  Workspace(void* data, int64_t bytes) : bytes_(bytes), data_(data), own_(false) {}
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+    if (own_) FreeBlocks::of_this_thread().give(data_, bytes_);
+  }
+  // Piece i of `bytes` each.
+  Memory piece(int64_t i, int64_t bytes) const { return {static_cast<char*>(data_) + i * bytes, bytes}; }
+
+ private:
+  int64_t bytes_;
+  void* data_;
+  bool own_;
+};
+
+}  // namespace condense
