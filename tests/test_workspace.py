@@ -83,6 +83,13 @@ def test_wrong_outputs(name, wrong, message):
             torch.ops.condense.select_and_merge_out(*inputs.args, **inputs.options, **out._asdict())
 
 
+@pytest.mark.parametrize("wrong", [torch.empty(2, 8, 16), (torch.empty(2, 8, 16),)])
+def test_outputs_that_are_not_four(wrong):
+    inputs = make_inputs("random")
+    with pytest.raises(TypeError, match="out: expected .merged, indices, assignment, mass., got"):
+        ck.select_and_merge(*inputs.args, **inputs.options, out=wrong)
+
+
 @pytest.mark.parametrize("wrong", [torch.empty(1 << 20), torch.empty(4, 1 << 20, dtype=torch.uint8)])
 def test_wrong_workspace(wrong):
     inputs = make_inputs("random")
@@ -98,8 +105,10 @@ def test_compiled_in_one_graph(cpp):
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True)
-    def double(features, scores, out):
-        return ck.select_and_merge(features, scores, *inputs.args[2:], grid=inputs.grid, out=out).merged * 2
+    def double(features, scores, out, workspace):
+        counts = inputs.args[2:]
+        return ck.select_and_merge(features, scores, *counts, grid=inputs.grid, out=out, workspace=workspace).merged * 2
 
-    assert torch.equal(double(inputs.features, inputs.scores, out), expected.merged * 2)
+    workspace = torch.empty(ck.workspace_bytes(*inputs.args, **inputs.options), dtype=torch.uint8)
+    assert torch.equal(double(inputs.features, inputs.scores, out, workspace), expected.merged * 2)
     assert_same_bits(out, expected)

@@ -50,28 +50,21 @@ def check(
     check_where(grid, positions, spatial_weight, sizes, features)
 
 
-def check_out(
-    features,
-    scores,
-    num_anchors,
-    num_background,
-    *,
-    workspace=None,
-    merged,
-    indices,
-    assignment,
-    mass,
-    **options,
-) -> None:
-    check(features, scores, num_anchors, num_background, **options)
-    b, n, d = features.shape
-    sizes = {"B": b, "N": n, "D": d, "K": num_anchors + num_background}
-    check_output("out.merged", merged, "B K D", sizes, features.dtype, features)
-    check_output("out.indices", indices, "B K", sizes, torch.int64, features)
-    check_output("out.assignment", assignment, "B N", sizes, torch.int64, features)
-    check_output("out.mass", mass, "B K", sizes, similarity.compute_dtype(features, scores), features)
-    if workspace is not None:
-        check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
+def check_out(features: torch.Tensor, scores: torch.Tensor, num_kept: int, out: Condensed) -> None:
+    sizes = {**dict(zip("BND", features.shape, strict=True)), "K": num_kept}
+    check_output("out.merged", out.merged, "B K D", sizes, features.dtype, features)
+    check_output("out.indices", out.indices, "B K", sizes, torch.int64, features)
+    check_output("out.assignment", out.assignment, "B N", sizes, torch.int64, features)
+    check_output("out.mass", out.mass, "B K", sizes, similarity.compute_dtype(features, scores), features)
+
+
+def check_workspace(workspace: torch.Tensor, features: torch.Tensor, needed: int) -> None:
+    check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
+    if workspace.numel() < needed:
+        raise ValueError(
+            f"workspace: expected at least {needed} bytes, got {workspace.numel()}. Remedy: ask workspace_bytes of "
+            "these arguments; on CPU it depends on torch.get_num_threads()."
+        )
 
 
 def fake(features, scores, num_anchors, num_background, **_):
@@ -102,6 +95,13 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
+def check_raw_out(
+    features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
+) -> None:
+    check(features, scores, num_anchors, num_background, **options)
+    check_out(features, scores, num_anchors + num_background, Condensed(merged, indices, assignment, mass))
+
+
 def on_triton_out(*args, workspace=None, merged, indices, assignment, mass, **options):
     on_triton(*args, **options, workspace=workspace, out=(merged, indices, assignment, mass))
 
@@ -122,8 +122,8 @@ _library.register(
 )
 _library.register(
     "select_and_merge_out",
-    cpu_fallback=_backend.raw(check_out, on_reference_out),
-    cuda=_backend.raw(check_out, on_triton_out),
+    cpu_fallback=_backend.raw(check_raw_out, on_reference_out),
+    cuda=_backend.raw(check_raw_out, on_triton_out),
     fake=lambda *args, **kwargs: None,
 )
 _library.register(
@@ -193,27 +193,23 @@ def select_and_merge(
         "spatial_weight": spatial_weight,
     }
     args = (features, scores, num_anchors, num_background)
-    if out is None and workspace is None:
-        if not torch.compiler.is_compiling():
-            check(*args, **options)
-        return Condensed(*_backend.run("select_and_merge", backend, on_reference, on_triton, args, options))
-    if out is None:
-        check(*args, **options)
-        out = Condensed(*fake(*args))
-    merged, indices, assignment, mass = out
-    if workspace is not None:
-        check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
-        needed = workspace_bytes(*args, **options, backend=backend)
-        if workspace.numel() < needed:
-            raise ValueError(
-                f"workspace: expected at least {needed} bytes, got {workspace.numel()}. Remedy: ask workspace_bytes of "
-                "these arguments; on CPU it depends on torch.get_num_threads()."
-            )
-    options |= {"workspace": workspace, "merged": merged, "indices": indices, "assignment": assignment, "mass": mass}
     if not torch.compiler.is_compiling():
-        check_out(*args, **options)
+        check(*args, **options)
+    if out is None and workspace is None:
+        return Condensed(*_backend.run("select_and_merge", backend, on_reference, on_triton, args, options))
+    if out is not None and not (isinstance(out, tuple) and len(out) == 4):
+        raise TypeError(
+            f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of an "
+            "earlier call."
+        )
+    out = Condensed(*(fake(*args) if out is None else out))
+    if not torch.compiler.is_compiling():
+        check_out(features, scores, num_anchors + num_background, out)
+        if workspace is not None:
+            check_workspace(workspace, features, workspace_bytes(*args, **options, backend=backend))
+    options |= {"workspace": workspace, **out._asdict()}
     _backend.run("select_and_merge_out", backend, on_reference_out, on_triton_out, args, options)
-    return Condensed(*out)
+    return out
 
 
 def workspace_bytes(
