@@ -182,10 +182,10 @@ void for_each_image(int64_t images, const Schedule& schedule, const Workspace& w
       for (int64_t b = 0; b < images; ++b) f(b, workspace.piece(0, bytes), crew);
     });
   }
+  std::atomic<int64_t> next{0};
   for_each_slot(schedule.at_a_time, [&](int slot) {
     Crew alone(1);
-    const Share share(images, slot, schedule.at_a_time);
-    for (int64_t b = share.lo; b < share.hi; ++b) f(b, workspace.piece(slot, bytes), alone);
+    for (int64_t b; (b = next.fetch_add(1)) < images;) f(b, workspace.piece(slot, bytes), alone);
   });
 }
 
