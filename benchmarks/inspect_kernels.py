@@ -153,7 +153,7 @@ def inspect_nvidia(compiled) -> dict:
     picks = [
         loop
         for loop in loops(code, re.compile(r"(\.L_\w+):"), re.compile(r"\bBRA\b.*`\((\.L_\w+)\)"))
-        if sum("REDUX" in line for line in loop) >= 2
+        if sum("REDUX.MIN" in line for line in loop) >= 2
     ]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),

@@ -65,11 +65,12 @@ class SelectConfig:
 
     @classmethod
     def for_shape(cls, n: int) -> "SelectConfig":
-        if n <= 1024:  # one warp: no barrier; counted at N = 576: 170 instructions a pick, 176 in chunks of 128
+        # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack:
+        if n <= 1024:  # one warp needs no barrier; N = 576: 168, in chunks of 128 183, of 32 175 and spills before it
             return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
-        if n <= 4096:  # counted at N = 2880: no more than 4 registers a token in 8 warps
-            return _chosen(cls(512, num_warps=8))
-        return _chosen(cls(2048, num_warps=16))  # counted at N = 16384: no spill, fewer instructions than 1024 a chunk
+        if n <= 4096:  # N = 2880: 129; chunks of 512 spill before the loop on sm_80 and sm_100
+            return _chosen(cls(1024, num_warps=8))
+        return _chosen(cls(2048, num_warps=16))  # N = 8192: 162, N = 16384: 294 and 143 spills before and after
 
     def num_chunks(self, n: int) -> int:
         return -(-n // self.block)
@@ -121,6 +122,7 @@ class StreamConfig:
 
     chunk: int = 1024  # tokens that a program of one image looks at together
     num_warps: int = 4  # of those programs
+    block_k: int = 8  # rows that the assignment looks at together: counted, 64 of them spill on every target
 
     @classmethod
     def for_shape(cls) -> "StreamConfig":

@@ -159,13 +159,13 @@ def update_kernel(
         mask_n = offs_n < N
         tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
         s = cosines_of(
-            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, picks, tokens,
+            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, tokens, picks,
             stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
         )  # fmt: skip
-        s = tl.where((offs_k < fresh)[:, None], s, float("-inf"))
+        s = tl.where((offs_k < fresh)[None, :], s, float("-inf"))
         at = pid_b * N + offs_n
         nu = tl.load(nu_ptr + at, mask=mask_n, other=float("nan"))
-        m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=0))
+        m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=1))
         key = live_key(suppression * m + nu, nu)
         tl.store(m_ptr + at, m, mask=mask_n)
         tl.store(key_ptr + at, key, mask=mask_n)
@@ -305,12 +305,14 @@ def assign_streamed_kernel(
     tier_ptr,  # [B, N]
     where_ptr,  # [N, P] or [B, N, P]
     assignment_ptr,  # [B, N]
+    tile_ptr,  # [B, blocks, BLOCK, BLOCK] where a program keeps its tile of s
     spatial_weight,
     stride_key_b, stride_key_n, stride_key_d,
     stride_where_b, stride_where_n, stride_where_p,
     N, K, num_blocks, num_channels, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Every token to the kept token that is most similar and near, a block of tokens per program."""
     pid = tl.program_id(0)
@@ -333,18 +335,27 @@ def assign_streamed_kernel(
     best = tl.full([BLOCK], float("nan"), tl.float32)
     row = tl.full([BLOCK], NOWHERE, tl.int32)
     own = tl.full([BLOCK], NOWHERE, tl.int32)
+    tile_ptr += pid.to(tl.int64) * BLOCK * BLOCK
     start = tl.zeros([], tl.int32)
     while start < K:
-        offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start, 1, 1, N, K, BLOCK, True)
-        s = cosines_of(
-            keys_ptr, scale_ptr, inverse_ptr, kept, tokens, stride_key_n, stride_key_d, num_channels,
+        _, tile_kept, _ = rows_of(indices_ptr, tier_ptr, start, 1, 1, N, K, BLOCK, True)
+        tile = cosines_of(
+            keys_ptr, scale_ptr, inverse_ptr, tokens, tile_kept, stride_key_n, stride_key_d, num_channels,
             DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
         )  # fmt: skip
-        s = tl.where((tl.load(tier_ptr + kept) == 0)[:, None] & (tier == 0)[None, :], s, 0.0)
-        best, row, own = compare_rows(
-            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
-            stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK, MODE,
-        )  # fmt: skip
+        tile = tl.where((tier == 0)[:, None] & (tl.load(tier_ptr + tile_kept) == 0)[None, :], tile, 0.0)
+        tl.store(tile_ptr + tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :] * BLOCK, tile)
+        tl.debug_barrier()
+        part = tl.zeros([], tl.int32)
+        while part < BLOCK:  # from memory and few rows at a time: the whole tile would spill
+            offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start + part, 1, 1, N, K, BLOCK_K, True)
+            s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+            best, row, own = compare_rows(
+                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+                stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
+            )  # fmt: skip
+            part += BLOCK_K
+        tl.debug_barrier()
         start += BLOCK
     row = tl.where(own != NOWHERE, own, row)
     assigned = (row != NOWHERE) & (tier != MASKED)
@@ -367,6 +378,7 @@ def pieces_of(b: int, n: int) -> Pieces:
         "batch": ((b, BLOCK), int32),
         "fresh": ((b,), int32),
         "due": ((b,), int32),
+        "tile": ((b, blocks, BLOCK, BLOCK), fp32),
     }
 
 
@@ -404,9 +416,10 @@ def launch_assign(w, keys, indices, space, spatial_weight, assignment):
     axes = triton.next_power_of_2(space.axes)
     assign_streamed_kernel[(b * blocks,)](
         keys, w.scale, w.inverse, indices, w.tier, w.tier if space.tensor is None else space.tensor, assignment,
-        float(spatial_weight), *keys.stride(), *space.strides,
+        w.tile, float(spatial_weight), *keys.stride(), *space.strides,
         n, indices.shape[1], blocks, dk, space.height, space.width,
-        P=space.axes, AXES=axes, DK=dk, BLOCK=BLOCK, BLOCK_D=similarity.block_d, BLOCK_BOX=max(1024 // axes, 1),
+        P=space.axes, AXES=axes, DK=dk, BLOCK=BLOCK, BLOCK_D=similarity.block_d,
+        BLOCK_K=StreamConfig.for_shape().block_k, BLOCK_BOX=max(1024 // axes, 1),
         MODE=space.mode, CAN_OVERFLOW=can_overflow(keys), INTERPRETED=INTERPRETED,
         num_warps=similarity.num_warps, num_stages=similarity.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

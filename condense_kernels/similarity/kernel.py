@@ -192,37 +192,34 @@ def similarity_tile_kernel(
     s = tl.where((tier_i == 0)[:, None] & (tier_j == 0)[None, :], s, 0.0)
 
     fixed = (s * FIXED_POINT).to(tl.int32)
-    sums_i = tl.sum(fixed, axis=1)
-    sums_j = tl.sum(fixed, axis=0)
     abs_sum = tl.sum(tl.sum(tl.abs(fixed), axis=1).to(tl.int64), axis=0)
     apart = pid_i != pid_j  # off the diagonal: the tile stands for its mirror image, too
     if apart:
         abs_sum *= 2
     offs_i64 = offs_i.to(tl.int64)
     offs_j64 = offs_j.to(tl.int64)
-    mask_i = offs_i < N
-    mask_j = (offs_j < N) & (offs_j != offs_i)  # nothing on the diagonal
-    if pid_i == pid_j:
-        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=mask_i)
     if STORE:
         s_ptr += pid_b * N * WIDTH
         row_sums_ptr += pid_b * num_blocks * N
-        mask = mask_i[:, None] & (offs_j < WIDTH)[None, :]
+        mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
         tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
-        tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, sums_i, mask=mask_i)
+        tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
         if apart:
-            mask = mask_j[:, None] & (offs_i < WIDTH)[None, :]
+            mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
             tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
-            tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, sums_j, mask=mask_j)
+            tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
         tl.store(abs_sums_ptr + pid_b * num_tiles + pid % num_tiles, abs_sum)
     else:  # the sums of all tiles in place: integers, so in any order; [blocks, N] of them would be N * N / 64 again
         row_sums_ptr += pid_b * N
-        tl.atomic_add(row_sums_ptr + offs_i64, sums_i.to(tl.int64), mask=mask_i, sem="relaxed")
-        tl.atomic_add(row_sums_ptr + offs_j64, sums_j.to(tl.int64), mask=mask_j, sem="relaxed")
+        tl.atomic_add(row_sums_ptr + offs_i64, tl.sum(fixed, axis=1).to(tl.int64), mask=offs_i < N, sem="relaxed")
+        if apart:
+            tl.atomic_add(row_sums_ptr + offs_j64, tl.sum(fixed, axis=0).to(tl.int64), mask=offs_j < N, sem="relaxed")
         tl.atomic_add(abs_sums_ptr + pid_b * num_blocks + pid_i, abs_sum, sem="relaxed")
-        if pid_i == pid_j:
-            tl.store(scale_ptr + pid_b * N + offs_i64, scale_i, mask=mask_i)
-            tl.store(inverse_ptr + pid_b * N + offs_i64, inverse_i, mask=mask_i)
+    if pid_i == pid_j:
+        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=offs_i < N)
+        if not STORE:
+            tl.store(scale_ptr + pid_b * N + offs_i64, scale_i, mask=offs_i < N)
+            tl.store(inverse_ptr + pid_b * N + offs_i64, inverse_i, mask=offs_i < N)
 
 
 @triton.jit
