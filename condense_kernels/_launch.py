@@ -68,8 +68,8 @@ class SelectConfig:
         # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack:
         if n <= 1024:  # one warp needs no barrier; N = 576: 168, in chunks of 128 183, of 32 175 and spills before it
             return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
-        if n <= 4096:  # N = 2880: 129; chunks of 512 spill before the loop on sm_80 and sm_100
-            return _chosen(cls(1024, num_warps=8))
+        if n <= 4096:  # N = 2880: 228 in each of 4 warps; in each of 8, 129 (two a scheduler), and spills before it
+            return _chosen(cls(512, num_warps=4))
         return _chosen(cls(2048, num_warps=16))  # N = 8192: 162, N = 16384: 294 and 143 spills before and after
 
     def num_chunks(self, n: int) -> int:

@@ -135,8 +135,8 @@ def select_kernel(
                 WIDTH, 1, 1, 1, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_N, BLOCK_K, MODE, True, False,
             )  # fmt: skip
-            tier = tl.load(tier_ptr + offs_n, mask=offs_n < N, other=MASKED)
-            tl.store(assignment_ptr + offs_n, tl.where(tier != MASKED, row, -1).to(tl.int64), mask=offs_n < N)
+            tier_n = tl.load(tier_ptr + offs_n, mask=offs_n < N, other=MASKED)
+            tl.store(assignment_ptr + offs_n, tl.where(tier_n != MASKED, row, -1).to(tl.int64), mask=offs_n < N)
             start += BLOCK_N
 
 
