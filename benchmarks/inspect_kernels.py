@@ -3,19 +3,23 @@
 Calls the launchers with meta tensors, compiles what they launch for every target, and prints what is found in the
 generated code:
 
-    registers   of a thread
-    spills      instructions that spill to or fill from the stack (CUDA), spilled registers (HIP)
-    stack       bytes of a thread, also what the compiler puts there on its own account
-    shared      bytes of a block
-    pick_loop   instructions in the body of the greedy loop; barriers and fused multiply-adds among them
-    mma         matrix instructions
-    loads16     loads of 16 bytes a thread
+    instructions  of the whole kernel
+    registers     of a thread
+    spills        instructions that spill to or fill from the stack (CUDA), spilled vector registers (HIP)
+    stack         bytes of a thread, also what the compiler puts there on its own account
+    shared        bytes of a block
+    pick_loop     instructions in the body of the greedy loop
+    barriers, fused, loop_spills  how many of those are barriers, fused multiply-adds, spills
+    mma           matrix instructions
+    loads16       loads of 16 bytes a thread
 
     python benchmarks/inspect_kernels.py [--json FILE]
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -23,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
 import torch
 import triton
@@ -32,6 +37,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.assign.kernel import assign
 from condense_kernels.greedy_select.kernel import greedy_select
 from condense_kernels.merge.kernel import merge
@@ -44,6 +50,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+OF_THE_PICK_LOOP = ("pick_loop", "barriers", "fused", "loop_spills")
 SELECTING = ("greedy_select_kernel", "select_kernel")  # those with a pick loop
 TYPES = {
     torch.float32: "fp32",
@@ -58,6 +65,11 @@ TYPES = {
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def select_and_merge_in_three(*args, **kwargs):
+    with trying(FusedConfig, assign_in_select=True):
+        return select_and_merge(*args, **kwargs)
 
 
 def calls() -> dict[str, tuple]:
@@ -79,8 +91,13 @@ def calls() -> dict[str, tuple]:
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
+    for dtype in (bf16, torch.float32):  # two picks a loop: each of its kernels once
+        arguments = (empty(2, 65536, 1024, dtype=dtype), empty(2, 65536, dtype=bf16), 2, 2)
+        cases[f"select_and_merge N=65536 {TYPES[dtype]}"] = (select_and_merge, arguments, {"grid": (256, 256)})
+    image = empty(2, 576, 1024, dtype=bf16), empty(2, 576, dtype=bf16), 48, 16
+    cases["three launches N=576"] = (select_and_merge_in_three, image, {"grid": (24, 24)})
     options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
-    cases["select_and_merge masked"] = (select_and_merge, (features[:, :576], scores[:, :576], 48, 16), options)
+    cases["select_and_merge masked"] = (select_and_merge, image, options)
     return cases
 
 
@@ -149,16 +166,22 @@ def inspect_nvidia(compiled) -> dict:
     picks = [
         loop
         for loop in loops(code, re.compile(r"(\.L_\w+):"), re.compile(r"\bBRA\b.*`\((\.L_\w+)\)"))
-        if sum("REDUX" in line for line in loop) >= 4
+        if sum("REDUX.MIN" in line for line in loop) >= 2
     ]
+
+    def spills(line):
+        return bool(re.search(r"\b(STL|LDL)\b", line))
+
     return {
+        "instructions": sum(not line.startswith(".L_") for line in code),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code),
+        "spills": sum(map(spills, code)),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "pick_loop": min((len(loop) for loop in picks), default=None),
         "barriers": max((sum("BAR." in line for line in loop) for loop in picks), default=None),
         "fused": max((sum("FFMA" in line for line in loop) for loop in picks), default=None),
+        "loop_spills": max((sum(map(spills, loop)) for loop in picks), default=None),
         "mma": sum(bool(re.search(r"\b[HU]GMMA|HMMA|UTC\w*MMA", line)) for line in code),
         "loads16": sum(bool(re.search(r"\bLDG\S*\.128|LDGSTS\S*\.128", line)) for line in code),
     }
@@ -172,36 +195,57 @@ def inspect_amd(compiled) -> dict:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
     found = loops(code, re.compile(r"(\.LBB\w+):"), re.compile(r"\bs_c?branch\S*\s+(\.LBB\w+)"))
-    picks = [loop for loop in found if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 4]
+    picks = [loop for loop in found if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 2]
     return {
+        "instructions": sum(bool(re.match(r"[a-z]\w+(\s|$)", line)) for line in code),
         "registers": metadata("vgpr_count"),
-        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        "spills": metadata("vgpr_spill_count"),
         "stack": metadata("private_segment_fixed_size"),
         "shared": metadata("group_segment_fixed_size"),
         "pick_loop": None if not picks else min(map(len, picks)),
         "barriers": max((sum("s_barrier" in line for line in loop) for loop in picks), default=None),
         "fused": max((sum(bool(re.search(r"v_(pk_)?fma", line)) for line in loop) for loop in picks), default=None),
+        "loop_spills": max((sum("scratch_" in line for line in loop) for loop in picks), default=None),
         "mma": sum("mfma" in line for line in code),
         "loads16": sum(bool(re.search(r"(global|buffer)_load_dwordx4", line)) for line in code),
     }
 
 
-def inspect() -> list[dict]:
-    rows, seen = [], set()
+@functools.cache
+def jobs() -> list[tuple]:
+    """(label, kernel, source, options, target) of everything there is to compile, each once."""
+    found, seen = [], set()
     for label, (launcher, args, kwargs) in calls().items():
         for kernel, arguments, options in launches(launcher, args, kwargs):
             source = source_of(kernel, arguments)
             specialised = str((kernel.__name__, source.signature, source.constants, source.attrs, options))
-            if specialised in seen:
-                continue
-            seen.add(specialised)
-            for name, target in TARGETS.items():
-                compiled = triton.compile(source, target=target, options=options)
-                found = inspect_nvidia(compiled) if target.backend == "cuda" else inspect_amd(compiled)
-                if kernel.__name__ not in SELECTING:
-                    found["pick_loop"] = found["barriers"] = found["fused"] = None
-                rows.append({"call": label, "kernel": kernel.__name__, "target": name, **found})
-    return rows
+            if specialised not in seen:
+                seen.add(specialised)
+                found += [(label, kernel, source, options, target) for target in TARGETS]
+    return found
+
+
+def inspect_compiled(kernel, source: ASTSource, options: dict, target: str) -> dict:
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    found = inspect_nvidia(compiled) if TARGETS[target].backend == "cuda" else inspect_amd(compiled)
+    if kernel.__name__ not in SELECTING:
+        found |= dict.fromkeys(OF_THE_PICK_LOOP)
+    return found
+
+
+def row_of(i: int) -> dict:
+    label, kernel, source, options, target = jobs()[i]
+    return {
+        "call": label,
+        "kernel": kernel.__name__,
+        "target": target,
+        **inspect_compiled(kernel, source, options, target),
+    }
+
+
+def inspect() -> list[dict]:
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(row_of, range(len(jobs())), chunksize=1)
 
 
 def table(rows: list[dict]) -> Table:
@@ -216,6 +260,6 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     options = parser.parse_args()
     found = inspect()
-    Console(width=None if sys.stdout.isatty() else 140).print(table(found))
+    Console(width=None if sys.stdout.isatty() else 190).print(table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -49,36 +49,75 @@ def test_every_kernel_compiles_for_every_target(rows):
         "select_kernel",
         "assign_kernel",
         "merge_kernel",
+        "begin_kernel",
+        "update_kernel",
+        "pick_kernel",
+        "keep_kernel",
+        "assign_streamed_kernel",
     }
     for kernel in kernels:
         assert {row["target"] for row in rows if row["kernel"] == kernel} == set(SHARED_LIMIT)
 
 
+# (part of the call, kernel, target): at N = 16384 a register file holds four numbers a token, and what comes before the
+# pick loop wants more; fp32 products on sm_80 keep their operands in registers, too.
+MAY_SPILL = [
+    ("N=16384", "select_kernel", ""),
+    ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
+    ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),
+]
+
+
 def test_no_spills(rows):
-    """Except at N = 16384, where a register file holds four numbers a token and the pick loop needs three of them."""
-    assert [row for row in rows if row["spills"] and "N=16384" not in row["call"]] == []
+    found = [row for row in rows if row["spills"]]
+    for call, kernel, target in MAY_SPILL:
+        found = [
+            row
+            for row in found
+            if not (call in row["call"] and row["kernel"].endswith(kernel) and row["target"].startswith(target))
+        ]
+    assert found == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_no_spills_in_a_pick(rows, target):
+    """At N = 16384 neither. On sm_100 a few remain there."""
+    found = [row for row in rows if row["target"] == target and row["pick_loop"]]
+    assert any("N=16384" in row["call"] for row in found) and [row for row in found if row["loop_spills"]] == []
 
 
 def test_shared_memory_fits(rows):
     assert [row for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]] == []
 
 
+@pytest.mark.parametrize(
+    ("kernel", "limit"),
+    [
+        ("select_kernel", 175),
+        ("greedy_select_kernel", 227),  # clears what is not finite from s, and stores the order
+    ],
+)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_a_pick_of_576_tokens_waits_for_no_barrier(rows, target):
-    found = [row for row in rows if row["call"].endswith(" N=576") and row["target"] == target and row["pick_loop"]]
-    assert {row["kernel"] for row in found} == {"greedy_select_kernel", "select_kernel"}
-    assert [row for row in found if row["barriers"]] == []
+def test_a_pick_of_576_tokens(rows, target, kernel, limit):
+    """Few instructions, and no barrier."""
+    calls = ("greedy_select N=576", "select_and_merge N=576")
+    found = [row for row in rows if row["call"] in calls and row["target"] == target]
+    (row,) = [row for row in found if row["kernel"] == kernel]
+    assert row["barriers"] == 0 and row["pick_loop"] <= limit
 
 
 def test_scores_are_rounded_twice(rows):
     """A fused multiply-add in the pick loop would round a score once, and pick another token than the contract."""
     found = [row for row in rows if row["pick_loop"]]
-    assert found and [row for row in found if row["fused"]] == []
+    assert {row["kernel"] for row in found} == {"greedy_select_kernel", "select_kernel"}
+    assert [row for row in found if row["fused"]] == []
 
 
 def test_similarity_of_16_bit_keys_runs_on_matrix_units(rows):
-    found = [row for row in rows if row["kernel"] == "similarity_tile_kernel" and "fp32" not in row["call"]]
-    assert found and [row for row in found if not row["mma"]] == []
+    kernels = ("similarity_tile_kernel", "update_kernel", "pick_kernel", "assign_streamed_kernel")
+    found = [row for row in rows if row["kernel"] in kernels and "fp32" not in row["call"]]
+    assert {row["kernel"] for row in found} == set(kernels)
+    assert [row for row in found if not row["mma"]] == []
 
 
 def test_keys_are_loaded_16_bytes_at_a_time(rows):

@@ -4,6 +4,7 @@ Picks are compared bit for bit, given the same s; the fused launches with the st
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ from condense_kernels.select_and_merge.pipeline import Stages, compose
 if not _backend.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
+from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.assign import kernel as assign
 from condense_kernels.assign import reference as assign_reference
 from condense_kernels.greedy_select import kernel as greedy_select
 from condense_kernels.greedy_select import reference as greedy_reference
 from condense_kernels.merge import kernel as merge
 from condense_kernels.select_and_merge import kernel as select_and_merge
+from condense_kernels.select_and_merge import streamed
 from condense_kernels.similarity import kernel as similarity
 from condense_kernels.similarity import reference as similarity_reference
+from condense_kernels.testing import KINDS, Inputs, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
 NAN, INF = float("nan"), float("inf")
@@ -76,8 +80,8 @@ def test_picks_are_those_of_the_reference(kind, prior, suppression):
 
 
 @pytest.mark.parametrize("n", [64, 65, 100, 1025], ids=lambda n: f"N={n}")
-def test_picks_of_segments(n):
-    """Two segments with an overlap, without, and equal ones across warps."""
+def test_picks_of_chunks(n):
+    """One chunk, two with an overlap, and chunks across warps."""
     generator = torch.Generator().manual_seed(n)
     s, p = cosines("halves", 1, n, generator), priors("signed", 1, n, generator)
     assert torch.equal(greedy_select.greedy_select(s, p, 40), greedy_reference.greedy_select(s, p, 40))
@@ -218,15 +222,147 @@ def flagship_inputs(n: int, dtype: torch.dtype, layout: str) -> tuple[tuple, dic
     ids=str,
 )
 @pytest.mark.parametrize("in_select", [False, True], ids=["assign apart", "assign in select"])
-def test_flagship_is_its_stages_in_a_row(n, dtype, layout, in_select, monkeypatch):
-    config = dataclasses.replace(select_and_merge.FusedConfig.for_shape(n), assign_in_select=in_select)
-    monkeypatch.setattr(select_and_merge.FusedConfig, "for_shape", lambda _: config)
+def test_flagship_is_its_stages_in_a_row(n, dtype, layout, in_select):
     args, options = flagship_inputs(n, dtype, layout)
-    result = select_and_merge.select_and_merge(*args, **options)
+    with trying(FusedConfig, assign_in_select=in_select):
+        result = select_and_merge.select_and_merge(*args, **options)
     assert_same_bits(result, STAGES(*args, **options))
     alone = {name: value[1:] if name == "mask" else value for name, value in options.items()}
     image = select_and_merge.select_and_merge(args[0][1:], args[1][1:], *args[2:], **alone)
     assert_same_bits([x[1:] for x in result], image)
+
+
+def run(inputs: Inputs, **options):
+    return select_and_merge.select_and_merge(*inputs.args, **inputs.options, **options)
+
+
+def assert_streamed_is_stored(inputs: Inputs):
+    with trying(FusedConfig, store_s=False):
+        actual = run(inputs)
+    assert_same_bits(actual, run(inputs))
+
+
+DTYPES = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, DTYPES, strict=False)), ids=str)
+def test_without_s_stored_the_bits_are_the_same(kind, dtype):
+    assert_streamed_is_stored(
+        make_inputs(kind, batch=1, num_tokens=100, channels=24, num_anchors=9, num_background=5, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_anchors": 0, "num_background": 12},
+        {"num_anchors": 12, "num_background": 0},
+        {"num_anchors": 0, "num_background": 1},
+        {"num_anchors": 50, "num_background": 20},  # K = N
+        {"suppression": 0.0},
+        {"suppression": 3e38},  # suppression * m is infinite
+        {"mask": torch.arange(70).expand(2, 70) % 9 == 0},  # 8 valid tokens for 14 rows
+        {"mask": torch.arange(70).expand(2, 70) % 35 == 0},  # fewer than anchors
+        {"mask": torch.zeros(2, 70, dtype=torch.bool)},
+    ],
+    ids=lambda change: ", ".join(f"{key}={value if key != 'mask' else value.sum()}" for key, value in change.items()),
+)
+def test_without_s_stored_at_the_limits(change):
+    inputs = make_inputs("negative", batch=2, num_tokens=70, channels=8, num_anchors=9, num_background=5)
+    inputs.features[0, 3, 0] = NAN
+    inputs.scores[1, 66] = INF
+    assert_streamed_is_stored(dataclasses.replace(inputs, **change))
+
+
+class Spy:
+    """A kernel that tells how many tokens each of its launches picked."""
+
+    def __init__(self, kernel):
+        self.kernel, self.picked = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.kernel[grid](*args, **options)
+            self.picked.append(int(args[self.kernel.arg_names.index("fresh_ptr")][0]))
+
+        return launch
+
+
+def test_without_s_stored_batches_of_one_pick(monkeypatch):
+    """Three clusters of more equal tokens than there are candidates: each pick sinks all candidates below the rest."""
+    spy = Spy(streamed.pick_kernel)
+    monkeypatch.setattr(streamed, "pick_kernel", spy)
+    n = 210
+    features = torch.eye(3).repeat_interleave(70, dim=0)[None]
+    scores = torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None]
+    assert_streamed_is_stored(Inputs(features, scores, 9, 0, grid=(1, n)))
+    assert 1 in spy.picked[:2] and sum(spy.picked) == 8
+
+
+def test_without_s_stored_batches_are_full_where_they_can_be(monkeypatch):
+    """Equal tokens: every pick leaves all others alike, the lowest index is next, 64 at a time."""
+    spy = Spy(streamed.pick_kernel)
+    monkeypatch.setattr(streamed, "pick_kernel", spy)
+    inputs = make_inputs("ties", batch=1, num_tokens=140, channels=8, num_anchors=70, num_background=0)
+    assert_streamed_is_stored(inputs)
+    assert spy.picked[:3] == [64, 5, 0]
+
+
+@pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])
+def test_memory_of_the_caller(store_s, monkeypatch):
+    """Results and workspace given: nothing is allocated, and nothing around the workspace is touched."""
+    inputs = make_inputs("masked", batch=2, num_tokens=70, channels=8, num_anchors=5, num_background=3)
+    expected = run(inputs)
+    out = tuple(torch.empty_like(x) for x in expected)
+    with trying(FusedConfig, store_s=store_s):
+        needed = select_and_merge.workspace_bytes(2, 70, 8, 8, torch.float32)
+        memory = torch.full((needed + 512,), 77, dtype=torch.uint8)
+
+        empty = torch.Tensor.new_empty
+
+        def refuse(*size, **_):
+            pytest.fail(f"allocates {size}")
+
+        def nothing(x, *size, **options):
+            return empty(x, 0, **options) if size == (0,) else refuse(*size)  # as the interpreter does for itself
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", refuse)
+            patch.setattr(torch, "zeros", refuse)
+            patch.setattr(torch.Tensor, "new_empty", nothing)
+            result = run(inputs, out=out, workspace=memory[256:-256])
+        assert all(x is y for x, y in zip(result, out, strict=True))
+        assert_same_bits(result, expected)
+        assert memory[:256].eq(77).all() and memory[-256:].eq(77).all()
+        with pytest.raises(ValueError, match=rf"workspace: .* at least {needed} bytes, got {needed - 1}\. Remedy"):
+            run(inputs, out=out, workspace=memory[: needed - 1])
+
+
+@pytest.mark.parametrize(
+    ("workspace", "message"),
+    [
+        (torch.empty(10**6), r"1-D uint8 tensor, got torch.float32 .*Remedy"),
+        (torch.empty(10**6, dtype=torch.uint8)[::2], r"contiguous .* strides \(2,\)\. Remedy"),
+        (
+            torch.empty(10**6, dtype=torch.uint8, device="meta"),
+            r"tensor on cpu, like features, got one on meta\. Remedy",
+        ),
+        (torch.empty(10**6, dtype=torch.uint8)[1:], r"aligned to 16 bytes, got one 1 past\. Remedy"),
+    ],
+    ids=["dtype", "strides", "device", "alignment"],
+)
+def test_a_workspace_of_another_kind_is_refused_with_the_remedy(workspace, message):
+    inputs = make_inputs("random", batch=1, num_tokens=9, channels=4, num_anchors=1, num_background=1)
+    with pytest.raises(ValueError, match="workspace: expected .*" + message):
+        run(inputs, workspace=workspace)
+
+
+def test_workspace_of_long_inputs_is_linear_in_n():
+    def per_token(n):
+        return select_and_merge.workspace_bytes(1, n, 64, 1024, torch.bfloat16) / n
+
+    assert per_token(16384) > 4 * 16384  # s
+    assert per_token(16385) < 310 and per_token(2**20) < 310
 
 
 @pytest.mark.parametrize("argument", ["features", "scores", "keys"])
@@ -240,9 +376,12 @@ def test_float64_is_refused_with_the_remedy(argument):
 
 
 def test_too_many_tokens_are_refused_with_the_remedy():
-    scores = torch.zeros(1, 1).expand(1, 16385)
-    with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 16385\. Remedy"):
+    scores = torch.zeros(1, 1).expand(1, 2**20 + 1)
+    with pytest.raises(ValueError, match=r"N: expected at most 1048576 .*got 1048577\. Remedy"):
         select_and_merge.select_and_merge(scores[..., None], scores, 1, 0, spatial_weight=0)
+    s = torch.zeros(1, 1, 1).expand(1, 16385, 16385)
+    with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 16385\. Remedy: select_and_merge"):
+        greedy_select.greedy_select(s, s[0, :1], 1)
 
 
 def test_empty_batches_launch_nothing():

@@ -7,21 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .._launch import AssignConfig
 from .._triton import FLOAT32_MAX, NOWHERE, is_finite, on_device_of, reject_float64, strides_of
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier
-
-
-@dataclass(frozen=True)
-class AssignConfig:
-    block_k: int  # rows looked at together, so that their loads overlap
-    block_n: int = 32  # tokens of a program
-    num_warps: int = 4
-
-    @classmethod
-    def for_shape(cls, k: int) -> "AssignConfig":
-        return cls(block_k=min(32, triton.next_power_of_2(max(k, 1))))
 
 
 @dataclass(frozen=True)
@@ -143,6 +133,55 @@ def add_square(square, x, y):
 
 
 @triton.jit
+def rows_of(
+    indices_ptr, tier_ptr, start, stride_index, stride_tier, N, K, BLOCK_K: tl.constexpr, HAS_TIER: tl.constexpr
+):
+    """BLOCK_K rows, their kept tokens and whether they take anybody."""
+    offs_k = start + tl.arange(0, BLOCK_K)
+    kept = tl.load(indices_ptr + offs_k.to(tl.int64) * stride_index, mask=offs_k < K, other=-1)
+    takes = (kept >= 0) & (kept < N)
+    kept = tl.where(takes, kept, 0)
+    if HAS_TIER:
+        takes = takes & (tl.load(tier_ptr + kept * stride_tier) != MASKED)
+    return offs_k, kept, takes
+
+
+@triton.jit
+def compare_rows(
+    best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+    stride_where_n, stride_where_p, HEIGHT, WIDTH,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Best score, best row and own row of BLOCK_N tokens, now that s [BLOCK_K, BLOCK_N] is known of more rows."""
+    score = s
+    if MODE != NO_DISTANCE:
+        square = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+        if MODE == GRID:
+            t, h, w = grid_place(tokens, HEIGHT, WIDTH)
+            kept_t, kept_h, kept_w = grid_place(kept, HEIGHT, WIDTH)
+            square = add_square(square, kept_t, t)
+            square = add_square(square, kept_h, h)
+            square = add_square(square, kept_w, w)
+        else:
+            for p in range(P):
+                axis = tl.full([], p, tl.int64)
+                low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0.0), axis=0)
+                x = load_coordinate(where_ptr, kept, axis, low, shrink, shrink_again, stride_where_n, stride_where_p)
+                y = load_coordinate(where_ptr, tokens, axis, low, shrink, shrink_again, stride_where_n, stride_where_p)
+                square = add_square(square, x, y)
+        # Coordinates in the box are at most 1: only one without a place makes the square non-finite: distance 0.
+        distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
+        score = score - factor * distance  # Eq. 6
+    score = tl.where(takes[:, None], score, float("-inf"))
+    top = tl.max(score, axis=0)
+    first = tl.min(tl.where(takes[:, None] & (score == top[None, :]), offs_k[:, None], NOWHERE), axis=0)
+    better = (first != NOWHERE) & ((best != best) | (top > best))  # Eq. 7; a tie stays with the lowest row
+    itself = takes[:, None] & (kept[:, None] == tokens[None, :])
+    own = tl.minimum(own, tl.min(tl.where(itself, offs_k[:, None], NOWHERE), axis=0))
+    return tl.where(better, top, best), tl.where(better, first, row), own
+
+
+@triton.jit
 def nearest_rows(
     s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink, shrink_again, factor,
     stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
@@ -154,48 +193,16 @@ def nearest_rows(
     best = tl.full([BLOCK_N], float("nan"), tl.float32)  # every score beats "none yet", -infinity too
     row = tl.full([BLOCK_N], NOWHERE, tl.int32)
     own = tl.full([BLOCK_N], NOWHERE, tl.int32)
-    if MODE == GRID:
-        t, h, w = grid_place(tokens, HEIGHT, WIDTH)
     start = tl.zeros([], tl.int32)
     while start < K:
-        offs_k = start + tl.arange(0, BLOCK_K)
-        kept = tl.load(indices_ptr + offs_k.to(tl.int64) * stride_index, mask=offs_k < K, other=-1)
-        takes = (kept >= 0) & (kept < N)
-        kept = tl.where(takes, kept, 0)
-        if HAS_TIER:
-            takes = takes & (tl.load(tier_ptr + kept * stride_tier) != MASKED)
-        score = tl.load(s_ptr + kept[:, None] * stride_s_i + tokens[None, :] * stride_s_j)  # [BLOCK_K, BLOCK_N]
+        offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start, stride_index, stride_tier, N, K, BLOCK_K, HAS_TIER)
+        s = tl.load(s_ptr + kept[:, None] * stride_s_i + tokens[None, :] * stride_s_j)  # [BLOCK_K, BLOCK_N]
         if SANITISE:
-            score = tl.where(is_finite(score), score, 0.0)
-        if MODE != NO_DISTANCE:
-            square = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-            if MODE == GRID:
-                kept_t, kept_h, kept_w = grid_place(kept, HEIGHT, WIDTH)
-                square = add_square(square, kept_t, t)
-                square = add_square(square, kept_h, h)
-                square = add_square(square, kept_w, w)
-            else:
-                for p in range(P):
-                    axis = tl.full([], p, tl.int64)
-                    low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0.0), axis=0)
-                    x = load_coordinate(
-                        where_ptr, kept, axis, low, shrink, shrink_again, stride_where_n, stride_where_p
-                    )
-                    y = load_coordinate(
-                        where_ptr, tokens, axis, low, shrink, shrink_again, stride_where_n, stride_where_p
-                    )
-                    square = add_square(square, x, y)
-            # Coordinates in the box are at most 1: only one without a place makes the square non-finite: distance 0.
-            distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
-            score = score - factor * distance  # Eq. 6
-        score = tl.where(takes[:, None], score, float("-inf"))
-        top = tl.max(score, axis=0)
-        first = tl.min(tl.where(takes[:, None] & (score == top[None, :]), offs_k[:, None], NOWHERE), axis=0)
-        better = (first != NOWHERE) & ((best != best) | (top > best))  # Eq. 7; a tie stays with the lowest row
-        best = tl.where(better, top, best)
-        row = tl.where(better, first, row)
-        itself = takes[:, None] & (kept[:, None] == tokens[None, :])
-        own = tl.minimum(own, tl.min(tl.where(itself, offs_k[:, None], NOWHERE), axis=0))
+            s = tl.where(is_finite(s), s, 0.0)
+        best, row, own = compare_rows(
+            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+            stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK_N, BLOCK_K, MODE,
+        )  # fmt: skip
         start += BLOCK_K
     return tl.where(own != NOWHERE, own, row)
 
@@ -240,13 +247,12 @@ def assign_kernel(
     tl.store(assignment_ptr + pid_b * N + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
 
 
-def launch_assign(s, indices, tier, space, spatial_weight, sanitise):
-    """The kernel on s [B, N, >= N], into a new assignment [B, N]."""
-    b, n = s.shape[:2]
+def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, sanitise):
+    """The kernel on s [B, N, >= N], into assignment [B, N]."""
+    b, n = assignment.shape
     k = indices.shape[1]
-    assignment = s.new_empty((b, n), dtype=torch.int64)
     if b == 0:
-        return assignment
+        return
     config = AssignConfig.for_shape(k)
     axes = triton.next_power_of_2(space.axes)
     parts = triton.cdiv(n, config.block_n)
@@ -259,7 +265,6 @@ def launch_assign(s, indices, tier, space, spatial_weight, sanitise):
         MODE=space.mode, HAS_TIER=tier is not None, SANITISE=sanitise,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return assignment
 
 
 def assign(
@@ -273,5 +278,8 @@ def assign(
 ) -> torch.Tensor:
     """Return assignment [B, N] int64: the row of each token; -1 where masked."""
     reject_float64(s=s)
+    assignment = s.new_empty(s.shape[:2], dtype=torch.int64)
     with on_device_of(s):
-        return launch_assign(s, indices, tier, Space.of(grid, positions, spatial_weight), spatial_weight, True)
+        space = Space.of(grid, positions, spatial_weight)
+        launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True)
+    return assignment

@@ -3,26 +3,14 @@
 A gather in token order, not a matrix product over the whole image: there 0 * NaN would poison every row.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from .._launch import MergeConfig
 from .._triton import NOWHERE, narrow, on_device_of, reject_float64
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    block_n: int  # tokens whose assignment is held at a time
-    block_d: int
-    num_warps: int = 1  # finding the next member needs no barrier
-
-    @classmethod
-    def for_shape(cls, n: int, d: int) -> "MergeConfig":
-        return cls(block_n=min(triton.next_power_of_2(n), 1024), block_d=min(triton.next_power_of_2(d), 256))
 
 
 @triton.jit
@@ -105,6 +93,21 @@ def merge_kernel(
         tl.store(merged_ptr + offs_d, narrow(mean, merged_ptr.dtype.element_ty), mask=mask_d)
 
 
+def launch_merge(features, scores, indices, assignment, merged, mass):
+    """The kernel alone, into merged [B, K, D] and mass [B, K]."""
+    b, k, d = merged.shape
+    n = features.shape[1]
+    if b == 0 or k == 0:
+        return
+    config = MergeConfig.for_shape(max(n, 1), d)
+    merge_kernel[(b * k, triton.cdiv(d, config.block_d))](
+        features, scores, indices, assignment, merged, mass,
+        *features.stride(), *scores.stride(), *indices.stride(), *assignment.stride(), n, k, d,
+        BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
 def merge(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
@@ -113,18 +116,10 @@ def merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return merged [B, K, D] in the dtype of features and mass [B, K] fp32."""
     reject_float64(features=features, scores=scores)
-    b, n, d = features.shape
+    b, _, d = features.shape
     k = indices.shape[1]
     merged = features.new_empty((b, k, d))
     mass = features.new_empty((b, k), dtype=torch.float32)
-    if b == 0 or k == 0:
-        return merged, mass
-    config = MergeConfig.for_shape(max(n, 1), d)
     with on_device_of(features):
-        merge_kernel[(b * k, triton.cdiv(d, config.block_d))](
-            features, scores, indices, assignment, merged, mass,
-            *features.stride(), *scores.stride(), *indices.stride(), *assignment.stride(), n, k, d,
-            BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        launch_merge(features, scores, indices, assignment, merged, mass)
     return merged, mass

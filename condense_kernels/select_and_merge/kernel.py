@@ -1,49 +1,45 @@
-"""The flagship in four launches: similarity tiles, selection, assignment, merge; three where the selection assigns.
+"""The flagship: similarity tiles, selection, assignment, merge. Four launches up to MAX_STORED tokens an image.
 
-Device functions and rounding are those of the stages, so the result is their composition, bit for bit.
+Device functions and rounding are those of the stages, so the result is their composition, bit for bit. Beyond
+MAX_STORED tokens s is never stored: streamed.py.
 """
 
+# ruff: noqa: RUF005  (*chunks, x) is not in Triton's language
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from .._launch import MAX_STREAMED, FusedConfig, SelectConfig
 from .._triton import on_device_of, reject_float64
+from .._workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
 from ..greedy_select.kernel import (
     DUPLICATE,
-    SelectConfig,
-    check_num_tokens,
     count_tokens,
     dead,
     died_of,
     negated,
     pick_greedily,
     ranks,
-    scaled_prior,
-    segments,
+    scaled_priors,
+    token_chunks,
 )
-from ..merge.kernel import merge
-from ..similarity.kernel import global_similarity, launch_tiles, mean_similarity
+from ..merge.kernel import launch_merge
+from ..similarity.kernel import global_similarity, launch_tiles, mean_similarity, num_blocks_of
+from . import streamed
 
 
-@dataclass(frozen=True)
-class FusedConfig:
-    select: SelectConfig
-    width: int  # row length of s, padded so that every row starts and ends on 64 bytes
-    # Assignment in the launch of the selection, or in one of its own? At N = 576, K = 64 the one warp of the selection
-    # would issue some 65,000 instructions for it and spill registers (counted in sm_90 code, not timed), where a launch
-    # spreads them.
-    assign_in_select: bool = False
-    block_n: int = 64
-    block_k: int = 8
-
-    @classmethod
-    def for_shape(cls, n: int) -> "FusedConfig":
-        width = triton.cdiv(n, 16) * 16
-        return cls(SelectConfig.for_shape(width), width)
+@triton.jit
+def with_first(kept, more, limit):
+    """The kept tokens, and the first of others, as many as the limit says."""
+    rank = ranks(more)
+    both = ()
+    for c in tl.static_range(len(kept)):
+        both = both + (kept[c] | (more[c] & (rank[c] < limit)),)
+    return both
 
 
 @triton.jit
@@ -60,7 +56,7 @@ def select_kernel(
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH,
-    P: tl.constexpr, AXES: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, ASSIGN: tl.constexpr,
 ):  # fmt: skip
@@ -70,51 +66,56 @@ def select_kernel(
     tier_ptr += pid_b * N
     row_sums_ptr += pid_b * num_blocks * N
     indices_ptr += pid_b * K
-    offs0, offs1, new1 = segments(WIDTH, N0, N1)
-    mask0 = offs0 < N
-    mask1 = (offs1 < N) & new1
-    tier0 = tl.load(tier_ptr + offs0, mask=mask0, other=DUPLICATE)
-    tier1 = tl.load(tier_ptr + offs1, mask=mask1, other=DUPLICATE)
-    num_valid = count_tokens(tier0 == 0, tier1 == 0)
+    offs, new = token_chunks(WIDTH, BLOCK, CHUNKS)
+    tier = ()
+    valid = ()
+    u = ()
+    for c in tl.static_range(CHUNKS):
+        present = (offs[c] < N) & new[c]
+        tier = tier + (tl.load(tier_ptr + offs[c], mask=present, other=DUPLICATE),)
+        valid = valid + (tier[c] == 0,)
+        score = tl.load(scores_ptr + offs[c].to(tl.int64) * stride_score_n, mask=present, other=0.0)
+        u = u + (score.to(tl.float32),)
+    num_valid = count_tokens(valid)
     sbar = mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, 256)
 
     # Anchors (Eq. 2)
-    u0 = tl.load(scores_ptr + offs0.to(tl.int64) * stride_score_n, mask=mask0, other=0.0).to(tl.float32)
-    u1 = tl.load(scores_ptr + offs1.to(tl.int64) * stride_score_n, mask=mask1, other=0.0).to(tl.float32)
-    u0, u1 = scaled_prior(u0, u1, tier0 == 0, tier1 == 0, sbar)
-    nu0 = tl.where(tier0 == 0, negated(u0), dead(tier0))
-    nu1 = tl.where(tier1 == 0, negated(u1), dead(tier1))
+    u = scaled_priors(u, valid, sbar)
+    nu = ()
+    for c in tl.static_range(CHUNKS):
+        nu = nu + (tl.where(valid[c], negated(u[c]), dead(tier[c])),)
     anchors = tl.minimum(num_anchors, num_valid)
-    nu0, nu1 = pick_greedily(s_ptr, indices_ptr, nu0, nu1, offs0, offs1, anchors, suppression, WIDTH, 1, False, False)
+    nu = pick_greedily(s_ptr, indices_ptr, nu, offs, anchors, suppression, WIDTH, 1, WIDTH, BLOCK, False, False)
 
     # Background (Eq. 3, 4): the anchors are dead, but count in the mean.
-    g0 = global_similarity(row_sums_ptr, offs0, mask0, N, num_blocks)
-    g1 = global_similarity(row_sums_ptr, offs1, mask1, N, num_blocks)
-    valid0 = (nu0 == nu0) | died_of(nu0, 0)
-    valid1 = (nu1 == nu1) | (died_of(nu1, 0) & new1)
-    v0, v1 = scaled_prior(g0, g1, valid0, valid1, sbar)
-    nu0 = tl.where(nu0 == nu0, negated(v0), nu0)
-    nu1 = tl.where(nu1 == nu1, negated(v1), nu1)
+    g = ()
+    counted = ()
+    for c in tl.static_range(CHUNKS):
+        g = g + (global_similarity(row_sums_ptr, offs[c], (offs[c] < N) & new[c], N, num_blocks),)
+        counted = counted + ((nu[c] == nu[c]) | (died_of(nu[c], 0) & new[c]),)
+    v = scaled_priors(g, counted, sbar)
+    rest = ()
+    for c in tl.static_range(CHUNKS):
+        rest = rest + (tl.where(nu[c] == nu[c], negated(v[c]), nu[c]),)
     background = tl.minimum(K - num_anchors, num_valid - anchors)
-    nu0, nu1 = pick_greedily(
-        s_ptr, indices_ptr, nu0, nu1, offs0, offs1, background, suppression, WIDTH, 1, False, False
-    )
+    nu = pick_greedily(s_ptr, indices_ptr, rest, offs, background, suppression, WIDTH, 1, WIDTH, BLOCK, False, False)
 
     # The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
-    kept0 = died_of(nu0, 0)
-    kept1 = died_of(nu1, 0) & new1  # a pick from the overlap died in both segments
+    kept = ()
+    broken = ()
+    masked = ()
+    for c in tl.static_range(CHUNKS):
+        kept = kept + (died_of(nu[c], 0) & new[c],)  # a pick from an overlap died in both chunks
+        broken = broken + (died_of(nu[c], 1),)
+        masked = masked + (died_of(nu[c], 2),)
     missing = K - anchors - background
+    rank = ranks(kept)
     if missing > 0:
-        rank0, rank1 = ranks(died_of(nu0, 1), died_of(nu1, 1))
-        kept0 = kept0 | (died_of(nu0, 1) & (rank0 < missing))
-        kept1 = kept1 | (died_of(nu1, 1) & (rank1 < missing))
-        missing -= count_tokens(died_of(nu0, 1), died_of(nu1, 1))
-        rank0, rank1 = ranks(died_of(nu0, 2), died_of(nu1, 2))
-        kept0 = kept0 | (died_of(nu0, 2) & (rank0 < missing))
-        kept1 = kept1 | (died_of(nu1, 2) & (rank1 < missing))
-    row0, row1 = ranks(kept0, kept1)
-    tl.store(indices_ptr + row0, offs0.to(tl.int64), mask=kept0)
-    tl.store(indices_ptr + row1, offs1.to(tl.int64), mask=kept1)
+        kept = with_first(kept, broken, missing)
+        kept = with_first(kept, masked, missing - count_tokens(broken))
+        rank = ranks(kept)
+    for c in tl.static_range(CHUNKS):
+        tl.store(indices_ptr + rank[c], offs[c].to(tl.int64), mask=kept[c])
 
     if ASSIGN:
         tl.debug_barrier()  # the indices are read back by other threads
@@ -134,9 +135,57 @@ def select_kernel(
                 WIDTH, 1, 1, 1, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_N, BLOCK_K, MODE, True, False,
             )  # fmt: skip
-            tier = tl.load(tier_ptr + offs_n, mask=offs_n < N, other=MASKED)
-            tl.store(assignment_ptr + offs_n, tl.where(tier != MASKED, row, -1).to(tl.int64), mask=offs_n < N)
+            tier_n = tl.load(tier_ptr + offs_n, mask=offs_n < N, other=MASKED)
+            tl.store(assignment_ptr + offs_n, tl.where(tier_n != MASKED, row, -1).to(tl.int64), mask=offs_n < N)
             start += BLOCK_N
+
+
+def pieces_of(b: int, n: int) -> Pieces:
+    """What the launches of a call hand to each other."""
+    config = FusedConfig.for_shape(n)
+    if not config.store_s:
+        return streamed.pieces_of(b, n)
+    blocks, tiles = num_blocks_of(n)
+    return {
+        "s": ((b, n, config.width), torch.float32),
+        "tier": ((b, n), torch.int32),
+        "row_sums": ((b, blocks, n), torch.int32),
+        "abs_sums": ((b, tiles), torch.int64),
+    }
+
+
+def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
+    """Bytes of device memory that select_and_merge needs beside its results: all of what it allocates.
+
+    They follow from B and N alone so far; K, Dk and the dtype of the keys are asked for so that callers need not
+    change when that does.
+    """
+    return bytes_of(pieces_of(b, n))
+
+
+def check_num_tokens(n: int) -> None:
+    if n > MAX_STREAMED:
+        raise ValueError(
+            f"N: expected at most {MAX_STREAMED} tokens an image in the Triton select_and_merge, got {n}. "
+            "Remedy: condense windows or frames separately."
+        )
+
+
+def launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config):
+    """Selection, with the assignment or without, from what the similarity tiles left in w."""
+    b, n = scores.shape
+    select = SelectConfig.for_shape(config.width)
+    axes = triton.next_power_of_2(space.axes)
+    select_kernel[(b,)](
+        w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
+        indices, assignment, float(suppression), float(spatial_weight), *scores.stride(), *space.strides,
+        n, config.width, indices.shape[1], num_anchors, w.row_sums.shape[1], w.abs_sums.shape[1],
+        space.height, space.width,
+        P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(config.width),
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
+        MODE=space.mode, ASSIGN=config.assign_in_select,
+        num_warps=select.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def select_and_merge(
@@ -151,32 +200,39 @@ def select_and_merge(
     mask: torch.Tensor | None = None,  # [B, N] bool
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    workspace: torch.Tensor | None = None,  # uint8, workspace_bytes(...) of them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]."""
+    """Return merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]: new ones, or those of out, contiguous.
+
+    Given out and workspace, nothing is allocated.
+    """
     reject_float64(features=features, scores=scores, keys=keys)
-    b, n, _ = features.shape
-    check_num_tokens(n)
+    b, n, d = features.shape
     k = num_anchors + num_background
-    config = FusedConfig.for_shape(n)
+    check_num_tokens(n)
+    if keys is None:
+        keys = features
     space = Space.of(grid, positions, spatial_weight)
-    axes = triton.next_power_of_2(space.axes)
-    with on_device_of(features):
-        s, tier, row_sums, abs_sums = launch_tiles(
-            features if keys is None else keys, scores, mask, config.width, torch.int32
+    w = carve(pieces_of(b, n), workspace, features.device)
+    if out is None:
+        out = (
+            features.new_empty((b, k, d)),
+            features.new_empty((b, k), dtype=torch.int64),
+            features.new_empty((b, n), dtype=torch.int64),
+            features.new_empty((b, k), dtype=torch.float32),
         )
-        indices = features.new_empty((b, k), dtype=torch.int64)
-        assignment = features.new_empty((b, n), dtype=torch.int64)
-        if b > 0:
-            select_kernel[(b,)](
-                s, scores, tier, row_sums, abs_sums, s if space.tensor is None else space.tensor, indices, assignment,
-                float(suppression), float(spatial_weight), *scores.stride(), *space.strides,
-                n, config.width, k, num_anchors, row_sums.shape[1], abs_sums.shape[1], space.height, space.width,
-                P=space.axes, AXES=axes, N0=config.select.n0, N1=config.select.n1,
-                BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
-                MODE=space.mode, ASSIGN=config.assign_in_select,
-                num_warps=config.select.num_warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        if not config.assign_in_select:
-            assignment = launch_assign(s, indices, tier, space, spatial_weight, False)
-        merged, mass = merge(features, scores, indices, assignment)
-    return merged, indices, assignment, mass
+    merged, indices, assignment, mass = out
+    config = FusedConfig.for_shape(n)
+    with on_device_of(features):
+        if b > 0 and config.store_s:
+            launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, w.s)
+            launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config)
+            if not config.assign_in_select:
+                launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False)
+        elif b > 0:
+            launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
+            streamed.launch_select(w, keys, scores, indices, num_anchors, suppression)
+            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
+        launch_merge(features, scores, indices, assignment, merged, mass)
+    return out

@@ -1,11 +1,10 @@
 """Cosine similarity of all token pairs on tensor cores, one program per tile of the upper triangle."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from .._launch import SimilarityConfig
 from .._triton import (
     INFINITY_BITS,
     INTERPRETED,
@@ -18,20 +17,6 @@ from .._triton import (
 )
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
-
-
-@dataclass(frozen=True)
-class SimilarityConfig:
-    """One tile shape and one order of the channels for all sizes: the bits of s depend on Dk alone."""
-
-    block_d: int
-    block: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-
-    @classmethod
-    def for_shape(cls, dtype: torch.dtype) -> "SimilarityConfig":
-        return cls(block_d=32 if dtype == torch.float32 else 64)  # 128 bytes of a row at a time
 
 
 @triton.jit
@@ -98,6 +83,31 @@ def dot_tile(
 
 
 @triton.jit
+def cosine_tile(
+    keys_ptr, offs_i, offs_j, scale_i, scale_j, inverse_i, inverse_j, stride_n, stride_d, channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK] cosines of any tokens with any others; those of tier 1 may be NaN.
+
+    The one product there is: a cosine's bits depend on its two keys alone, not on its place in a tile.
+    """
+    scaled = tl.max(tl.where((scale_i != 1.0) | (scale_j != 1.0), 1, 0), axis=0) > 0
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if CAN_OVERFLOW and scaled:
+        acc = dot_tile(
+            keys_ptr, offs_i, offs_j, scale_i, scale_j, stride_n, stride_d, channels,
+            DK, BLOCK, BLOCK_D, True, INTERPRETED,
+        )  # fmt: skip
+    else:
+        acc = dot_tile(
+            keys_ptr, offs_i, offs_j, scale_i, scale_j, stride_n, stride_d, channels,
+            DK, BLOCK, BLOCK_D, False, INTERPRETED,
+        )  # fmt: skip
+    return acc * (inverse_i[:, None] * inverse_j[None, :])
+
+
+@triton.jit
 def token_tier(
     scores_ptr, mask_ptr, offs_n, finite, stride_score, stride_mask, N,
     HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -127,16 +137,19 @@ def similarity_tile_kernel(
     keys_ptr,  # [B, N, Dk]
     scores_ptr,  # [B, N]
     mask_ptr,  # [B, N]
-    s_ptr,  # [B, N, WIDTH], columns past N are zeros
     tier_ptr,  # [B, N]
-    row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns
-    abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal
+    row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns; not STORE: [B, N] int64, over all
+    abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal; not STORE: [B, blocks]
+    s_ptr,  # STORE: [B, N, WIDTH], columns past N are zeros
+    scale_ptr,  # not STORE: [B, N]
+    inverse_ptr,  # not STORE: [B, N]
     stride_key_b, stride_key_n, stride_key_d,
     stride_score_b, stride_score_n,
     stride_mask_b, stride_mask_n,
     N, WIDTH, num_blocks, num_tiles, num_channels,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr, CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr, CAN_OVERFLOW: tl.constexpr, STORE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     pid_b = (pid // num_tiles).to(tl.int64)
@@ -172,38 +185,41 @@ def similarity_tile_kernel(
     offs_j = pid_j * BLOCK + tl.arange(0, BLOCK)
     rows_i = tl.minimum(offs_i, N - 1).to(tl.int64)
     rows_j = tl.minimum(offs_j, N - 1).to(tl.int64)
-    scaled = tl.max(tl.where((scale_i != 1.0) | (scale_j != 1.0), 1, 0), axis=0) > 0
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    if CAN_OVERFLOW and scaled:
-        acc = dot_tile(
-            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels,
-            DK, BLOCK, BLOCK_D, True, INTERPRETED,
-        )  # fmt: skip
-    else:
-        acc = dot_tile(
-            keys_ptr, rows_i, rows_j, scale_i, scale_j, stride_key_n, stride_key_d, channels,
-            DK, BLOCK, BLOCK_D, False, INTERPRETED,
-        )  # fmt: skip
-    s = acc * (inverse_i[:, None] * inverse_j[None, :])
+    s = cosine_tile(
+        keys_ptr, rows_i, rows_j, scale_i, scale_j, inverse_i, inverse_j, stride_key_n, stride_key_d, channels,
+        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+    )  # fmt: skip
     s = tl.where((tier_i == 0)[:, None] & (tier_j == 0)[None, :], s, 0.0)
 
-    s_ptr += pid_b * N * WIDTH
+    fixed = (s * FIXED_POINT).to(tl.int32)
+    abs_sum = tl.sum(tl.sum(tl.abs(fixed), axis=1).to(tl.int64), axis=0)
+    apart = pid_i != pid_j  # off the diagonal: the tile stands for its mirror image, too
+    if apart:
+        abs_sum *= 2
     offs_i64 = offs_i.to(tl.int64)
     offs_j64 = offs_j.to(tl.int64)
-    mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
-    tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
-    fixed = (s * FIXED_POINT).to(tl.int32)
-    row_sums_ptr += pid_b * num_blocks * N
-    tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
-    abs_sum = tl.sum(tl.sum(tl.abs(fixed), axis=1).to(tl.int64), axis=0)
+    if STORE:
+        s_ptr += pid_b * N * WIDTH
+        row_sums_ptr += pid_b * num_blocks * N
+        mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
+        tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
+        tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
+        if apart:
+            mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
+            tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
+            tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
+        tl.store(abs_sums_ptr + pid_b * num_tiles + pid % num_tiles, abs_sum)
+    else:  # the sums of all tiles in place: integers, so in any order; [blocks, N] of them would be N * N / 64 again
+        row_sums_ptr += pid_b * N
+        tl.atomic_add(row_sums_ptr + offs_i64, tl.sum(fixed, axis=1).to(tl.int64), mask=offs_i < N, sem="relaxed")
+        if apart:
+            tl.atomic_add(row_sums_ptr + offs_j64, tl.sum(fixed, axis=0).to(tl.int64), mask=offs_j < N, sem="relaxed")
+        tl.atomic_add(abs_sums_ptr + pid_b * num_blocks + pid_i, abs_sum, sem="relaxed")
     if pid_i == pid_j:
         tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=offs_i < N)
-    else:  # the mirrored tile
-        mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
-        tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
-        tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
-        abs_sum *= 2
-    tl.store(abs_sums_ptr + pid_b * num_tiles + pid % num_tiles, abs_sum)
+        if not STORE:
+            tl.store(scale_ptr + pid_b * N + offs_i64, scale_i, mask=offs_i < N)
+            tl.store(inverse_ptr + pid_b * N + offs_i64, inverse_i, mask=offs_i < N)
 
 
 @triton.jit
@@ -258,28 +274,38 @@ def similarity_means_kernel(
         tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, BLOCK))
 
 
-def launch_tiles(keys, scores, mask, width, tier_dtype):
-    """The tile kernel alone: s [B, N, width], tier [B, N] and the integer sums that the means are made of."""
+def num_blocks_of(n: int) -> tuple[int, int]:
+    """Blocks of tokens, and tiles of the upper triangle."""
+    blocks = triton.cdiv(n, SimilarityConfig.block)
+    return blocks, blocks * (blocks + 1) // 2
+
+
+def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None):
+    """The tile kernel alone. Without s [B, N, >= N] to write to, it writes scale and inverse [B, N], from which any
+    cosine can be computed again."""
     b, n, dk = keys.shape
     config = SimilarityConfig.for_shape(keys.dtype)
-    blocks = triton.cdiv(n, config.block)
-    tiles = blocks * (blocks + 1) // 2
-    s = keys.new_empty((b, n, width), dtype=torch.float32)
-    tier = keys.new_empty((b, n), dtype=tier_dtype)
-    row_sums = keys.new_empty((b, blocks, n), dtype=torch.int32)
-    abs_sums = keys.new_empty((b, tiles), dtype=torch.int64)
+    blocks, tiles = num_blocks_of(n)
+    if s is None:
+        row_sums.zero_()
+        abs_sums.zero_()
     if b > 0:
         similarity_tile_kernel[(b * tiles,)](
-            keys, keys if scores is None else scores, keys if mask is None else mask, s, tier, row_sums, abs_sums,
+            keys, keys if scores is None else scores, keys if mask is None else mask, tier, row_sums, abs_sums,
+            tier if s is None else s, tier if scale is None else scale, tier if inverse is None else inverse,
             *keys.stride(), *strides_of(scores, 2), *strides_of(mask, 2),
-            n, width, blocks, tiles, dk,
+            n, n if s is None else s.shape[2], blocks, tiles, dk,
             DK=dk, BLOCK=config.block, BLOCK_D=config.block_d, STAGES=config.num_stages,
             HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
-            CAN_OVERFLOW=keys.dtype != torch.float16, INTERPRETED=INTERPRETED,
+            CAN_OVERFLOW=can_overflow(keys), STORE=s is not None, INTERPRETED=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages,
-            enable_fp_fusion=True,  # for the dot of fp32 keys; the sums of squares name theirs, nothing else could fuse
+            enable_fp_fusion=False,  # the dot of fp32 keys and tl.fma are fused all the same
         )  # fmt: skip
-    return s, tier, row_sums, abs_sums
+
+
+def can_overflow(keys: torch.Tensor) -> bool:
+    """Whether squares of keys can leave fp32's range."""
+    return keys.dtype != torch.float16
 
 
 def similarity(
@@ -291,14 +317,19 @@ def similarity(
     reject_float64(keys=keys, scores=scores)
     b, n, _ = keys.shape
     with on_device_of(keys):
-        s, tier, row_sums, abs_sums = launch_tiles(keys, scores, mask, n, torch.int8)
+        blocks, tiles = num_blocks_of(n)
+        s = keys.new_empty((b, n, n), dtype=torch.float32)
+        tier = keys.new_empty((b, n), dtype=torch.int8)
+        row_sums = keys.new_empty((b, blocks, n), dtype=torch.int32)
+        abs_sums = keys.new_empty((b, tiles), dtype=torch.int64)
+        launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s)
         g = s.new_empty((b, n))
         sbar = s.new_empty((b,))
         block = 256
         parts = triton.cdiv(n, block)
         if b > 0:
             similarity_means_kernel[(b * parts,)](
-                tier, row_sums, abs_sums, g, sbar, n, row_sums.shape[1], abs_sums.shape[1], parts,
+                tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, parts,
                 BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip
     return s, sbar, g, tier

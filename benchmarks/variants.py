@@ -1,0 +1,252 @@
+"""Launch choices worth measuring, one against another: run it on a GPU, and condense_kernels/_launch.py can cite times.
+
+Each variant is the flagship with some fields of a launch config changed. Its results must be those of the default, bit
+for bit. On a GPU every variant is timed by replaying a CUDA graph, all of them in turn, so that a drifting clock harms
+all alike. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps and no
+pipelines, and the kernels that a variant changes are compiled for sm_90 and counted.
+
+    python benchmarks/variants.py [--csv FILE]
+
+Not here: other sizes of the similarity tile and of its steps along the channels, which may change bits; and loading the
+next row ahead of its pick, which cannot start before the pick is known.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+if "--bits" not in sys.argv:  # read when triton is imported
+    os.environ.pop("TRITON_INTERPRET", None)
+
+import inspect_kernels
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from condense_kernels._launch import (
+    AssignConfig,
+    FusedConfig,
+    MergeConfig,
+    SelectConfig,
+    SimilarityConfig,
+    next_power_of_2,
+    trying,
+)
+from condense_kernels.select_and_merge.kernel import select_and_merge, workspace_bytes
+
+SHAPES = {"N=576 K=192": (576, 144, 48), "N=2880 K=320": (2880, 240, 80)}  # N, num_anchors, num_background
+CHANNELS = 1024
+ROUNDS, REPLAYS = 30, 10
+
+Changes = list[tuple[type, dict]]
+
+
+def variants(n: int) -> dict[str, Changes]:
+    """Label -> what to change, for one image of n tokens. The first one is the default."""
+    padded = next_power_of_2(n)
+    found = {
+        "default": [],
+        "similarity: 8 warps": [(SimilarityConfig, {"num_warps": 8})],
+        "similarity: 2 stages": [(SimilarityConfig, {"num_stages": 2})],
+        "similarity: 4 stages": [(SimilarityConfig, {"num_stages": 4})],
+        "select: N padded, no chunks": [(SelectConfig, {"block": padded}), (FusedConfig, {"width": padded})],
+        "assign: by the selection": [(FusedConfig, {"assign_in_select": True})],
+        "assign: 16 tokens": [(AssignConfig, {"block_n": 16})],
+        "assign: 64 tokens": [(AssignConfig, {"block_n": 64})],
+        "assign: 8 rows at a time": [(AssignConfig, {"block_k": 8})],
+        "merge: 128 channels": [(MergeConfig, {"block_d": 128})],
+        "merge: 512 channels, 2 warps": [(MergeConfig, {"block_d": 512, "num_warps": 2})],
+        "merge: 256 tokens at a time": [(MergeConfig, {"block_n": 256})],
+        "s not stored": [(FusedConfig, {"store_s": False})],
+    }
+    for block, warps in ((64, 2), (128, 1), (128, 2), (128, 4)) if n <= 1024 else ((512, 8), (1024, 4), (1024, 8)):
+        found[f"select: chunks of {block}, {warps} warps"] = [(SelectConfig, {"block": block, "num_warps": warps})]
+    return found
+
+
+@contextlib.contextmanager
+def changed(changes: Changes):
+    with contextlib.ExitStack() as stack:
+        for config, fields in changes:
+            stack.enter_context(trying(config, **fields))
+        yield
+
+
+def inputs(n: int, channels: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    features = torch.randn(1, n, channels, generator=generator) + torch.randn(1, 1, channels, generator=generator)
+    return features.to(device, torch.bfloat16), torch.rand(1, n, generator=generator).to(device)
+
+
+def same_bits(results, expected) -> bool:
+    return all(
+        torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for x, y in zip(results, expected, strict=True)
+    )
+
+
+class Captured:
+    """A variant as a CUDA graph that owns its memory."""
+
+    def __init__(self, features, scores, num_anchors, num_background, changes):
+        b, n, d = features.shape
+        k = num_anchors + num_background
+        with changed(changes):
+            self.out = (
+                features.new_empty((b, k, d)),
+                torch.empty((b, k), dtype=torch.int64, device=features.device),
+                torch.empty((b, n), dtype=torch.int64, device=features.device),
+                torch.empty((b, k), device=features.device),
+            )
+            self.workspace = torch.empty(
+                workspace_bytes(b, n, k, d, features.dtype), dtype=torch.uint8, device=features.device
+            )
+
+            def run():
+                select_and_merge(
+                    features, scores, num_anchors, num_background,
+                    grid=(1, n), out=self.out, workspace=self.workspace,
+                )  # fmt: skip
+
+            run()  # compiles
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                run()
+
+    def microseconds(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / REPLAYS
+
+
+def timed(name: str) -> list[dict]:
+    n, *kept = SHAPES[name]
+    features, scores = inputs(n, CHANNELS, "cuda")
+    captured = {label: Captured(features, scores, *kept, changes) for label, changes in variants(n).items()}
+    times = {label: [] for label in captured}
+    for turn in track(range(ROUNDS + 1), f"{name}, {len(captured)} variants"):
+        for label, graph in captured.items():
+            value = graph.microseconds()
+            if turn > 0:  # the first warms up
+                times[label].append(value)
+    rows = []
+    for label, values in times.items():
+        low, median, high = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        same = same_bits(captured[label].out, captured["default"].out)
+        rows.append({
+            "shape": name, "variant": label, "same_bits": same,
+            "p20_us": round(low, 2), "median_us": round(median, 2), "p80_us": round(high, 2),
+        })  # fmt: skip
+    return rows
+
+
+def counted(name: str) -> list[dict]:
+    """The kernels of each variant that differ from the default's, as compiled for sm_90."""
+    n, *kept = SHAPES[name]
+    tensors = [inspect_kernels.empty(1, n, CHANNELS, dtype=torch.bfloat16), inspect_kernels.empty(1, n)]
+    jobs, default = [], set()
+    for label, changes in variants(n).items():
+        with changed(changes):
+            launches = inspect_kernels.launches(select_and_merge, (*tensors, *kept), {"grid": (1, n)})
+        seen = set()
+        for kernel, arguments, options in launches:
+            source = inspect_kernels.source_of(kernel, arguments)
+            specialised = str((kernel.__name__, source.signature, source.constants, source.attrs, options))
+            if specialised not in default | seen:
+                seen.add(specialised)
+                jobs.append((label, kernel, source, options))
+        if label == "default":
+            default = seen
+    columns = ("instructions", "registers", "spills", "shared", "pick_loop", "barriers")
+    rows = []
+    for label, kernel, source, options in track(jobs, f"{name}, compiling for sm_90"):
+        found = inspect_kernels.inspect_compiled(kernel, source, options, "sm_90")
+        row = {"shape": name, "variant": label, "kernel": kernel.__name__}
+        rows.append(row | {column: found[column] for column in columns})
+    return rows
+
+
+def interpreted() -> dict[str, bool]:
+    """Label -> the bits of the default? At a small size, in a process where triton interprets."""
+    command = [sys.executable, "-W", "ignore", __file__, "--bits"]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"comparing bits in the interpreter failed:\n{run.stderr}")
+    return {label: same == "True" for same, label in (line.split(" ", 1) for line in run.stdout.splitlines())}
+
+
+def print_bits() -> None:
+    n = 130
+    features, scores = inputs(n, 16, "cpu")
+    expected = None
+    for label, changes in variants(n).items():
+        with changed(changes):
+            results = select_and_merge(features, scores, 6, 3, grid=(10, 13))
+        expected = results if expected is None else expected
+        print(same_bits(results, expected), label)
+
+
+def provenance() -> dict:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
+    )
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"none, compiled on {platform.machine()}",
+        "cuda": torch.version.cuda if gpu else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def show(rows: list[dict], title: str) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--bits", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bits:
+        return print_bits()
+    if torch.cuda.is_available():
+        rows = [row for name in SHAPES for row in timed(name)]
+        show(rows, "select_and_merge, CUDA-graph replay, microseconds")
+    else:
+        same = interpreted()
+        rows = [row for name in SHAPES for row in counted(name)]
+        show(rows, "What a variant changes, counted in sm_90 code: no times")
+        for row in rows:
+            row["same_bits"] = same.get(row["variant"])
+        show([{"variant": label, "same bits in the interpreter": bits} for label, bits in same.items()], "")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *provenance()])
+            writer.writeheader()
+            writer.writerows(row | provenance() for row in rows)
+    wrong = sorted({row["variant"] for row in rows if row["same_bits"] is False})
+    if wrong:
+        sys.exit(f"other bits than the default: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

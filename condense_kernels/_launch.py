@@ -1,0 +1,129 @@
+"""How every Triton kernel is launched: the tables, and what each entry rests on.
+
+No entry rests on a GPU time, as none was measured. "Counted" means counted in compiled code by
+benchmarks/inspect_kernels.py; benchmarks/variants.py lists what is worth trying instead.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
+MAX_STREAMED = 1 << 20  # the best token of every 64 is held in registers, 16384 of them
+
+_tried: ContextVar[Mapping[type, dict]] = ContextVar("tried", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def trying(config: type, **fields) -> Iterator[None]:
+    """Within, every launch that asks for this config gets these fields: for benchmarks and tests.
+
+    >>> with trying(SelectConfig, num_warps=2):
+    ...     select_and_merge(...)
+    """
+    token = _tried.set({**_tried.get(), config: {**_tried.get().get(config, {}), **fields}})
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+def _chosen(config):
+    return dataclasses.replace(config, **_tried.get().get(type(config), {}))
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """One tile shape and one order of the channels for all sizes: the bits of s depend on Dk alone."""
+
+    block_d: int
+    block: int = 64  # tokens: an int32 holds the sum of 64 cosines as 2**24ths
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def for_shape(cls, dtype: torch.dtype) -> "SimilarityConfig":
+        # 128 bytes of a row at a time: counted, every load is 16 bytes wide, no spill on any target.
+        return _chosen(cls(block_d=32 if dtype == torch.float32 else 64))
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """An image's tokens in chunks of one size, so that no load of a row of s needs a mask; one program an image."""
+
+    block: int  # tokens of a chunk, at most N
+    num_warps: int
+
+    @classmethod
+    def for_shape(cls, n: int) -> "SelectConfig":
+        # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack:
+        if n <= 1024:  # one warp needs no barrier; N = 576: 168, in chunks of 128 183, of 32 175 and spills before it
+            return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
+        if n <= 4096:  # N = 2880: 228 in each of 4 warps; in each of 8, 129 (two a scheduler), and spills before it
+            return _chosen(cls(512, num_warps=4))
+        return _chosen(cls(2048, num_warps=16))  # N = 8192: 162, N = 16384: 294 and 143 spills before and after
+
+    def num_chunks(self, n: int) -> int:
+        return -(-n // self.block)
+
+
+@dataclass(frozen=True)
+class AssignConfig:
+    block_k: int  # rows looked at together, so that their loads overlap
+    block_n: int = 32  # tokens of a program
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, k: int) -> "AssignConfig":
+        return _chosen(cls(block_k=min(32, next_power_of_2(k))))  # counted: no spill with positions either
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    block_n: int  # tokens whose assignment is held at a time
+    block_d: int
+    num_warps: int = 1  # finding the next member needs no barrier
+
+    @classmethod
+    def for_shape(cls, n: int, d: int) -> "MergeConfig":
+        # counted: 32 numbers a thread of the assignment, 8 of the features, no spill
+        return _chosen(cls(block_n=min(next_power_of_2(n), 1024), block_d=min(next_power_of_2(d), 256)))
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """What the flagship decides on top of its stages."""
+
+    store_s: bool
+    width: int  # row length of s, padded so that every row starts and ends on 64 bytes
+    # Assignment in the launch of the selection, or in one of its own? Counted at N = 576, K = 64: the one warp of the
+    # selection would issue some 65,000 instructions for it and spill registers, where a launch spreads them.
+    assign_in_select: bool = False
+    block_n: int = 64
+    block_k: int = 8
+
+    @classmethod
+    def for_shape(cls, n: int) -> "FusedConfig":
+        return _chosen(cls(store_s=n <= MAX_STORED, width=-(-n // 16) * 16))
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The launches of the path that never stores s. Its tiles are those of SimilarityConfig."""
+
+    chunk: int = 1024  # tokens that a program of one image looks at together
+    num_warps: int = 4  # of those programs
+    block_k: int = 8  # rows that the assignment looks at together: counted, 64 of them spill on every target
+
+    @classmethod
+    def for_shape(cls) -> "StreamConfig":
+        return _chosen(cls())

@@ -1,0 +1,425 @@
+"""Selection and assignment without s: a cosine is computed again where it is needed, memory is O(B N).
+
+Exact lazy batching. Once a loop has its first pick scores only fall, so a score that is not up to date is a bound of
+the one that is. In turns,
+
+    update  brings every token's score up to date with the picks of the last batch, one program per 64 tokens,
+    pick    takes the best tokens as candidates, one program per image, and picks among them alone, by their cosines
+            with each other, as long as the best candidate comes before the best token outside.
+
+The picks are those of the plain loop, bit for bit: the candidates' scores are exact, every other token's is at best the
+one it had, and (score, index) is compared as a whole, so that ties are exact, too. The first pick of a loop stands
+alone: it has no suppression term, and a negative cosine to it raises scores.
+
+Every turn picks at least one token, so K - 1 of them are launched, for the host must not ask how many there were; those
+that find nothing left to do return at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import SimilarityConfig, StreamConfig
+from .._triton import INTERPRETED, NOWHERE, downscale, order_key
+from .._workspace import Pieces
+from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
+from ..greedy_select.kernel import counted_fixed, counted_magnitude, dead, died_of, negated, prior_factor
+from ..similarity.kernel import can_overflow, cosine_tile, global_similarity, mean_similarity, num_blocks_of
+
+BLOCK = SimilarityConfig.block  # tokens of a tile, so of a batch of picks, and of an update
+NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above the place of every token
+
+
+@triton.jit
+def place_of(key, token):
+    """One int64 that orders like (key, token): no two tokens are equal."""
+    return (key.to(tl.int64) << 32) | token.to(tl.int64)
+
+
+@triton.jit
+def live_key(t, nu):
+    """The order key of a negated score; above all of them for a dead token."""
+    return tl.where(nu == nu, order_key(t), NOWHERE)
+
+
+@triton.jit
+def begin_kernel(
+    scores_ptr,  # [B, N]
+    tier_ptr,  # [B, N]
+    row_sums_ptr,  # [B, N] int64
+    abs_sums_ptr,  # [B, blocks] int64
+    nu_ptr,  # [B, N] negated utilities, dead tokens NaN
+    m_ptr,  # [B, N] the largest cosine to a pick
+    batch_ptr,  # [B, BATCH] the last picks
+    fresh_ptr,  # [B] how many they are
+    due_ptr,  # [B] how many are still to come
+    stride_score_b, stride_score_n,
+    N, K, num_anchors, num_blocks,
+    CHUNK: tl.constexpr, BATCH: tl.constexpr, BACKGROUND: tl.constexpr,
+):  # fmt: skip
+    """The utilities of a loop (Eq. 2, or Eq. 3 and 4), and its first pick. One program per image."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    scores_ptr += pid_b * stride_score_b
+    tier_ptr += pid_b * N
+    row_sums_ptr += pid_b * N
+    nu_ptr += pid_b * N
+    m_ptr += pid_b * N
+    counts = tl.zeros([CHUNK], tl.int32)
+    tops = tl.zeros([CHUNK], tl.int32)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        prior, tier, _, _ = load_priors(scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND)
+        counts += (tier == 0).to(tl.int32)
+        tops = tl.maximum(tops, counted_magnitude(prior, tier == 0))
+        start += CHUNK
+    num_valid = tl.sum(counts, axis=0)
+    first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
+
+    fixed = tl.zeros([CHUNK], tl.int64)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        prior, tier, _, _ = load_priors(scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND)
+        fixed += counted_fixed(prior * first * second, tier == 0)
+        start += CHUNK
+    sbar = mean_similarity(abs_sums_ptr + pid_b * num_blocks, num_valid, num_blocks, CHUNK)
+    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid)
+
+    best = tl.full([CHUNK], NOBODY, tl.int64)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        prior, tier, offs_n, mask_n = load_priors(
+            scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND
+        )
+        nu = negated(tl.where(positive, factor * (prior * first * second), 0.0))
+        if BACKGROUND:  # the anchors are dead, but counted in the mean
+            before = tl.load(nu_ptr + offs_n, mask=mask_n, other=float("nan"))
+            nu = tl.where(before == before, nu, before)
+        else:
+            nu = tl.where(tier == 0, nu, dead(tier))
+        best = tl.minimum(best, tl.where(mask_n, place_of(live_key(nu, nu), offs_n), NOBODY))
+        tl.store(nu_ptr + offs_n, nu, mask=mask_n)
+        tl.store(m_ptr + offs_n, tl.full([CHUNK], float("-inf"), tl.float32), mask=mask_n)
+        start += CHUNK
+
+    anchors = tl.minimum(num_anchors, num_valid)
+    count = anchors
+    if BACKGROUND:
+        count = tl.minimum(K - num_anchors, num_valid - anchors)
+    first_pick = tl.min(best, axis=0).to(tl.int32)
+    fresh = tl.minimum(count, 1)
+    if fresh > 0:
+        tl.debug_barrier()  # its utility was stored by another thread
+        tl.store(nu_ptr + first_pick, dead(tl.zeros([], tl.int32)))
+        tl.store(batch_ptr + pid_b * BATCH, first_pick)
+    tl.store(fresh_ptr + pid_b, fresh)
+    tl.store(due_ptr + pid_b, count - fresh)
+
+
+@triton.jit
+def load_priors(
+    scores_ptr, tier_ptr, row_sums_ptr, start, stride_score, N, CHUNK: tl.constexpr, BACKGROUND: tl.constexpr
+):
+    """Priors and tiers of a chunk of one image, and where they are."""
+    offs_n = start + tl.arange(0, CHUNK)
+    mask_n = offs_n < N
+    tier = tl.load(tier_ptr + offs_n, mask=mask_n, other=MASKED)
+    if BACKGROUND:
+        prior = global_similarity(row_sums_ptr, offs_n, mask_n, N, 1)
+    else:
+        prior = tl.load(scores_ptr + offs_n * stride_score, mask=mask_n, other=0.0).to(tl.float32)
+    return prior, tier, offs_n, mask_n
+
+
+@triton.jit
+def update_kernel(
+    keys_ptr,  # [B, N, Dk]
+    scale_ptr,  # [B, N]
+    inverse_ptr,  # [B, N]
+    nu_ptr,  # [B, N]
+    m_ptr,  # [B, N]
+    key_ptr,  # [B, N] int32: the order key of the negated score
+    best_ptr,  # [B, blocks] int64: the best place in the block
+    batch_ptr,  # [B, BLOCK]
+    fresh_ptr,  # [B]
+    suppression,
+    stride_key_b, stride_key_n, stride_key_d,
+    N, num_blocks, num_channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """m, scores and the best token of a block, given the last picks."""
+    pid = tl.program_id(0)
+    pid_b = (pid // num_blocks).to(tl.int64)
+    pid_n = pid % num_blocks
+    fresh = tl.load(fresh_ptr + pid_b)
+    if fresh > 0:
+        offs_k = tl.arange(0, BLOCK)
+        picks = tl.load(batch_ptr + pid_b * BLOCK + offs_k, mask=offs_k < fresh, other=0).to(tl.int64)
+        offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
+        mask_n = offs_n < N
+        tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
+        s = cosines_of(
+            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, tokens, picks,
+            stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+        )  # fmt: skip
+        s = tl.where((offs_k < fresh)[None, :], s, float("-inf"))
+        at = pid_b * N + offs_n
+        nu = tl.load(nu_ptr + at, mask=mask_n, other=float("nan"))
+        m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=1))
+        key = live_key(suppression * m + nu, nu)
+        tl.store(m_ptr + at, m, mask=mask_n)
+        tl.store(key_ptr + at, key, mask=mask_n)
+        tl.store(best_ptr + pid_b * num_blocks + pid_n, tl.min(place_of(key, offs_n), axis=0))
+
+
+@triton.jit
+def cosines_of(
+    keys_ptr, scale_ptr, inverse_ptr, tokens_i, tokens_j, stride_key_n, stride_key_d, num_channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK] cosines of two lists of tokens of one image, with the factors that the first pass stored."""
+    channels = DK if INTERPRETED else num_channels
+    return cosine_tile(
+        keys_ptr, tokens_i, tokens_j, tl.load(scale_ptr + tokens_i), tl.load(scale_ptr + tokens_j),
+        tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
+        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit
+def best_tokens(key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The BLOCK best tokens of an image, and the place of the best one outside. Beyond N are dead ones to fill up."""
+    offs_c = tl.arange(0, BLOCK)
+    blocks = tl.arange(0, BLOCKS)
+    best = tl.load(best_ptr + blocks, mask=blocks < num_blocks, other=NOBODY)
+    candidates = tl.zeros([BLOCK], tl.int32)
+    for c in range(BLOCK):
+        place = tl.min(best, axis=0)
+        token = place.to(tl.int32)
+        candidates = tl.where(offs_c == c, token, candidates)
+        offs_n = token // BLOCK * BLOCK + offs_c
+        key = tl.load(key_ptr + offs_n, mask=offs_n < N, other=NOWHERE)
+        places = place_of(key, offs_n)
+        successor = tl.min(tl.where(places > place, places, NOBODY), axis=0)
+        best = tl.where(blocks == token // BLOCK, successor, best)
+    return candidates, tl.min(best, axis=0)
+
+
+@triton.jit
+def pick_kernel(
+    keys_ptr,  # [B, N, Dk]
+    scale_ptr,  # [B, N]
+    inverse_ptr,  # [B, N]
+    nu_ptr,  # [B, N]
+    m_ptr,  # [B, N]
+    key_ptr,  # [B, N]
+    best_ptr,  # [B, blocks]
+    batch_ptr,  # [B, BLOCK]
+    fresh_ptr,  # [B]
+    due_ptr,  # [B]
+    suppression,
+    stride_key_b, stride_key_n, stride_key_d,
+    N, num_blocks, num_channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The next batch of picks of an image."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    due = tl.load(due_ptr + pid_b)
+    fresh = tl.zeros([], tl.int32)
+    if due > 0:
+        nu_ptr += pid_b * N
+        batch_ptr += pid_b * BLOCK
+        candidates, outside = best_tokens(
+            key_ptr + pid_b * N, best_ptr + pid_b * num_blocks, N, num_blocks, BLOCK, BLOCKS
+        )
+        tokens = tl.minimum(candidates, N - 1).to(tl.int64)
+        s = cosines_of(
+            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, tokens, tokens,
+            stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+        )  # fmt: skip
+        nu = tl.where(candidates < N, tl.load(nu_ptr + tokens), float("nan"))
+        m = tl.load(m_ptr + pid_b * N + tokens)
+        place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
+        while (fresh < due) & (fresh < BLOCK) & (place < outside):
+            pick = place.to(tl.int32)
+            tl.store(nu_ptr + pick, dead(tl.zeros([], tl.int32)))
+            tl.store(batch_ptr + fresh, pick)
+            row = tl.max(tl.where((candidates == pick)[:, None], s, float("-inf")), axis=0)
+            m = tl.maximum(m, row)
+            nu = tl.where(candidates == pick, float("nan"), nu)
+            place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
+            fresh += 1
+        tl.store(due_ptr + pid_b, due - fresh)
+    tl.store(fresh_ptr + pid_b, fresh)
+
+
+@triton.jit
+def keep_kernel(
+    nu_ptr,  # [B, N]
+    indices_ptr,  # [B, K]
+    N, K,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2."""
+    pid_b = tl.program_id(0).to(tl.int64)
+    nu_ptr += pid_b * N
+    indices_ptr += pid_b * K
+    picked = tl.zeros([CHUNK], tl.int32)
+    broken = tl.zeros([CHUNK], tl.int32)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        offs_n = start + tl.arange(0, CHUNK)
+        nu = tl.load(nu_ptr + offs_n, mask=offs_n < N, other=0.0)
+        picked += died_of(nu, 0).to(tl.int32)
+        broken += died_of(nu, 1).to(tl.int32)
+        start += CHUNK
+    broken_due = K - tl.sum(picked, axis=0)
+    masked_due = broken_due - tl.sum(broken, axis=0)
+
+    place = tl.zeros([], tl.int32)
+    start = tl.zeros([], tl.int64)
+    while start < N:
+        offs_n = start + tl.arange(0, CHUNK)
+        nu = tl.load(nu_ptr + offs_n, mask=offs_n < N, other=0.0)
+        broken = died_of(nu, 1).to(tl.int32)
+        masked = died_of(nu, 2).to(tl.int32)
+        kept = died_of(nu, 0)
+        kept = kept | ((broken != 0) & (tl.cumsum(broken, axis=0) <= broken_due))
+        kept = kept | ((masked != 0) & (tl.cumsum(masked, axis=0) <= masked_due))
+        rank = tl.cumsum(kept.to(tl.int32), axis=0)
+        tl.store(indices_ptr + place + rank - 1, offs_n, mask=kept)
+        place += tl.sum(kept.to(tl.int32), axis=0)
+        broken_due -= tl.sum(broken, axis=0)
+        masked_due -= tl.sum(masked, axis=0)
+        start += CHUNK
+
+
+@triton.jit
+def assign_streamed_kernel(
+    keys_ptr,  # [B, N, Dk]
+    scale_ptr,  # [B, N]
+    inverse_ptr,  # [B, N]
+    indices_ptr,  # [B, K]
+    tier_ptr,  # [B, N]
+    where_ptr,  # [N, P] or [B, N, P]
+    assignment_ptr,  # [B, N]
+    tile_ptr,  # [B, blocks, BLOCK, BLOCK] where a program keeps its tile of s
+    spatial_weight,
+    stride_key_b, stride_key_n, stride_key_d,
+    stride_where_b, stride_where_n, stride_where_p,
+    N, K, num_blocks, num_channels, HEIGHT, WIDTH,
+    P: tl.constexpr, AXES: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Every token to the kept token that is most similar and near, a block of tokens per program."""
+    pid = tl.program_id(0)
+    pid_b = (pid // num_blocks).to(tl.int64)
+    keys_ptr += pid_b * stride_key_b
+    scale_ptr += pid_b * N
+    inverse_ptr += pid_b * N
+    indices_ptr += pid_b * K
+    tier_ptr += pid_b * N
+    where_ptr += pid_b * stride_where_b
+    offs_n = pid % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
+    tier = tl.load(tier_ptr + tokens)
+    origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+    if MODE != NO_DISTANCE:
+        origin, shrink, shrink_again, factor = distance_frame(
+            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, WIDTH,
+            P, AXES, BLOCK_BOX, MODE, True,
+        )  # fmt: skip
+    best = tl.full([BLOCK], float("nan"), tl.float32)
+    row = tl.full([BLOCK], NOWHERE, tl.int32)
+    own = tl.full([BLOCK], NOWHERE, tl.int32)
+    tile_ptr += pid.to(tl.int64) * BLOCK * BLOCK
+    start = tl.zeros([], tl.int32)
+    while start < K:
+        _, tile_kept, _ = rows_of(indices_ptr, tier_ptr, start, 1, 1, N, K, BLOCK, True)
+        tile = cosines_of(
+            keys_ptr, scale_ptr, inverse_ptr, tokens, tile_kept, stride_key_n, stride_key_d, num_channels,
+            DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+        )  # fmt: skip
+        tile = tl.where((tier == 0)[:, None] & (tl.load(tier_ptr + tile_kept) == 0)[None, :], tile, 0.0)
+        tl.store(tile_ptr + tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :] * BLOCK, tile)
+        tl.debug_barrier()
+        part = tl.zeros([], tl.int32)
+        while part < BLOCK:  # from memory and few rows at a time: the whole tile would spill
+            offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start + part, 1, 1, N, K, BLOCK_K, True)
+            s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+            best, row, own = compare_rows(
+                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+                stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
+            )  # fmt: skip
+            part += BLOCK_K
+        tl.debug_barrier()
+        start += BLOCK
+    row = tl.where(own != NOWHERE, own, row)
+    assigned = (row != NOWHERE) & (tier != MASKED)
+    tl.store(assignment_ptr + pid_b * N + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
+
+
+def pieces_of(b: int, n: int) -> Pieces:
+    blocks, _ = num_blocks_of(n)
+    fp32, int32, int64 = torch.float32, torch.int32, torch.int64
+    return {
+        "tier": ((b, n), int32),
+        "row_sums": ((b, n), int64),
+        "abs_sums": ((b, blocks), int64),
+        "scale": ((b, n), fp32),
+        "inverse": ((b, n), fp32),
+        "nu": ((b, n), fp32),
+        "m": ((b, n), fp32),
+        "key": ((b, n), int32),
+        "best": ((b, blocks), int64),
+        "batch": ((b, BLOCK), int32),
+        "fresh": ((b,), int32),
+        "due": ((b,), int32),
+        "tile": ((b, blocks, BLOCK, BLOCK), fp32),
+    }
+
+
+def launch_select(w, keys, scores, indices, num_anchors, suppression):
+    """The kept tokens into indices [B, K], from what the similarity tiles left in w."""
+    b, n, dk = keys.shape
+    k = indices.shape[1]
+    blocks, _ = num_blocks_of(n)
+    similarity, config = SimilarityConfig.for_shape(keys.dtype), StreamConfig.for_shape()
+    tile = {
+        "DK": dk, "BLOCK": BLOCK, "BLOCK_D": similarity.block_d, "CAN_OVERFLOW": can_overflow(keys),
+        "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
+    }  # fmt: skip
+    factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
+    sizes = (float(suppression), *keys.stride(), n, blocks, dk)
+    for background, count in ((False, num_anchors), (True, k - num_anchors)):
+        begin_kernel[(b,)](
+            scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
+            *scores.stride(), n, k, num_anchors, blocks,
+            CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        for _ in range(count - 1):
+            update_kernel[(b * blocks,)](*factors, *sizes, **tile, enable_fp_fusion=False)
+            pick_kernel[(b,)](
+                *factors, w.due, *sizes, **tile, BLOCKS=triton.next_power_of_2(blocks), enable_fp_fusion=False
+            )
+    keep_kernel[(b,)](w.nu, indices, n, k, CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False)
+
+
+def launch_assign(w, keys, indices, space, spatial_weight, assignment):
+    b, n, dk = keys.shape
+    blocks, _ = num_blocks_of(n)
+    similarity = SimilarityConfig.for_shape(keys.dtype)
+    axes = triton.next_power_of_2(space.axes)
+    assign_streamed_kernel[(b * blocks,)](
+        keys, w.scale, w.inverse, indices, w.tier, w.tier if space.tensor is None else space.tensor, assignment,
+        w.tile, float(spatial_weight), *keys.stride(), *space.strides,
+        n, indices.shape[1], blocks, dk, space.height, space.width,
+        P=space.axes, AXES=axes, DK=dk, BLOCK=BLOCK, BLOCK_D=similarity.block_d,
+        BLOCK_K=StreamConfig.for_shape().block_k, BLOCK_BOX=max(1024 // axes, 1),
+        MODE=space.mode, CAN_OVERFLOW=can_overflow(keys), INTERPRETED=INTERPRETED,
+        num_warps=similarity.num_warps, num_stages=similarity.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
