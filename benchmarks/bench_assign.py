@@ -10,7 +10,6 @@ from condense_kernels import select_and_merge, similarity
 from condense_kernels.assign.reference import grid_positions
 
 SHAPES = ("llava15-192", "llava-next-global")
-LONG = ()
 
 
 def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:

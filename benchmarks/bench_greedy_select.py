@@ -11,7 +11,6 @@ from shapes import Shape
 from condense_kernels import greedy_select, similarity
 
 SHAPES = ("llava15-64", "llava15-192", "llava-next-global")
-LONG = ()
 
 
 def top_k_side(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> Side:

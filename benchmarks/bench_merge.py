@@ -9,7 +9,6 @@ from shapes import Shape
 from condense_kernels import select_and_merge
 
 SHAPES = ("llava15-192", "llava-next-global", "llava15-192-projected")
-LONG = ()
 
 
 def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:

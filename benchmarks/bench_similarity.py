@@ -9,7 +9,6 @@ from shapes import Shape
 from condense_kernels.testing import unit_roundoff
 
 SHAPES = ("llava15-64", "llava-next-global", "onevision")
-LONG = ()
 
 
 def matmul_side(shape: Shape, features: torch.Tensor) -> Side:  # [B, N, D]

@@ -6,6 +6,7 @@ import harness
 import pytest
 import rows
 import targets
+from shapes import SWEPT
 
 CASES = pytest.StashKey[list]()
 
@@ -14,8 +15,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of condense_kernels")
     group.addoption("--rounds", type=int, default=harness.ROUNDS, help="calls of a side that is not slow")
     group.addoption("--long", action="store_true", help="the longest inputs too, minutes each")
+    group.addoption("--sweeps", action="store_true", help="what the plots of speed against N, K and B are made of too")
     group.addoption("--csv", type=Path, help="put the rows into this file; rows of the same names are replaced")
     group.addoption("--compare", metavar="REF", help="show the change against the results file of a commit")
+    group.addoption(
+        "--record", action="store_true", help="replace this device's results file, and plots and table in docs/, too"
+    )
 
 
 def pytest_configure(config):
@@ -26,8 +31,10 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "shape_name" in metafunc.fixturenames:
-        names = metafunc.module.SHAPES + (metafunc.module.LONG if metafunc.config.option.long else ())
-        metafunc.parametrize("shape_name", names)
+        module, option = metafunc.module, metafunc.config.option
+        swept = SWEPT if option.sweeps and module.__name__ == "bench_select_and_merge" else ()
+        long = module.LONG if option.long and hasattr(module, "LONG") else ()
+        metafunc.parametrize("shape_name", module.SHAPES + long + swept)
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +87,16 @@ def pytest_terminal_summary(config):
         console.print(rows.comparison_table(found, config.option.before, config.option.compare))
     if config.option.csv:
         rows.write(config.option.csv, found)
+    if config.option.record:
+        record(found)
+
+
+def record(found: list[rows.Row]) -> None:
+    import plot  # needs matplotlib, which a bare GPU machine may lack
+    import report
+
+    path, page = rows.results_file(harness.DEVICE), rows.ROOT / "docs" / "benchmarks.md"
+    path.unlink(missing_ok=True)
+    rows.write(path, found)
+    plot.draw(found, page.parent)
+    page.write_text(report.replaced(page.read_text(), found))

@@ -52,13 +52,15 @@ class Exact:
 
     @functools.cached_property
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """sbar [] and g [N]."""
-        total, g = self.z.new_zeros(()), []
-        for rows in self.z.split(ROWS):
-            s = rows @ self.z.T
-            g.append(s.sum(dim=1))
-            total += s.abs_().sum()
-        return total / len(self.z) ** 2, torch.cat(g)
+        """sbar [] and g [N], from the blocks of S on and above the diagonal."""
+        n, total, g = len(self.z), self.z.new_zeros(()), self.z.new_zeros(len(self.z))
+        for start in range(0, n, ROWS):
+            end = min(start + ROWS, n)
+            s = self.z[start:end] @ self.z[start:].T
+            g[start:end] += s.sum(dim=1)
+            g[end:] += s[:, end - start :].sum(dim=0)
+            total += 2 * s.abs().sum() - s[:, : end - start].abs().sum()
+        return total / n**2, g
 
 
 @functools.lru_cache(maxsize=4)  # the sides of a case come one after the other and share their inputs
@@ -73,13 +75,13 @@ Definition = Callable[[list[int]], torch.Tensor]  # picks -> [N]
 
 def condense_definition(s: torch.Tensor, utility: torch.Tensor) -> Definition:
     """Eq. 2 and 4."""
-    return lambda picks: utility - s[:, picks].amax(dim=1) if picks else utility
+    return lambda picks: utility - s[picks].amax(dim=0) if picks else utility
 
 
 def divprune_definition(s: torch.Tensor) -> Definition:
     distance = 1 - s
     nearest = (distance + torch.diag(torch.full_like(s[0], torch.inf))).amin(dim=1)
-    return lambda picks: distance[:, picks].amin(dim=1) if picks else nearest
+    return lambda picks: distance[picks].amin(dim=0) if picks else nearest
 
 
 def cdpruner_definition(s: torch.Tensor, relevance: torch.Tensor) -> Definition:
@@ -95,7 +97,7 @@ def cdpruner_definition(s: torch.Tensor, relevance: torch.Tensor) -> Definition:
 
 def idpruner_definition(s: torch.Tensor, importance: torch.Tensor, balance: float = 0.5) -> Definition:
     scaled = balance * (importance - importance.min()) / (importance.max() - importance.min())
-    return lambda picks: scaled - (1 - balance) * s[:, picks].amax(dim=1) if picks else scaled
+    return lambda picks: scaled - (1 - balance) * s[picks].amax(dim=0) if picks else scaled
 
 
 def check_picks(order: torch.Tensor, definition: Definition, error: torch.Tensor) -> None:  # [k], of one image

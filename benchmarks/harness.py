@@ -25,13 +25,13 @@ from gates import Mismatch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rows import Row, case_table, comparison_table, provenance, read_commit, results_file, write
-from shapes import ALL, Shape, make
+from shapes import ALL, SHAPES, SWEPT, Shape, make
 
 from condense_kernels import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 31
-MIN_CALLS, SECONDS = 3, 1.5  # of a side in a case: a slow one is called less often
+MIN_CALLS, SECONDS = 3, 1.0  # of a side in a case: a slow one is called less often
 ROTATED_BYTES = 2**30  # inputs of a case, at most four sets
 
 
@@ -166,9 +166,8 @@ class Case:
         sets = max(1, min(4, rounds, ROTATED_BYTES // (4 * size)))
         inputs = [make(self.shape, seed=seed, device=device) for seed in range(sets)]
         self.sides = [sides(self.shape, *tensors) for tensors in inputs]  # a set of sides for each set of inputs
-        for name in self.sides[0]:
-            for built in self.sides:
-                self._gate(name, built[name].call(), built[name])
+        for name, side in self.sides[0].items():  # of the first set: the others differ in their values alone
+            self._gate(name, side.call(), side)
         self.contenders = {
             (name, mode): self._contender(name, mode) for name in self.sides[0] for mode in self._modes(name)
         }
@@ -188,12 +187,12 @@ class Case:
         calls = [built[name].call for built in self.sides]
         if mode == "graph":
             graphs = [captured(call) for call in calls]
-            for (replay, result), built in zip(graphs, self.sides, strict=True):
-                replay()
-                torch.cuda.synchronize()
-                self._gate(f"{name} (graph)", result, built[name])
+            graphs[0][0]()
+            torch.cuda.synchronize()
+            self._gate(f"{name} (graph)", graphs[0][1], self.sides[0][name])
             calls = [replay for replay, _ in graphs]
-        once = seconds(calls[0], self.device, self.shape.back_to_back) * self.shape.back_to_back
+        repeats = self.shape.back_to_back
+        once = min(seconds(calls[0], self.device, repeats) for _ in range(2)) * repeats  # also warms up
         return Contender(calls, max(MIN_CALLS, min(self.rounds, math.floor(SECONDS / once))), [])
 
     def round(self) -> None:
@@ -213,7 +212,8 @@ class Case:
 
     def rows(self) -> list[Row]:
         built, shape = self.sides[0], self.shape
-        measured = [name for name, side in built.items() if side.memory or self.device == "cuda"]
+        measured = [name for name, side in built.items() if self.device == "cuda" or side.memory]
+        measured = measured if self.name in SHAPES else []
         memory = peak_extra(self.op, self.name, measured, built) if measured else {}
         base = {mode: statistics.median(c.times) for (_, mode), c in reversed(self.contenders.items())}
         origin, result = provenance(self.device), []
@@ -282,6 +282,7 @@ def print_origin(device: str) -> None:
 def main(op: str, sides: Sides, shapes: tuple[str, ...]) -> None:
     parser = argparse.ArgumentParser(description=f"Times {op} beside its baselines; see docs/benchmarks.md.")
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=list(ALL), metavar="NAME", help=", ".join(ALL))
+    parser.add_argument("--sweeps", action="store_const", const=SWEPT, dest="shapes", help="the shapes of the plots")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of a side that is not slow (%(default)s)")
     parser.add_argument("--csv", type=Path, help="put the rows into this file; rows of the same names are replaced")
     parser.add_argument("--compare", metavar="REF", help="show the change against the results file of a commit")

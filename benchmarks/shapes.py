@@ -53,6 +53,7 @@ SWEEPS = {
     "K": {f"sweep-k-{kept}": keeping(1, (24, 24), kept) for kept in (16, 32, 64, 128, 192, 256, 384, 512)},
     "B": {f"sweep-b-{batch}": keeping(batch, (24, 24), 64) for batch in (1, 2, 4, 8, 16, 32)},
 }
+SWEPT = tuple(name for sweep in SWEEPS.values() for name in sweep)
 ALL = SHAPES | {name: shape for sweep in SWEEPS.values() for name, shape in sweep.items()}
 
 

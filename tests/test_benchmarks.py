@@ -49,7 +49,7 @@ def test_named_shapes():
     assert (shapes.SHAPES["long-65536"].num_tokens, shapes.SHAPES["long-65536"].kept) == (65536, 1024)
     for op in OPERATORS:
         module = importlib.import_module(f"bench_{op}")
-        assert set(module.SHAPES + module.LONG) <= set(shapes.ALL)
+        assert set(module.SHAPES) <= set(shapes.ALL)
 
 
 def test_inputs_are_like_a_vision_towers():
@@ -179,8 +179,9 @@ def test_a_slow_side_is_called_less_often_but_spread_out(monkeypatch):
     assert calls == [0, 0, 1, 1, 1, 2, 2, 2, 3]
 
 
-def test_peak_memory():
+def test_peak_memory(monkeypatch):
     """The plain loop keeps S, N x N; taken in a process of its own."""
+    monkeypatch.setattr(harness, "DEVICE", "cpu")
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("reads Linux's /proc")
     found = harness.peak_extra("select_and_merge", "llava15-64", ["plain loop"], {})
@@ -253,7 +254,7 @@ def test_targets(measured):
     verdicts = {m.target.case: m for m in targets.judge(found)}
     assert verdicts["fp32, 1 x 576, K = 192 / matmul"].met
     missed = verdicts["bf16 / fp32 matmul, without AMX"]
-    assert not missed.met and "2.80 ms are allowed, 2.90 ms taken: 59% of the roofline" in missed.target.reason(missed)
+    assert not missed.met and "2.80 ms are allowed, 2.90 ms taken, 59% of the roofline" in missed.target.reason(missed)
     impossible = verdicts["576, K = 192 / plain loop"]
     assert not impossible.met and "it cannot be met" in impossible.target.reason(impossible)
     assert "bf16 / fp32 matmul, with AMX" not in verdicts and "8 x 576, K = 64 / bmm" not in verdicts
@@ -263,7 +264,7 @@ def test_targets(measured):
 
 def test_targets_name_what_exists():
     for target in targets.CPU:
-        sides = built(target.op, target.shape if target.shape in ("overhead", "llava15-192") else "tiny-1")
+        sides = built(target.op, "overhead" if target.shape == "overhead" else "tiny-1")
         if not target.shape.startswith("long"):
             assert target.side in sides
             assert not target.over or target.over in sides
@@ -279,7 +280,8 @@ def test_pictures_and_table(measured, tmp_path):
         for name, shape in sweep.items()
         for side in ("matmul", "ours fp32")
     ]
-    plot.draw(measured + sweeps, tmp_path)
+    point = dataclasses.replace(measured[2], shape="llava15-192")
+    plot.draw([*sweeps, point], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"speed_n.png", "speed_k.png", "speed_b.png", "roofline.png"}
     page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     new = report.replaced(page, measured)
