@@ -45,9 +45,7 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
             work(features),
             leaves_out="rows copied bit for bit, zero mass",
         ),
-        "one-hot matmul": Side(
-            one_hot, check, work(features), leaves_out="the same, and NaN stays in no row of its own"
-        ),
+        "one-hot matmul": Side(one_hot, check, work(features), leaves_out="the same; NaN spreads over all rows"),
         "ours fp32": ours(features),
         "ours bf16": ours(features.bfloat16()),
     }

@@ -62,10 +62,11 @@ class Ceilings(NamedTuple):
     bytes_per_second: float
 
 
-def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
-    """One call: by the host's clock on CPU, between two events on a GPU that has nothing of it in its cache.
+def seconds(call: Callable[[], object], device: str, repeats: int = 1, *, launches_count: bool = True) -> float:
+    """One call: by the host's clock on CPU, between two events on a GPU whose cache holds nothing of it.
 
-    On a GPU the host waits before it launches, so that a call counts with its launches; a graph is replayed at once.
+    Where ``launches_count``, the GPU is idle before the call and waits for its launches, as it does for an eager
+    caller; else it is still busy with the cache while the host launches, and only its own time is taken.
     """
     if device == "cpu":
         start = time.perf_counter()
@@ -73,7 +74,8 @@ def seconds(call: Callable[[], object], device: str, repeats: int = 1) -> float:
             call()
         return (time.perf_counter() - start) / repeats
     flush_l2()
-    torch.cuda.synchronize()
+    if launches_count:
+        torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -149,9 +151,9 @@ def peak_extra(op: str, shape: str, sides: list[str], built: dict[str, Side]) ->
 
 
 class Contender(NamedTuple):
-    """A side in one mode: a call for each set of inputs, and how often it comes."""
+    """A side in one mode, how often it comes, and its times so far."""
 
-    calls: list[Callable[[], object]]
+    seconds: Callable[[int], float]  # of one call on the inputs of a round
     count: int
     times: list[float]
 
@@ -191,9 +193,13 @@ class Case:
             torch.cuda.synchronize()
             self._gate(f"{name} (graph)", graphs[0][1], self.sides[0][name])
             calls = [replay for replay, _ in graphs]
-        repeats = self.shape.back_to_back
-        once = min(seconds(calls[0], self.device, repeats) for _ in range(2)) * repeats  # also warms up
-        return Contender(calls, max(MIN_CALLS, min(self.rounds, math.floor(SECONDS / once))), [])
+        repeats, plain = self.shape.back_to_back, mode != "graph"
+
+        def timed(turn: int) -> float:
+            return seconds(calls[turn % len(calls)], self.device, repeats, launches_count=plain)
+
+        once = min(timed(turn) for turn in range(2)) * repeats  # also warms up
+        return Contender(timed, max(MIN_CALLS, min(self.rounds, math.floor(SECONDS / once))), [])
 
     def round(self) -> None:
         """One call of each contender whose turn it is, in a new order, so that none is always after the same one."""
@@ -205,8 +211,7 @@ class Case:
         gc.disable()
         try:
             for contender in due:
-                call = contender.calls[turn % len(contender.calls)]
-                contender.times.append(seconds(call, self.device, self.shape.back_to_back))
+                contender.times.append(contender.seconds(turn))
         finally:
             gc.enable()
 

@@ -15,7 +15,6 @@ import baselines
 import gates
 import harness
 import memory
-import plot
 import report
 import rows
 import shapes
@@ -143,7 +142,7 @@ def with_a_wrong_side(shape, features, scores):
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    monkeypatch.setattr(harness, "seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(harness, "seconds", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(gates.Mismatch, match=r"merge, tiny-1, side 'wrong': merged: .* Nothing is timed"):
         harness.Case("merge", "tiny-1", with_a_wrong_side, device="cpu")
 
@@ -271,7 +270,8 @@ def test_targets_name_what_exists():
         assert target.shape in importlib.import_module(f"bench_{target.op}").SHAPES
 
 
-def test_pictures_and_table(measured, tmp_path):
+def test_pictures(measured, tmp_path):
+    plot = pytest.importorskip("plot", reason="needs matplotlib", exc_type=ImportError)
     sweeps = [
         dataclasses.replace(
             measured[0], op="select_and_merge", shape=name, side=side, B=shape.batch, N=shape.num_tokens, K=shape.kept
@@ -283,7 +283,31 @@ def test_pictures_and_table(measured, tmp_path):
     point = dataclasses.replace(measured[2], shape="llava15-192")
     plot.draw([*sweeps, point], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"speed_n.png", "speed_k.png", "speed_b.png", "roofline.png"}
+
+
+def test_the_table_of_the_page(measured):
     page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     new = report.replaced(page, measured)
     assert "old" not in new and new.startswith("before\n") and new.endswith("after\n")
     assert report.replaced(new, measured) == new
+
+
+def test_make_bench(tmp_path, cpp):
+    """One case of the real thing: tables and targets are printed, rows written."""
+    path = tmp_path / "rows.csv"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-only",
+        "--benchmark-quiet",
+        "-q",
+        "-k",
+        "assign and llava15",
+    ]
+    options = ["--rounds", "2", "--csv", str(path), "-p", "no:cacheprovider"]
+    done = subprocess.run(command + options, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "assign, llava15-192: 1 x 576 x 1024, K = 192" in done.stdout and "targets" in done.stdout
+    assert [(row.op, row.side) for row in rows.read_path(path)] == [("assign", "torch"), ("assign", "ours")]
