@@ -30,17 +30,17 @@ STYLES = {
 }
 NAMES = {"matmul": "S alone (matmul)", "top-k": "top-k + gather"}
 AXES = {"N": "tokens N (a ninth is kept)", "K": "kept tokens K (N = 576)", "B": "images B (N = 576, K = 64)"}
-# What the roofline shows: operator, shape, side and label.
+LEFT, RIGHT = {"xytext": (-9, -4), "ha": "right"}, {"xytext": (9, -4), "ha": "left"}
+# What the roofline shows: operator, shape, side, label and where that stands.
 ROOFLINE = (
-    ("similarity", "llava15-64", "matmul", "matmul of S"),
-    ("similarity", "llava15-64", "ours fp32", "similarity"),
-    ("select_and_merge", "llava15-192", "ours fp32", "select_and_merge"),
-    ("select_and_merge", "llava15-192", "ours bf16", "select_and_merge, bf16"),
-    ("greedy_select", "llava15-192", "ours", "greedy_select"),
-    ("assign", "llava15-192", "ours", "assign"),
-    ("merge", "llava15-192", "ours fp32", "merge"),
-    ("merge", "llava15-192", "ours bf16", "merge, bf16"),
-    ("select_and_merge", "llava15-192", "top-k", "top-k + gather"),
+    ("similarity", "llava15-64", "matmul", "matmul of S", RIGHT),
+    ("similarity", "llava15-64", "ours fp32", "similarity", LEFT),
+    ("select_and_merge", "llava15-192", "ours fp32", "select_and_merge", {"xytext": (0, -20), "ha": "right"}),
+    ("select_and_merge", "llava15-192", "ours bf16", "the same, bf16", {"xytext": (4, -20), "ha": "left"}),
+    ("greedy_select", "llava15-192", "ours", "greedy_select", RIGHT),
+    ("assign", "llava15-192", "ours", "assign", RIGHT),
+    ("merge", "llava15-192", "ours fp32", "merge", LEFT),
+    ("merge", "llava15-192", "ours bf16", "merge, bf16", RIGHT),
 )
 
 
@@ -120,20 +120,20 @@ def speed(by_key: dict, letter: str, path: Path) -> None:
     axes.set_xticks(ticks, [short(x) for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+    axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the labels
     label_ends(axes, {side: points[-1] for side, (points, _) in curves.items()})
     made.savefig(path)
     plt.close(made)
 
 
 def roofline(by_key: dict, path: Path) -> None:
-    found = [(by_key.get((op, shape, side)), label) for op, shape, side, label in ROOFLINE]
-    points = [(row, label) for row, label in found if row is not None and row.gflop]
+    points = [(by_key[key[:3]], *key[3:]) for key in ROOFLINE if key[:3] in by_key]
     if not points:
         return
-    ceiling = max((row for row, _ in points), key=lambda row: row.ceiling_gflops)
+    ceiling = max((row for row, *_ in points), key=lambda row: row.ceiling_gflops)
     made, axes = figure("Arithmetic and memory: how near the machine's ceilings", origin(ceiling))
-    xs = [row.gflop / row.mbyte * 1e3 for row, _ in points]
-    left, right = min(xs) / 3, max(xs) * 8
+    xs = [row.gflop / row.mbyte * 1e3 for row, *_ in points]
+    left, right = min(xs) / 6, max(xs) * 12
     bend = ceiling.ceiling_gflops / ceiling.ceiling_gbs
     axes.plot(
         [left, bend, right], [left * ceiling.ceiling_gbs, *[ceiling.ceiling_gflops] * 2], color=INK, linewidth=1.6
@@ -142,17 +142,19 @@ def roofline(by_key: dict, path: Path) -> None:
         f"large matmul: {ceiling.ceiling_gflops:,.0f} GFLOP/s", (right, ceiling.ceiling_gflops), xytext=(0, 6),
         textcoords="offset points", ha="right", fontsize=9.5,
     )  # fmt: skip
+    middle = math.sqrt(left * bend)
     axes.annotate(
-        f"large copy: {ceiling.ceiling_gbs:,.0f} GB/s", (left, left * ceiling.ceiling_gbs), xytext=(6, -14),
-        textcoords="offset points", fontsize=9.5,
+        f"large copy: {ceiling.ceiling_gbs:,.0f} GB/s", (middle, middle * ceiling.ceiling_gbs), xytext=(-8, 4),
+        textcoords="offset points", ha="right", fontsize=9.5,
     )  # fmt: skip
-    for (row, label), x in zip(points, xs, strict=True):
+    for (row, label, place), x in zip(points, xs, strict=True):
         colour, marker, _ = STYLES.get(row.side, STYLES["ours fp32"])
         axes.plot(x, row.gflops, marker=marker, color=colour, markersize=8)
-        axes.annotate(label, (x, row.gflops), xytext=(9, -3), textcoords="offset points", color=colour)
+        axes.annotate(label, (x, row.gflops), textcoords="offset points", color=colour, **place)
     axes.set(
         xscale="log", yscale="log", xlabel="FLOP per byte that the task needs", ylabel="GFLOP/s", xlim=(left, right)
     )
+    axes.set_ylim(top=2.5 * ceiling.ceiling_gflops)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
