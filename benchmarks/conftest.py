@@ -26,7 +26,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[CASES] = []
     if config.option.compare:
-        config.option.before = rows.read_commit(config.option.compare, rows.results_file(harness.DEVICE))
+        try:
+            config.option.before = rows.read_commit(config.option.compare, rows.results_file(harness.DEVICE))
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_generate_tests(metafunc):

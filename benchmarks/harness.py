@@ -220,7 +220,9 @@ class Case:
         measured = [name for name, side in built.items() if self.device == "cuda" or side.memory]
         measured = measured if self.name in SHAPES else []
         memory = peak_extra(self.op, self.name, measured, built) if measured else {}
-        base = {mode: statistics.median(c.times) for (_, mode), c in reversed(self.contenders.items())}
+        base: dict[str, float] = {}  # the first side's median, in each mode
+        for (_, mode), contender in self.contenders.items():
+            base.setdefault(mode, statistics.median(contender.times))
         origin, result = provenance(self.device), []
         for (name, mode), contender in self.contenders.items():
             side, median = built[name], statistics.median(contender.times)
@@ -292,7 +294,10 @@ def main(op: str, sides: Sides, shapes: tuple[str, ...]) -> None:
     parser.add_argument("--csv", type=Path, help="put the rows into this file; rows of the same names are replaced")
     parser.add_argument("--compare", metavar="REF", help="show the change against the results file of a commit")
     arguments = parser.parse_args()
-    before = read_commit(arguments.compare, results_file(DEVICE)) if arguments.compare else []
+    try:
+        before = read_commit(arguments.compare, results_file(DEVICE)) if arguments.compare else []
+    except ValueError as error:
+        parser.error(str(error))
     require_kernels()
     print_origin(DEVICE)
     found: list[Row] = []

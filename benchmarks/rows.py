@@ -120,7 +120,7 @@ def read_commit(reference: str, path: Path) -> list[Row]:
     name = path.resolve().relative_to(ROOT).as_posix()
     shown = subprocess.run(["git", "show", f"{reference}:{name}"], cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
-        raise SystemExit(
+        raise ValueError(
             f"--compare: expected a commit that has {name}, got {reference!r} ({shown.stderr.strip()}). "
             f"Remedy: git log -- {name}"
         )

@@ -223,7 +223,7 @@ def test_compare_with_a_commit(measured, tmp_path, repository, monkeypatch):
     with console.capture() as captured:
         console.print(rows.comparison_table(measured, before, "HEAD"))
     assert captured.get().count("-50%") == 4
-    with pytest.raises(SystemExit, match="expected a commit that has other.csv, got 'HEAD'"):
+    with pytest.raises(ValueError, match="expected a commit that has other.csv, got 'HEAD'"):
         rows.read_commit("HEAD", tmp_path / "other.csv")
 
 
