@@ -149,7 +149,8 @@ def number(value: float | None, form: str = ".3g") -> str:
 def case_table(rows: list[Row], leaves_out: dict[str, str]) -> Table:
     """The sides of one case, as they ran beside each other."""
     first = rows[0]
-    title = f"{first.op}, {first.shape}: {first.B} x {first.N} x {first.D}, K = {first.K}"
+    ceilings = f"ceilings {first.ceiling_gflops:.0f} GFLOP/s, {first.ceiling_gbs:.0f} GB/s"
+    title = f"{first.op}, {first.shape}: {first.B} x {first.N} x {first.D}, K = {first.K} ({ceilings})"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("side", no_wrap=True)
     columns = ("median ms", "p20", "p80", "x first", "GFLOP/s", "GB/s", "peak MB", "launches")

@@ -51,7 +51,7 @@ def tiles_alone(measured: Measured) -> str:
         f"{floor / over.median_ms:.2f} of {over.side}"
     )
     if floor > allowed:
-        return f"{text}: more than the {allowed:.2f} ms allowed, so it cannot be met in fp32"
+        return f"{text}: more than the {allowed:.2f} ms allowed, so it cannot be met"
     reached = f"{row.median_ms:.2f} ms taken, {floor / row.median_ms:.0%} of the roofline"
     return f"{text}; {allowed:.2f} ms are allowed, {reached}"
 
