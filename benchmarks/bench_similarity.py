@@ -8,7 +8,7 @@ from shapes import Shape
 
 from condense_kernels.testing import unit_roundoff
 
-SHAPES = ("llava15-64", "llava-next-global", "onevision")
+SHAPES = ("llava15-192", "llava-next-global", "onevision")
 
 
 def matmul_side(shape: Shape, features: torch.Tensor) -> Side:  # [B, N, D]

@@ -225,6 +225,7 @@ class Case:
         measured = [name for name, side in built.items() if self.device == "cuda" or side.memory]
         measured = measured if self.name in SHAPES else []
         memory = peak_extra(self.op, self.name, measured, built) if measured else {}
+        launched = {name: launches(built[name].call) for name in measured} if self.device == "cuda" else {}
         base: dict[str, float] = {}  # the first side's median, in each mode
         for (_, mode), contender in self.contenders.items():
             base.setdefault(mode, statistics.median(contender.times))
@@ -258,7 +259,7 @@ class Case:
                     ceiling_gflops=ceiling.flops * 1e-9,
                     ceiling_gbs=ceiling.bytes_per_second * 1e-9,
                     peak_extra_mb=memory[name] * 1e-6 if name in memory else None,
-                    launches=launches(built[name].call) if self.device == "cuda" else None,
+                    launches=launched.get(name),
                     **origin,
                 )
             )
@@ -321,7 +322,7 @@ def main(op: str, sides: Sides, shapes: tuple[str, ...]) -> None:
             bar.remove_task(task)
             console().print(case_table(rows, case.leaves_out))
             found += rows
+            if arguments.csv:  # case by case, so that a run that is cut off leaves what it has
+                write(arguments.csv, rows)
     if arguments.compare:
         console().print(comparison_table(found, before, arguments.compare))
-    if arguments.csv:
-        write(arguments.csv, found)

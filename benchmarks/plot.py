@@ -33,8 +33,8 @@ AXES = {"N": "tokens N (a ninth is kept)", "K": "kept tokens K (N = 576)", "B": 
 LEFT, RIGHT = {"xytext": (-9, -4), "ha": "right"}, {"xytext": (9, -4), "ha": "left"}
 # What the roofline shows: operator, shape, side, label and where that stands.
 ROOFLINE = (
-    ("similarity", "llava15-64", "matmul", "matmul of S", {"xytext": (9, 10), "ha": "left"}),
-    ("similarity", "llava15-64", "ours fp32", "similarity", LEFT),
+    ("similarity", "llava15-192", "matmul", "matmul of S", {"xytext": (9, 10), "ha": "left"}),
+    ("similarity", "llava15-192", "ours fp32", "similarity", LEFT),
     ("select_and_merge", "llava15-192", "ours fp32", "select_and_merge", {"xytext": (0, -20), "ha": "right"}),
     ("select_and_merge", "llava15-192", "ours bf16", "the same, bf16", {"xytext": (4, -20), "ha": "left"}),
     ("greedy_select", "llava15-192", "ours", "greedy_select", RIGHT),

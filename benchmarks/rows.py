@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import datetime
 import io
+import os
 import re
 import subprocess
 import typing
@@ -58,7 +59,10 @@ class Row:
 
 
 def commit() -> str:
-    """The commit that is measured; "+dirty" where the tree differs from it in more than what a benchmark writes."""
+    """The commit that is measured; "+dirty" where the tree differs from it in more than what a benchmark writes.
+
+    CONDENSE_COMMIT says it for a copy of the files that has no history.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -67,7 +71,7 @@ def commit() -> str:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy of the files alone
-        return "unknown"
+        return os.environ.get("CONDENSE_COMMIT", "unknown")
 
 
 def provenance(device: str) -> dict[str, str | int]:
