@@ -46,7 +46,8 @@ step 120 "build" env CONDENSE_BUILD_EXT=1 "$python" setup.py -q build_ext --inpl
 echo "commit $(git rev-parse --short HEAD 2> /dev/null || echo "${CONDENSE_COMMIT:-unknown}")"
 step 60 "what is here" "$python" -m condense_kernels env
 
-step 30 "the suite itself: gates, baselines, rows" "${pytest[@]}" tests/test_benchmarks.py -k "not memory and not pictures"
+step 90 "the suite itself: gates, baselines, rows" "${pytest[@]}" tests/test_benchmarks.py \
+  -k "not memory and not pictures and not make_bench"
 step 150 "results against the reference, compiled kernels" "${pytest[@]}" tests/test_gpu.py
 
 if [ "$gpu" = 1 ] && command -v compute-sanitizer > /dev/null; then
