@@ -10,15 +10,16 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 LINTED := $(CPP) $(wildcard tests/*.cpp)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench wheel clean force
+.PHONY: help demo test lint format bench bench-results wheel clean force
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
 	$(RUN) -m condense_kernels demo $(ARGS)
@@ -36,8 +37,11 @@ format: $(VENV)/linters ## format the code, and mend what the style check can me
 	$(RUN) -m ruff format .
 	$(if $(CPP),$(VENV)/bin/clang-format -i $(LINTED))
 
-bench: $(VENV)/installed ## run the benchmarks
-	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(VENV)/installed ## time the operators beside their baselines, 4 minutes
+	$(BENCH) $(ARGS)
+
+bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 12 minutes
+	$(BENCH) --sweeps --record $(ARGS)
 
 wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

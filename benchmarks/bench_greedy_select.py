@@ -1,0 +1,73 @@
+"""greedy_select given S, against the other methods' loops given S and against a top-k."""
+
+from collections.abc import Callable
+
+import baselines
+import gates
+import torch
+from harness import Side, Work, main
+from shapes import Shape
+
+from condense_kernels import greedy_select, similarity
+
+SHAPES = ("llava15-64", "llava15-192", "llava-next-global")
+
+
+def top_k_side(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> Side:
+    one, its_scores = baselines.one_or_batch(features, scores)
+    chosen = shape.batch * shape.kept * shape.channels * features.element_size()
+    return Side(
+        lambda: baselines.batched(shape.batch, baselines.top_k(one, its_scores, shape.kept)),
+        lambda result: gates.check_top_k(result, features, scores, shape.kept),
+        Work(shape.batch * shape.num_tokens, 2 * chosen + scores.nbytes),
+        leaves_out="similarity, merging",
+    )
+
+
+def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:
+    s, sbar, _, tier = similarity(features, scores)
+    s = s.contiguous()
+    expected = greedy_select(s, scores, shape.kept, sbar=sbar, tier=tier, backend="reference")
+    utility = sbar[:, None] / scores.mean(dim=1, keepdim=True) * scores
+    one, one_utility, one_scores = baselines.one_or_batch(s, utility, scores)
+    # Every pick reads its row of S, subtracts and takes two maxima.
+    work = Work(3 * shape.batch * shape.kept * shape.num_tokens, 4 * shape.batch * shape.kept * shape.num_tokens)
+
+    def loop(
+        select: Callable, *prior: torch.Tensor, define: Callable, scores: tuple = (), leaves_out: str = ""
+    ) -> Side:
+        return Side(
+            lambda: baselines.batched(shape.batch, select(one, *prior, shape.kept)),
+            lambda order: gates.check_loop(order, features, define, *scores),
+            work,
+            leaves_out=leaves_out,
+            capturable=False,
+        )
+
+    condense = {"define": gates.condense_definition, "scores": (utility,), "leaves_out": "scaling, tiers"}
+    result = {
+        "top-k": top_k_side(shape, features, scores),
+        "ours": Side(
+            lambda: torch.ops.condense.greedy_select(s, scores, shape.kept, sbar=sbar, tier=tier),
+            lambda order: gates.equal("order", order, expected),
+            work,
+        ),
+        "plain loop": loop(baselines.greedy_running_maximum, one_utility, **condense),
+        "plain loop, as printed": loop(baselines.greedy_as_printed, one_utility, **condense),
+        "DivPrune": loop(baselines.divprune, define=gates.divprune_definition, leaves_out="importance"),
+        "CDPruner": loop(
+            baselines.cdpruner, one_scores, define=gates.cdpruner_definition, scores=(scores,), leaves_out="text"
+        ),
+        "IDPruner": loop(baselines.idpruner, one_scores, define=gates.idpruner_definition, scores=(scores,)),
+    }
+    if shape.batch == 1 and shape.num_tokens in baselines.COMPILED:
+        result["plain loop, compiled"] = loop(baselines.greedy_compiled, one_utility, **condense)
+    return result
+
+
+def test_greedy_select(shape_name, interleaved):
+    interleaved("greedy_select", shape_name, sides)
+
+
+if __name__ == "__main__":
+    main("greedy_select", sides, SHAPES)

@@ -1,0 +1,234 @@
+"""Every result against the exact definition, before it is timed: from scratch, in fp64, a step at a time.
+
+A choice has to be as good as the best one within what rounding the similarities can change; a value has to be within
+its rounding. A gate raises Mismatch, which names the output. Of a batch, the first and the last image are looked at:
+that the others do not depend on their neighbours is what the tests say.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from condense_kernels.assign.reference import grid_positions, relative_distance
+from condense_kernels.merge.reference import merge
+from condense_kernels.testing import similarity_bound, unit_roundoff
+
+ROWS = 2048  # of S at a time, so that long inputs fit
+EPS = unit_roundoff(torch.float32)
+
+
+class Mismatch(AssertionError):
+    """A result that is not the definition's."""
+
+
+def hold(output: str, error: torch.Tensor, bound: torch.Tensor | float) -> None:
+    """Raise unless ``error`` is at most ``bound`` everywhere; NaN is not."""
+    bad = ~(error <= bound)
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        limit = bound[at] if isinstance(bound, torch.Tensor) and bound.dim() else bound
+        raise Mismatch(f"{output}: off by {float(error[at]):.3g} at {list(at)}, expected at most {float(limit):.3g}")
+
+
+def equal(output: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    hold(output, (actual != expected).float(), 0.0)
+
+
+def ends(batch: int) -> Iterator[int]:
+    yield from sorted({0, batch - 1})
+
+
+class Exact:
+    """One image's similarities and means in fp64, each computed when first asked for; S is never kept whole."""
+
+    def __init__(self, keys: torch.Tensor):  # [N, D]
+        self.z = F.normalize(keys.double(), dim=-1)
+        self.bound = similarity_bound(keys.shape[1], torch.float32)  # of a similarity computed in fp32
+
+    def columns(self, indices: torch.Tensor) -> torch.Tensor:  # [K] -> [N, K]
+        return self.z @ self.z[indices].T
+
+    @functools.cached_property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """sbar [] and g [N], from the blocks of S on and above the diagonal."""
+        n, total, g = len(self.z), self.z.new_zeros(()), self.z.new_zeros(len(self.z))
+        for start in range(0, n, ROWS):
+            end = min(start + ROWS, n)
+            s = self.z[start:end] @ self.z[start:].T
+            g[start:end] += s.sum(dim=1)
+            g[end:] += s[:, end - start :].sum(dim=0)
+            total += 2 * s.abs().sum() - s[:, : end - start].abs().sum()
+        return total / n**2, g
+
+
+@functools.lru_cache(maxsize=4)  # the sides of a case come one after the other and share their inputs
+def exact(keys: torch.Tensor, b: int) -> Exact:  # [B, N, D]; tensors hash by identity
+    return Exact(keys[b])
+
+
+# Selection loops: the score of every token given the picks so far, without anything carried from pick to pick.
+
+Definition = Callable[[list[int]], torch.Tensor]  # picks -> [N]
+
+
+def condense_definition(s: torch.Tensor, utility: torch.Tensor) -> Definition:
+    """Eq. 2 and 4."""
+    return lambda picks: utility - s[picks].amax(dim=0) if picks else utility
+
+
+def divprune_definition(s: torch.Tensor) -> Definition:
+    distance = 1 - s
+    nearest = (distance + torch.diag(torch.full_like(s[0], torch.inf))).amin(dim=1)
+    return lambda picks: distance[picks].amin(dim=0) if picks else nearest
+
+
+def cdpruner_definition(s: torch.Tensor, relevance: torch.Tensor) -> Definition:
+    """By how much a token multiplies the determinant of the picks' kernel: a Schur complement."""
+    kernel = relevance[:, None] * s * relevance
+
+    def gain(picks: list[int]) -> torch.Tensor:
+        across = kernel[picks]  # [picks, N]
+        return kernel.diag() - (across * torch.linalg.solve(across[:, picks], across)).sum(dim=0)
+
+    return lambda picks: gain(picks) if picks else kernel.diag()
+
+
+def idpruner_definition(s: torch.Tensor, importance: torch.Tensor, balance: float = 0.5) -> Definition:
+    scaled = balance * (importance - importance.min()) / (importance.max() - importance.min())
+    return lambda picks: scaled - (1 - balance) * s[picks].amax(dim=0) if picks else scaled
+
+
+def check_picks(order: torch.Tensor, definition: Definition, error: torch.Tensor) -> None:  # [k], of one image
+    """Each pick has the best score of those that are left; ``error`` [N] is what a score may be off."""
+    picks = order.tolist()
+    if len(set(picks)) != len(picks):
+        raise Mismatch(f"order: expected distinct tokens, got {len(set(picks))} of {len(picks)}")
+    for i, pick in enumerate(picks):
+        score = definition(picks[:i])
+        lead = score - score[pick]
+        lead[picks[:i]] = -torch.inf
+        hold(f"order, pick {i}", lead, error + error[pick])
+
+
+# The operators and what does the same.
+
+
+def check_loop(order: torch.Tensor, keys: torch.Tensor, define: Callable, scores: torch.Tensor | None = None) -> None:
+    """A selection loop [B, k] on the similarities of ``keys`` [B, N, D]; ``define`` makes an image's definition."""
+    for b in ends(len(keys)):
+        one = exact(keys, b)
+        s = one.columns(torch.arange(len(one.z), device=keys.device))
+        prior = () if scores is None else (scores[b].double(),)
+        error = one.bound * (prior[0].square() if define is cdpruner_definition else torch.ones_like(s[0]))
+        check_picks(order[b], define(s, *prior), error)
+
+
+def check_gram(s: torch.Tensor, keys: torch.Tensor, rounding: float = 0.0) -> None:  # [B, N, N], [B, N, D]
+    """Some rows of the first and last image; ``rounding`` is that of a 16-bit result."""
+    for b in ends(len(keys)):
+        one = exact(keys, b)
+        some = torch.linspace(0, len(one.z) - 1, min(64, len(one.z)), device=s.device).long()
+        hold("s", (s[b, some] - one.columns(some).T).abs(), one.bound + rounding)
+
+
+def check_means(sbar: torch.Tensor, g: torch.Tensor, keys: torch.Tensor) -> None:  # [B], [B, N], [B, N, D]
+    for b in ends(len(keys)):
+        one = exact(keys, b)
+        hold("sbar", (sbar[b] - one.means[0]).abs()[None], one.bound + 4 * EPS)
+        hold("g", (g[b] - one.means[1]).abs(), len(one.z) * (one.bound + 2 * EPS))
+
+
+def check_top_k(result: tuple, features: torch.Tensor, scores: torch.Tensor, k: int) -> None:
+    merged, indices = result
+    expected = scores.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(dim=-1).values
+    equal("indices", indices, expected)
+    equal("features", merged, features.take_along_dim(expected[..., None], dim=1))
+
+
+def check_assignment(assignment, s_kept, indices, grid, bound: float) -> None:  # [N], [N, K] fp64, [K]
+    """Eq. 6 and 7 of one image."""
+    at = grid_positions(list(grid))
+    valid = torch.ones(len(at), dtype=torch.bool)
+    distance = relative_distance(at, indices.cpu(), valid).to(s_kept.device)
+    affinity = s_kept - distance
+    chosen = affinity.gather(1, assignment[:, None])[:, 0]
+    gap = affinity.amax(dim=1) - chosen
+    gap[indices] = (assignment[indices] != torch.arange(len(indices), device=s_kept.device)).double()  # its own row
+    hold("assignment", gap, 2 * (bound + 16 * EPS))
+
+
+def check_merged(merged, mass, features, scores, indices, assignment) -> None:  # of one image
+    """Eq. 8: products, additions and a quotient relative to the sum of magnitudes, then one rounding."""
+    args = indices.cpu()[None], assignment.cpu()[None]
+    x, a = features.cpu().double()[None], scores.cpu().double()[None]
+    expected, expected_mass = merge(x, a, *args)
+    magnitude, _ = merge(x.abs(), a, *args)
+    members = assignment.cpu().bincount(minlength=len(indices)).double()
+    bound = (2 * members + 4)[:, None] * EPS * magnitude[0] + unit_roundoff(features.dtype) * expected[0].abs()
+    hold("mass", (mass.cpu() - expected_mass[0]).abs(), (members + 1) * EPS * expected_mass[0])
+    hold("merged", (merged.cpu() - expected[0]).abs(), bound)
+
+
+def replay(
+    s_kept: torch.Tensor,  # [N, K] fp64
+    utility: torch.Tensor,  # [N] fp64
+    kept: torch.Tensor,  # [K]
+    picks: int,
+    free: torch.Tensor,  # [N] bool, picked tokens are taken out
+) -> torch.Tensor:  # [picks]
+    """By how much the best kept token lies below the best of all, pick after pick: the order of picks is not known."""
+    suppressor, gaps = None, []
+    for _ in range(picks):
+        score = (utility if suppressor is None else utility - suppressor).masked_fill(~free, -torch.inf)
+        at = score[kept].argmax()
+        gaps.append(score.amax() - score[kept[at]])
+        free[kept[at]] = False
+        suppressor = s_kept[:, at] if suppressor is None else torch.maximum(suppressor, s_kept[:, at])
+    return torch.stack(gaps) if gaps else utility.new_zeros(0)
+
+
+def check_condensed(result: tuple, features: torch.Tensor, scores: torch.Tensor, shape) -> None:
+    """select_and_merge, by whichever way: the kept set, the assignment to it, the merge given that."""
+    merged, indices, assignment, mass = result
+    for b in ends(len(features)):
+        one, kept = exact(features, b), indices[b]
+        if not bool((kept.diff() > 0).all()) or len(kept) != shape.kept:
+            raise Mismatch(f"indices: expected {shape.kept} ascending positions in image {b}")
+        sbar, g = one.means
+        s_kept, n = one.columns(kept), len(one.z)
+        free = torch.ones(n, dtype=torch.bool, device=features.device)
+        for name, prior, off, picks in (
+            ("anchors", scores[b].double(), 0.0, shape.num_anchors),
+            ("background", g, n * one.bound, shape.num_background),
+        ):
+            mean = prior.abs().mean()
+            utility = sbar / mean * prior
+            # Twice what a score may be off: utility (through sbar, prior and roundings) and similarity.
+            largest = (prior / mean).abs().amax()
+            bound = 2 * ((largest + 1) * (one.bound + 8 * EPS) + sbar / mean * off)
+            hold(f"indices, {name} by pick", replay(s_kept, utility, kept, picks, free), float(bound))
+        check_assignment(assignment[b], s_kept, kept, shape.grid, one.bound)
+        check_merged(merged[b], mass[b], features[b], scores[b], kept, assignment[b])
+
+
+def check_visionzip(result: tuple, features: torch.Tensor, scores: torch.Tensor, dominant: int, contextual: int):
+    merged, indices, rows = result
+    for b in ends(len(features)):
+        one, n = exact(features, b), scores.shape[1]
+        top = set(scores[b].topk(dominant).indices.tolist())
+        rest = [i for i in range(n) if i not in top]
+        centres = rest[:: len(rest) // contextual][:contextual]
+        equal("indices", indices[b].cpu(), torch.tensor(sorted(top) + centres))
+        equal("rows", rows[b, indices[b]].cpu(), torch.arange(dominant + contextual))
+        others = torch.tensor([i for i in rest if i not in set(centres)], device=features.device)
+        s = one.columns(indices[b, dominant:])[others]
+        chosen = rows[b, others] - dominant
+        hold("rows", s.amax(dim=1) - s.gather(1, chosen[:, None])[:, 0], 2 * one.bound)
+        x = features[b].double()
+        expected = x[indices[b]]
+        for c in range(contextual):
+            if bool((chosen == c).any()):
+                expected[dominant + c] += x[others[chosen == c]].mean(dim=0)
+        hold("merged", (merged[b] - expected).abs(), n * EPS * x.abs().amax())

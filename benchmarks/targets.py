@@ -1,0 +1,139 @@
+"""What was promised, as data, and what a run says to it: python benchmarks/targets.py FILE.csv prints the verdicts."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import console
+from rich.table import Table
+from rows import Row, number, read_path
+
+
+class Target(NamedTuple):
+    """Something measured has to be at most ``goal``."""
+
+    case: str
+    op: str
+    shape: str
+    side: str
+    goal: float
+    over: str = ""  # the side that it is divided by; none: the value itself, in ``unit``
+    unit: str = "ms"  # or "us", or "MB", the peak of extra memory
+    reason: Callable[["Measured"], str] | None = None  # why it cannot be met, where it cannot
+    needs: str = ""  # an instruction set without which the target does not apply
+    without: str = ""  # an instruction set with which it does not apply
+    mode: str = "call"
+
+
+class Measured(NamedTuple):
+    target: Target
+    row: Row
+    over: Row | None
+    value: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.target.goal
+
+
+def floor_ms(row: Row) -> float:
+    """The multiply-adds of the upper half of S, at what a large product reached in the same run; nothing else."""
+    return row.B * row.N * (row.N + 1) * row.D / row.ceiling_gflops * 1e-6
+
+
+def tiles_alone(measured: Measured) -> str:
+    """The roofline argument: what the target leaves for everything, against the tiles of S at the ceiling."""
+    row, over = measured.row, measured.over
+    floor, allowed = floor_ms(row), measured.target.goal * over.median_ms
+    text = (
+        f"the upper half of S alone takes {floor:.2f} ms at the {row.ceiling_gflops:.0f} GFLOP/s of a large product, "
+        f"{floor / over.median_ms:.2f} of {over.side}"
+    )
+    if floor > allowed:
+        return f"{text}: more than the {allowed:.2f} ms allowed, so it cannot be met"
+    reached = f"{row.median_ms:.2f} ms taken, {floor / row.median_ms:.0%} of the roofline"
+    return f"{text}; {allowed:.2f} ms are allowed, {reached}"
+
+
+def ratio(case: str, shape: str, side: str, over: str, goal: float, op: str = "select_and_merge", **options) -> Target:
+    return Target(case, op, shape, side, goal, over, **options)
+
+
+CPU = (
+    ratio("fp32, 1 x 576, K = 192 / matmul", "llava15-192", "ours fp32", "matmul", 0.70, reason=tiles_alone),
+    ratio(
+        "bf16 / fp32 matmul, without AMX",
+        "llava15-192",
+        "ours bf16",
+        "matmul",
+        0.70,
+        reason=tiles_alone,
+        without="amx_bf16",
+    ),
+    ratio("bf16 / fp32 matmul, with AMX", "llava15-192", "ours bf16", "matmul", 0.25, needs="amx_bf16"),
+    ratio("8 x 576, K = 64 / bmm", "llava15-64-batch8", "ours fp32", "matmul", 0.68, reason=tiles_alone),
+    ratio("2880, K = 320 / matmul", "llava-next-global", "ours fp32", "matmul", 0.65, reason=tiles_alone),
+    ratio("greedy_select, N = 576, K = 192 / top-k", "llava15-192", "ours", "top-k", 0.5, op="greedy_select"),
+    ratio("576, K = 192 / plain loop", "llava15-192", "ours fp32", "plain loop", 1 / 6, reason=tiles_alone),
+    ratio("576, K = 192 / DivPrune", "llava15-192", "ours fp32", "DivPrune", 1 / 8, reason=tiles_alone),
+    ratio("576, K = 192 / CDPruner", "llava15-192", "ours fp32", "CDPruner", 1 / 6, reason=tiles_alone),
+    ratio("16384, K = 640 / blocked matmul", "long-16384", "ours fp32", "matmul, blocked", 0.70, reason=tiles_alone),
+    Target("16384, K = 640: peak extra memory", "select_and_merge", "long-16384", "ours fp32", 120, unit="MB"),
+    Target("1 x 16 x 16: a call", "select_and_merge", "overhead", "ours fp32", 15, unit="us"),
+)
+_GPU = {"mode": "graph"}
+GPU = (
+    Target("1 x 576, K = 64", "select_and_merge", "llava15-64", "ours bf16", 0.040, **_GPU),
+    Target("1 x 576, K = 192", "select_and_merge", "llava15-192", "ours bf16", 0.090, **_GPU),
+    ratio("1 x 576, K = 64 / top-k", "llava15-64", "ours bf16", "top-k", 2, **_GPU),
+    ratio("1 x 576, K = 192 / top-k", "llava15-192", "ours bf16", "top-k", 4, **_GPU),
+    ratio("1 x 576, K = 192 / plain loop, eager", "llava15-192", "ours bf16", "plain loop", 1 / 40, mode="plain"),
+    Target("1 x 2880, K = 320", "select_and_merge", "llava-next-global", "ours bf16", 0.300, **_GPU),
+    ratio("128 x 576, K = 64 / bf16 bmm", "video-128", "ours bf16", "matmul bf16", 1.3, **_GPU),
+)
+
+
+def judge(rows: list[Row]) -> list[Measured]:
+    """The targets whose rows are there."""
+    by_key, result = {row.key: row for row in rows}, []
+    for target in CPU + GPU:
+        row = by_key.get((target.op, target.shape, target.side, target.mode))
+        over = by_key.get((target.op, target.shape, target.over, target.mode))
+        if row is None or (target.over and over is None):
+            continue
+        simd = row.device.split()
+        if (target.needs and target.needs not in simd) or (target.without and target.without in simd):
+            continue
+        absolute = {"ms": row.median_ms, "us": 1e3 * row.median_ms, "MB": row.peak_extra_mb}
+        value = row.median_ms / over.median_ms if over else absolute[target.unit]
+        if value is not None:
+            result.append(Measured(target, row, over, value))
+    return result
+
+
+def verdict_table(rows: list[Row]) -> Table:
+    table = Table(title="targets", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("case", no_wrap=True)
+    for name in ("measured", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("met", no_wrap=True)
+    table.add_column("why not")
+    for measured in judge(rows):
+        unit = "" if measured.over else f" {measured.target.unit}"
+        reason = "" if measured.met or measured.target.reason is None else measured.target.reason(measured)
+        table.add_row(
+            measured.target.case,
+            number(measured.value) + unit,
+            number(measured.target.goal) + unit,
+            "yes" if measured.met else "no",
+            reason,
+            style="" if measured.met else "bold",
+        )
+    if not table.row_count:
+        table.caption = "none of their cases was run"
+    return table
+
+
+if __name__ == "__main__":
+    console().print(verdict_table(read_path(Path(sys.argv[1]))))
