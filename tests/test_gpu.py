@@ -1,5 +1,7 @@
 """The Triton kernels compiled and run: what the interpreter cannot show. Skipped where there is no GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -37,6 +39,16 @@ def test_an_image_alone_is_the_image_in_a_batch(kind):
     together = inputs.run()
     for b in range(9):
         assert_same_bits(inputs.image(b).run(), Condensed(*(t[b : b + 1] for t in together)), f"image {b}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_any_strides(dtype):
+    inputs = make_inputs("clustered", num_tokens=300, channels=1024, dtype=dtype, device="cuda")
+    expected = inputs.run()
+    permuted = inputs.features.mT.contiguous().mT
+    sliced = torch.nn.functional.pad(inputs.features, (0, 1))[..., :-1]  # rows of odd length: narrow loads
+    for features in (permuted, sliced):
+        assert_same_bits(dataclasses.replace(inputs, features=features).run(), expected, str(features.stride()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
