@@ -195,7 +195,12 @@ def inspect_amd(compiled) -> dict:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
     found = loops(code, re.compile(r"(\.LBB\w+):"), re.compile(r"\bs_c?branch\S*\s+(\.LBB\w+)"))
-    picks = [loop for loop in found if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 2]
+    picks = [
+        loop
+        for loop in found
+        if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 4
+        and not any("v_sqrt" in line for line in loop)  # as the assignment has
+    ]
     return {
         "instructions": sum(bool(re.match(r"[a-z]\w+(\s|$)", line)) for line in code),
         "registers": metadata("vgpr_count"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from condense_kernels import Condensed, similarity
+from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
 
 pytestmark = [
@@ -41,6 +42,16 @@ def test_an_image_alone_is_the_image_in_a_batch(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_any_strides(dtype):
+    inputs = make_inputs("clustered", num_tokens=300, channels=1024, dtype=dtype, device="cuda")
+    expected = inputs.run()
+    permuted = inputs.features.mT.contiguous().mT
+    sliced = torch.nn.functional.pad(inputs.features, (0, 1))[..., :-1]  # rows of odd length: narrow loads
+    for features in (permuted, sliced):
+        assert_same_bits(dataclasses.replace(inputs, features=features).run(), expected, str(features.stride()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype):
     inputs = make_inputs("clustered", batch=4, num_tokens=576, channels=256, dtype=dtype, device="cuda")
     first = inputs.run()
@@ -58,6 +69,55 @@ def test_similarities_are_symmetric_and_equal_tokens_alike(dtype):
     assert torch.equal(s, s.mT)
     for i in places:
         assert torch.equal(s[:, i], s[:, 5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_s_stored_the_bits_are_the_same(kind, dtype):
+    """Rests on a product's bits being those of its two keys, wherever they are in a tile."""
+    inputs = make_inputs(kind, num_tokens=300, channels=200, dtype=dtype, device="cuda")
+    with trying(FusedConfig, store_s=False):
+        streamed = inputs.run()
+    assert_same_bits(streamed, inputs.run())
+
+
+@pytest.mark.parametrize("tokens", [2880, 16384])
+def test_without_s_stored_at_real_sizes(tokens):
+    inputs = make_inputs(
+        "clustered", batch=1, num_tokens=tokens, channels=1024, num_anchors=240, num_background=80,
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    with trying(FusedConfig, store_s=False):
+        streamed = inputs.run()
+    assert_same_bits(streamed, inputs.run())
+
+
+def test_long_inputs_take_memory_in_proportion():
+    inputs = make_inputs(
+        "clustered", batch=1, num_tokens=65536, channels=256, num_anchors=48, num_background=16,
+        dtype=torch.bfloat16,
+    ).to("cuda")  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = inputs.run()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 65536 * 320  # 17 GB with s
+    assert_same_bits(inputs.run(), first)
+
+
+def test_memory_of_the_caller():
+    from condense_kernels.select_and_merge.kernel import select_and_merge, workspace_bytes
+
+    inputs = make_inputs("masked", num_tokens=200, channels=64, dtype=torch.bfloat16, device="cuda")
+    expected = inputs.run()
+    out = tuple(torch.empty_like(x) for x in expected)
+    needed = workspace_bytes(*inputs.scores.shape, out[1].shape[1], 64, torch.bfloat16)
+    workspace = torch.empty(needed, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    select_and_merge(*inputs.args, **inputs.options, out=out, workspace=workspace)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_same_bits(Condensed(*out), expected)
 
 
 def test_nothing_waits_for_the_device():
@@ -97,19 +157,14 @@ def test_runs_on_the_current_stream():
 
 
 @pytest.mark.parametrize("assign_in_select", [False, True])
-def test_launches(assign_in_select, monkeypatch):
+def test_launches(assign_in_select):
     """Similarity, selection, merge; and the assignment, in the selection's launch or in one of its own."""
-    from condense_kernels.select_and_merge.kernel import FusedConfig
-
-    for_shape = FusedConfig.for_shape
-    monkeypatch.setattr(
-        FusedConfig, "for_shape", lambda n: dataclasses.replace(for_shape(n), assign_in_select=assign_in_select)
-    )
     inputs = make_inputs("random", num_tokens=576, channels=64, device="cuda")
-    inputs.run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with trying(FusedConfig, assign_in_select=assign_in_select):
         inputs.run()
-        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            inputs.run()
+            torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == (3 if assign_in_select else 4), kernels
 

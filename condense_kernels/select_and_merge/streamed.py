@@ -43,6 +43,21 @@ def live_key(t, nu):
 
 
 @triton.jit
+def load_priors(
+    scores_ptr, tier_ptr, row_sums_ptr, start, stride_score, N, CHUNK: tl.constexpr, BACKGROUND: tl.constexpr
+):
+    """Priors and tiers of a chunk of one image, and where they are."""
+    offs_n = start + tl.arange(0, CHUNK)
+    mask_n = offs_n < N
+    tier = tl.load(tier_ptr + offs_n, mask=mask_n, other=MASKED)
+    if BACKGROUND:
+        prior = global_similarity(row_sums_ptr, offs_n, mask_n, N, 1)
+    else:
+        prior = tl.load(scores_ptr + offs_n * stride_score, mask=mask_n, other=0.0).to(tl.float32)
+    return prior, tier, offs_n, mask_n
+
+
+@triton.jit
 def begin_kernel(
     scores_ptr,  # [B, N]
     tier_ptr,  # [B, N]
@@ -116,18 +131,18 @@ def begin_kernel(
 
 
 @triton.jit
-def load_priors(
-    scores_ptr, tier_ptr, row_sums_ptr, start, stride_score, N, CHUNK: tl.constexpr, BACKGROUND: tl.constexpr
-):
-    """Priors and tiers of a chunk of one image, and where they are."""
-    offs_n = start + tl.arange(0, CHUNK)
-    mask_n = offs_n < N
-    tier = tl.load(tier_ptr + offs_n, mask=mask_n, other=MASKED)
-    if BACKGROUND:
-        prior = global_similarity(row_sums_ptr, offs_n, mask_n, N, 1)
-    else:
-        prior = tl.load(scores_ptr + offs_n * stride_score, mask=mask_n, other=0.0).to(tl.float32)
-    return prior, tier, offs_n, mask_n
+def cosines_of(
+    keys_ptr, scale_ptr, inverse_ptr, tokens_i, tokens_j, stride_key_n, stride_key_d, num_channels,
+    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK] cosines of two lists of tokens of one image, with the factors that the first pass stored."""
+    channels = DK if INTERPRETED else num_channels
+    return cosine_tile(
+        keys_ptr, tokens_i, tokens_j, tl.load(scale_ptr + tokens_i), tl.load(scale_ptr + tokens_j),
+        tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
+        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -170,21 +185,6 @@ def update_kernel(
         tl.store(m_ptr + at, m, mask=mask_n)
         tl.store(key_ptr + at, key, mask=mask_n)
         tl.store(best_ptr + pid_b * num_blocks + pid_n, tl.min(place_of(key, offs_n), axis=0))
-
-
-@triton.jit
-def cosines_of(
-    keys_ptr, scale_ptr, inverse_ptr, tokens_i, tokens_j, stride_key_n, stride_key_d, num_channels,
-    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK, BLOCK] cosines of two lists of tokens of one image, with the factors that the first pass stored."""
-    channels = DK if INTERPRETED else num_channels
-    return cosine_tile(
-        keys_ptr, tokens_i, tokens_j, tl.load(scale_ptr + tokens_i), tl.load(scale_ptr + tokens_j),
-        tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
-        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
-    )  # fmt: skip
 
 
 @triton.jit

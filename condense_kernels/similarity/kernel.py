@@ -29,6 +29,20 @@ def load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def sum_in_pairs(x):
+    """[BLOCK] sums of x [BLOCK, power of two], neighbours first.
+
+    The order in which tl.sum adds follows the layout that the compiler gives x, and that follows the strides of the
+    keys: the same keys, permuted in memory, would have other norms.
+    """
+    if x.shape[1] == 1:
+        return tl.reshape(x, [x.shape[0]])
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return sum_in_pairs(left + right)
+
+
+@triton.jit
 def key_factors(
     keys_ptr, offs_n, stride_n, stride_d, channels,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
@@ -52,7 +66,7 @@ def key_factors(
             tops = tl.maximum(tops, magnitude_bits(x))
             squares = tl.fma(x, x, squares)
         top = tl.max(tops, axis=1)
-        square = tl.sum(squares, axis=1)
+        square = sum_in_pairs(squares)
         again = False
         if CAN_OVERFLOW:
             exponent = (top >> 23) - 127  # top is in [2**exponent, 2**(exponent + 1))
