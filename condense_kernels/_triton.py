@@ -50,6 +50,14 @@ def is_finite(x):
 
 
 @triton.jit
+def lesser(x, y):
+    """The smaller of two, a NaN only where both are. In Triton 3.6's interpreter tl.minimum lets a NaN win."""
+    if INTERPRETED:
+        return tl.where((y < x) | (x != x), y, x)
+    return tl.minimum(x, y)
+
+
+@triton.jit
 def order_key(x):
     """An int32 that orders like the fp32 x: integer reductions are one instruction a warp, float ones a shuffle tree.
 

@@ -21,6 +21,7 @@ from .._triton import (
     bits_of,
     downscale,
     is_finite,
+    lesser,
     magnitude_bits,
     on_device_of,
     order_key,
@@ -138,7 +139,7 @@ def lowest(t, offs):
     best = t[0]
     token = offs[0]
     for c in tl.static_range(1, len(t)):
-        lower = tl.minimum(best, t[c])
+        lower = lesser(best, t[c])
         token = tl.where(lower != best, offs[c], token)
         best = lower
     key = order_key(best)
