@@ -199,7 +199,7 @@ def inspect_amd(compiled) -> dict:
         loop
         for loop in found
         if sum(bool(re.search(r"v_min3?_i32", line)) for line in loop) >= 4
-        and not any("v_sqrt" in line for line in loop)  # as the assignment has
+        and not any(re.search(r"v_(sqrt|rsq|rcp)_f32", line) for line in loop)  # as the assignment has
     ]
     return {
         "instructions": sum(bool(re.match(r"[a-z]\w+(\s|$)", line)) for line in code),
