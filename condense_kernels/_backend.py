@@ -39,7 +39,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def run(op: str, backend: str, reference: Callable, triton: Callable, args: tuple, kwargs: dict):
+def run(
+    op: str, backend: str, reference: Callable, triton: Callable, args: tuple, kwargs: dict, differentiable: bool = True
+):
     """Run operator ``op``; ``reference`` and ``triton`` are the same operator on those backends."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
@@ -47,10 +49,10 @@ def run(op: str, backend: str, reference: Callable, triton: Callable, args: tupl
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if differentiable and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
-            f"{op} has no gradients yet, and an argument requires grad. Remedy: call it under torch.no_grad(), or "
-            "pass tensor.detach()."
+            f"{op.removesuffix('_out')} has no gradients yet, and an argument requires grad. Remedy: call it under "
+            "torch.no_grad(), or pass tensor.detach()."
         )
     if backend == "reference":
         return reference(*args, **kwargs)

@@ -66,6 +66,17 @@ def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> Non
         raise ValueError(f"{name}: expected at least one {what}, got shape {list(value.shape)}.")
 
 
+MAX_TOKENS = 1 << 19  # the fixed-point sum of |s| over all pairs then stays below 2**63
+
+
+def check_num_tokens(name: str, value: torch.Tensor) -> None:
+    if value.shape[1] > MAX_TOKENS:
+        raise ValueError(
+            f"{name}: expected at most {MAX_TOKENS} tokens an image, got {value.shape[1]}. Remedy: condense windows or "
+            "frames separately."
+        )
+
+
 def check_count(name: str, value: int, low: int, high: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}: {value!r}. Remedy: int({name}).")

@@ -14,7 +14,6 @@ from types import MappingProxyType
 import torch
 
 MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
-MAX_STREAMED = 1 << 20  # the best token of every 64 is held in registers, 16384 of them
 
 _tried: ContextVar[Mapping[type, dict]] = ContextVar("tried", default=MappingProxyType({}))
 

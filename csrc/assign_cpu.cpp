@@ -84,7 +84,8 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
                   const AssignMemory<T>& memory, int64_t* assignment) {
   using Index = typename RowOps<T>::Index;
   const RowOps<T>& ops = row_ops<T>();
-  const auto [best, best_row, s_rows] = memory;
+  T* best = memory.best;
+  Index* best_row = memory.best_row;
   const auto takes_tokens = [&](int64_t row) { return indices[row] >= 0 && !is_masked(tier, indices[row]); };
   int64_t first = 0;
   while (first < k && !takes_tokens(first)) ++first;
@@ -98,8 +99,8 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
       std::fill(best_row + lo, best_row + hi, static_cast<Index>(first < k ? first : -1));
       for (int64_t row = first; row < k; ++row) {
         if (!takes_tokens(row)) continue;
-        ops.consider_row(s_rows[row], layout.positions, n, layout.num_axes, indices[row], layout.factor, lo, hi, row,
-                         best, best_row);
+        ops.consider_row(memory.s_rows[row], layout.positions, n, layout.num_axes, indices[row], layout.factor, lo, hi,
+                         row, best, best_row);
       }
     }
     for (int64_t i = share.lo; i < share.hi; ++i) assignment[i] = is_masked(tier, i) ? -1 : best_row[i];

@@ -105,9 +105,9 @@ inline void check_weight(const char* name, double value) {
   }
 }
 
-// Fixed-point sums hold 2^23 tokens.
+// The fixed-point sum of |s| over all pairs then stays below 2^63.
 inline void check_num_tokens(const char* name, const Tensor& t) {
-  constexpr int64_t kMost = int64_t{1} << 23;
+  constexpr int64_t kMost = int64_t{1} << 19;
   if (t.size(1) > kMost) fail(name, ": expected at most ", kMost, " tokens an image, got ", t.size(1), ".");
 }
 

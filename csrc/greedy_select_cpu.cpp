@@ -103,10 +103,7 @@ struct Pool {
   int64_t bound_token = -1;  // -1: nobody is outside
 
   // By score, then by index: ties go to the lowest index, in the pool and across its border.
-  bool before(int64_t i, int64_t j) const {
-    const T* t = memory.t;
-    return t[i] < t[j] || (t[i] == t[j] && i < j);
-  }
+  static bool before(T t, int64_t i, T u, int64_t j) { return t < u || (t == u && i < j); }
 
   // The best candidates by t, in token order.
   void fill(int64_t n) {
@@ -118,7 +115,8 @@ struct Pool {
     size = std::min(live, kPool);
     bound_token = -1;
     if (live > kPool) {
-      std::nth_element(tokens, tokens + kPool, tokens + live, [&](int64_t i, int64_t j) { return before(i, j); });
+      std::nth_element(tokens, tokens + kPool, tokens + live,
+                       [&](int64_t i, int64_t j) { return before(memory.t[i], i, memory.t[j], j); });
       bound_token = tokens[kPool];
       bound = memory.t[bound_token];
     }
@@ -131,14 +129,14 @@ struct Pool {
   }
 
   // Picks at most `most` tokens; the first of a round always comes before the bound.
-  int64_t pick(T suppression, int64_t most, int64_t* order) const {
+  int64_t pick(T suppression, int64_t most, int64_t* order) {
     const RowOps<T>& ops = row_ops<T>();
     const auto [nu, m] = memory.pool;
     int64_t best = ops.first_pick(memory.pool_t, size), picks = 0;
     T t = memory.pool_t[best];
     while (true) {
       const int64_t token = memory.tokens[best];
-      if (bound_token >= 0 && !(t < bound || (t == bound && token < bound_token))) return picks;
+      if (bound_token >= 0 && !before(t, token, bound, bound_token)) return picks;
       order[picks++] = token;
       nu[best] = all.nu[token] = std::numeric_limits<T>::quiet_NaN();
       if (picks == most || picks == size) return picks;
@@ -165,7 +163,7 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
                                const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows) {
   const RowOps<T>& ops = row_ops<T>();
   const int64_t n = keys.n, width = width_of(n);
-  const auto [nu, m] = memory.all;
+  T *nu = memory.all.nu, *m = memory.all.m;
   const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, n, nu));
   std::fill(m, m + n, -std::numeric_limits<T>::infinity());
 

@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(condense, m) {
       "workspace_bytes(Tensor features, Tensor scores, int num_anchors, int num_background, *, Tensor? keys=None, "
       "int[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0, float spatial_weight=1.0) "
       "-> int");
-  m.def("cpu_capability() -> str");  // which instruction set the CPU kernels run with: default, avx2 or avx512
+  m.def("cpu_capability() -> str");  // which instruction set the CPU kernels run with
 }
 
 static std::string cpu_capability() { return condense::row_ops<float>().instruction_set; }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace condense {
@@ -62,11 +63,11 @@ class Memory {
   Memory(char* block, int64_t size) : block_(block), size_(size) {}
   template <class T>
   T* take(int64_t n) {
-    char* piece = block_ + taken_;
+    const int64_t start = taken_;
     taken_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
     if (!block_ || n == 0) return nullptr;
     if (taken_ > size_) throw std::logic_error("condense: a kernel took more memory than it had counted.");
-    return reinterpret_cast<T*>(piece);
+    return reinterpret_cast<T*>(block_ + start);
   }
   int64_t taken() const { return taken_; }
 
@@ -78,16 +79,27 @@ class Memory {
 // A call's working memory: the caller's, or a block of this thread.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(FreeBlocks::of_this_thread().take(bytes)), own_(true) {}
+  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(taken(bytes)), own_(true) {}
   Workspace(void* data, int64_t bytes) : bytes_(bytes), data_(data), own_(false) {}
   Workspace(const Workspace&) = delete;
   ~Workspace() {
     if (own_) FreeBlocks::of_this_thread().give(data_, bytes_);
   }
   // Piece i of `bytes` each.
-  Memory piece(int64_t i, int64_t bytes) const { return {static_cast<char*>(data_) + i * bytes, bytes}; }
+  Memory piece(int64_t i, int64_t bytes) const {
+    if ((i + 1) * bytes > bytes_) throw std::logic_error("condense: more threads than the workspace was counted for.");
+    return {static_cast<char*>(data_) + i * bytes, bytes};
+  }
 
  private:
+  static void* taken(int64_t bytes) {
+    try {
+      return FreeBlocks::of_this_thread().take(bytes);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error("could not allocate " + std::to_string(bytes) +
+                               " bytes of working memory. Remedy: keep fewer tokens, or condense smaller windows.");
+    }
+  }
   int64_t bytes_;
   void* data_;
   bool own_;

@@ -38,13 +38,13 @@ struct Arguments {
   int64_t num_anchors, num_background;
   double suppression;
   Space space;
+  Schedule schedule;  // decided once: the number of threads may change while a call is under way
 
   int64_t B() const { return features.size(0); }
   int64_t N() const { return features.size(1); }
   int64_t D() const { return features.size(2); }
   int64_t K() const { return num_anchors + num_background; }
   bool stored() const { return N() <= stored_tokens(); }
-  Schedule schedule() const { return {B(), static_cast<double>(N()) * N() * keys.size(2)}; }
 };
 
 struct Outputs {
@@ -97,20 +97,22 @@ struct ImageMemory {
 template <class S, class M>
 void select_image(const Rows& keys, const Arguments& a, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
   const int64_t N = a.N(), width = width_of(N);
-  const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
-    const auto suppression = static_cast<S>(a.suppression);
-    int64_t *order = memory.order + first, with_rows = k;
+  const auto suppression = static_cast<S>(a.suppression);
+  const auto select_stored = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+    int64_t* order = memory.order + first;
+    greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
+    for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
+  };
+  const auto select_streamed = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+    int64_t* order = memory.order + first;
     S* rows = memory.rows + first * width;
-    if (memory.s) {
-      greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
-    } else {
-      with_rows = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, crew, memory.similarity,
-                                            memory.streamed_greedy, order, rows);
-      std::fill(rows + with_rows * width, rows + k * width, S{0});
-    }
-    for (int64_t i = 0; i < k; ++i) {
-      memory.kept[first + i] = {order[i], memory.s ? memory.s + order[i] * N : rows + i * width};
-    }
+    const int64_t picks = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, crew, memory.similarity,
+                                                    memory.streamed_greedy, order, rows);
+    std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
+    for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};
+  };
+  const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+    return a.stored() ? select_stored(prior, tier, first, k) : select_streamed(prior, tier, first, k);
   };
   select(memory.scores, memory.tier, 0, a.num_anchors);
   std::copy(memory.tier, memory.tier + N, memory.rest);
@@ -145,37 +147,40 @@ void condense_image(const Arguments& a, int64_t b, Crew& crew, ImageMemory<S, M>
 template <class S, class M>
 int64_t image_bytes(const Arguments& a) {
   Memory count;
-  ImageMemory<S, M>(count, a, a.schedule().slots);
+  ImageMemory<S, M>(count, a, a.schedule.slots);
   return count.taken();
 }
 
 template <class S, class M>
-void condense_images(const Arguments& a, const Outputs& out, const Workspace& workspace) {
-  const Schedule schedule = a.schedule();
-  for_each_image(a.B(), schedule, workspace, image_bytes<S, M>(a), [&](int64_t b, Memory piece, Crew& crew) {
-    ImageMemory<S, M> memory(piece, a, schedule.slots);
+void condense_images(const Arguments& a, const Outputs& out, const Workspace& workspace, int64_t bytes) {
+  for_each_image(a.B(), a.schedule, workspace, bytes, [&](int64_t b, Memory piece, Crew& crew) {
+    ImageMemory<S, M> memory(piece, a, a.schedule.slots);
     condense_image(a, b, crew, memory, out);
   });
 }
 
-// The two functions for the working types of some arguments.
-struct Kernel {
-  int64_t (*image_bytes)(const Arguments&);
-  void (*run)(const Arguments&, const Outputs&, const Workspace&);
+bool is_wide_merge(const Arguments& a) { return is_double(a.scores) || is_double(a.features); }
+
+// A call, for the working types of its arguments.
+struct Call {
+  const Arguments& a;
+  int64_t image_bytes;
+  void (*condense_images)(const Arguments&, const Outputs&, const Workspace&, int64_t);
+
+  int64_t bytes() const { return a.schedule.at_a_time * image_bytes; }
+  void run(const Outputs& out, const Workspace& workspace) const { condense_images(a, out, workspace, image_bytes); }
 };
 
 template <class S, class M>
-constexpr Kernel kKernel = {image_bytes<S, M>, condense_images<S, M>};
-
-bool is_wide_merge(const Arguments& a) { return is_double(a.scores) || is_double(a.features); }
-
-Kernel kernel_for(const Arguments& a) {
-  const bool wide_s = is_double(a.scores) || is_double(a.keys), wide_m = is_wide_merge(a);
-  return wide_s ? (wide_m ? kKernel<double, double> : kKernel<double, float>)
-                : (wide_m ? kKernel<float, double> : kKernel<float, float>);
+Call call_as(const Arguments& a) {
+  return {a, image_bytes<S, M>(a), condense_images<S, M>};
 }
 
-int64_t bytes_for(const Arguments& a) { return a.schedule().at_a_time * kernel_for(a).image_bytes(a); }
+Call call_of(const Arguments& a) {
+  const bool wide_s = is_double(a.scores) || is_double(a.keys), wide_m = is_wide_merge(a);
+  return wide_s ? (wide_m ? call_as<double, double>(a) : call_as<double, float>(a))
+                : (wide_m ? call_as<float, double>(a) : call_as<float, float>(a));
+}
 
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
@@ -185,6 +190,7 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
   check_not_empty("features", features, 2, "channel");
+  check_num_tokens("features", features);
   const int64_t B = features.size(0), N = features.size(1);
   check_shape("scores", scores, "B N", {B, N});
   check_floating("scores", scores);
@@ -202,8 +208,10 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
   check_where(grid, positions, spatial_weight, B, N);
-  return {features,       scores,      keys ? *keys : features,          mask, num_anchors,
-          num_background, suppression, {grid, positions, spatial_weight}};
+  const Tensor& k = keys ? *keys : features;
+  const Schedule schedule(B, static_cast<double>(N) * N * k.size(2));
+  return {features, scores, k, mask, num_anchors, num_background, suppression, {grid, positions, spatial_weight},
+          schedule};
 }
 
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
@@ -217,9 +225,10 @@ void check_output(const char* name, const Tensor& t, const char* axes, const std
 Workspace workspace_in(const Tensor& bytes, int64_t needed) {
   check_rank("workspace", bytes, "bytes", 1);
   check_dtype("workspace", bytes, {ScalarType::Byte}, "uint8");
-  if (bytes.numel() < needed + Memory::kLine || !bytes.is_contiguous()) {
-    fail("workspace: expected at least ", needed + Memory::kLine, " contiguous bytes, got ", bytes.numel(),
-         ". Remedy: ask workspace_bytes anew; it depends on the number of threads.");
+  if (!bytes.is_contiguous()) fail("workspace: expected a contiguous tensor, got strides [", bytes.stride(0), "].");
+  if (bytes.numel() < needed + Memory::kLine) {
+    fail("workspace: expected at least ", needed + Memory::kLine, " bytes, got ", bytes.numel(),
+         ". Remedy: ask workspace_bytes of these arguments; it depends on the number of threads.");
   }
   const auto address = reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr());
   const auto start = (address + Memory::kLine - 1) / Memory::kLine * Memory::kLine;
@@ -238,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
                     torch::stable::empty({a.B(), a.K()}, ScalarType::Long),
                     torch::stable::empty({a.B(), a.N()}, ScalarType::Long),
                     torch::stable::empty({a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float)};
-  kernel_for(a).run(a, out, Workspace(bytes_for(a)));
+  const Call call = call_of(a);
+  call.run(out, Workspace(call.bytes()));
   return {out.merged, out.indices, out.assignment, out.mass};
 }
 
@@ -254,11 +264,11 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
   check_output("mass", mass, "B K", {a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float);
   const Outputs out{merged, indices, assignment, mass};
-  const int64_t needed = bytes_for(a);
+  const Call call = call_of(a);
   if (workspace) {
-    kernel_for(a).run(a, out, workspace_in(*workspace, needed));
+    call.run(out, workspace_in(*workspace, call.bytes()));
   } else {
-    kernel_for(a).run(a, out, Workspace(needed));
+    call.run(out, Workspace(call.bytes()));
   }
 }
 
@@ -266,8 +276,9 @@ int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t nu
                         std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                         std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
                         double spatial_weight) {
-  return Memory::kLine + bytes_for(checked(features, scores, num_anchors, num_background, keys, grid, positions, mask,
-                                           suppression, spatial_weight));
+  const Arguments a =
+      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+  return Memory::kLine + call_of(a).bytes();
 }
 
 }  // namespace

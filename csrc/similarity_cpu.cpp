@@ -22,7 +22,7 @@ namespace {
 constexpr int kWholePanels = 12;  // up to here a thread packs the whole image once a chunk (576 tokens: 295 KB)
 constexpr int kBlockPanels = 8;   // above, macro-blocks of 384 x 384 tokens
 constexpr int kBlockWidth = kBlockPanels * kTile;
-constexpr int64_t kPiece = 1024;  // channels converted at a time
+constexpr int64_t kRun = 1024;  // channels converted at a time
 
 int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
 
@@ -172,7 +172,7 @@ struct CosineTiles {
   }
 };
 
-// tier, scale and inv of token i; row holds kPiece channels.
+// tier, scale and inv of token i; row holds kRun channels.
 template <class T>
 void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
@@ -181,8 +181,8 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *tier = kMasked;
   if (mask && mask[i] == 0) return;
   T magnitude = 0;
-  for (int64_t c = 0; c < keys.d; c += kPiece) {
-    const int64_t depth = std::min(kPiece, keys.d - c);
+  for (int64_t c = 0; c < keys.d; c += kRun) {
+    const int64_t depth = std::min(kRun, keys.d - c);
     ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, T{1}, row);
     magnitude = std::max(magnitude, ops.max_magnitude(row, depth));
   }
@@ -191,8 +191,8 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;  // 126: the factor itself stays a normal number
   *scale = std::ldexp(T{1}, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit));
   double squares = 0;
-  for (int64_t c = 0; c < keys.d; c += kPiece) {
-    const int64_t depth = std::min(kPiece, keys.d - c);
+  for (int64_t c = 0; c < keys.d; c += kRun) {
+    const int64_t depth = std::min(kRun, keys.d - c);
     ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, *scale, row);
     squares += ops.sum_of_squares(row, depth);
   }
@@ -258,7 +258,7 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
       tile(memory.take<T>(kTile * kTile)),
       mirror(memory.take<T>(kTile * kTile)),
       block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
-      piece(memory.take<T>(kPiece)),
+      run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
       magnitudes(0) {}
 
@@ -281,8 +281,7 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
     const Share share(n, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       const bool finite_score = !scores || std::isfinite(scores[i]);
-      measure_token(keys, i, finite_score, mask, mine.piece, tier + i, memory.factors.scale + i,
-                    memory.factors.inv + i);
+      measure_token(keys, i, finite_score, mask, mine.run, tier + i, memory.factors.scale + i, memory.factors.inv + i);
     }
   });
   double magnitude = 0;
@@ -349,6 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(const Tensor& keys, std::o
   check_rank("keys", keys, "B N Dk", 3);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "token");
+  check_num_tokens("keys", keys);
   check_not_empty("keys", keys, 2, "channel");
   const std::vector<int64_t> tokens = {keys.size(0), keys.size(1)};
   if (scores) {

@@ -52,7 +52,7 @@ struct KeyFactors {
 template <class T>
 struct TileMemory {
   TileMemory(Memory& memory, int64_t n, bool stored);
-  T *rows, *panels, *tile, *mirror, *block, *piece;
+  T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
   int64_t magnitudes;
 };
@@ -80,7 +80,8 @@ template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
 
-// rows [count, width_of(n)]: those of some tokens; its bits. Up to kTile - 1 more rows are written.
+// rows [count, width_of(n)]: those of some tokens; its bits. Some rows more, fewer than kTile, may be written: a
+// product computes whole groups of rows.
 template <class T>
 void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows);

@@ -167,3 +167,17 @@ def test_fp64_on_triton_is_refused(op):
     options = {} if op == "similarity" else {"grid": GRID}
     with pytest.raises(ValueError, match=r"float64"):
         getattr(ck, op)(*args, **options, backend="triton")
+
+
+def test_more_tokens_than_the_sums_can_hold():
+    """2**24 |s| summed over 2**19 x 2**19 pairs is just below 2**63; not reached by running it."""
+    scores = torch.zeros(1, 1).expand(1, 2**19 + 1)
+    message = "expected at most 524288 tokens an image, got 524289"
+    for error, call in (
+        (ValueError, lambda: ck.similarity(scores[..., None])),
+        (ValueError, lambda: ck.select_and_merge(scores[..., None], scores, 1, 0, spatial_weight=0)),
+        (RuntimeError, lambda: torch.ops.condense.similarity(scores[..., None])),
+        (RuntimeError, lambda: torch.ops.condense.select_and_merge(scores[..., None], scores, 1, 0, spatial_weight=0)),
+    ):
+        with pytest.raises(error, match=message):
+            call()

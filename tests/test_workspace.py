@@ -30,7 +30,7 @@ def test_exactly_the_bytes_stated(batch, kind, dtype, cpp):
     assert not (memory[3:-7] == 0xFF).all()
     with pytest.raises(ValueError, match=f"workspace: expected at least {needed} bytes, got {needed - 1}"):
         ck.select_and_merge(*inputs.args, **inputs.options, workspace=memory[: needed - 1])
-    with pytest.raises(RuntimeError, match=f"workspace: expected at least {needed} contiguous bytes"):
+    with pytest.raises(RuntimeError, match=f"workspace: expected at least {needed} bytes, got {needed - 1}"):
         torch.ops.condense.select_and_merge_out(
             *inputs.args, **inputs.options, workspace=memory[: needed - 1], **out._asdict()
         )
@@ -90,7 +90,16 @@ def test_outputs_that_are_not_four(wrong):
         ck.select_and_merge(*inputs.args, **inputs.options, out=wrong)
 
 
-@pytest.mark.parametrize("wrong", [torch.empty(1 << 20), torch.empty(4, 1 << 20, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.empty(1 << 20),
+        torch.empty(4, 1 << 20, dtype=torch.uint8),
+        torch.empty(1 << 22, dtype=torch.uint8)[::2],
+        torch.empty(1, dtype=torch.uint8).expand(1 << 22),
+    ],
+    ids=["float", "two axes", "strided", "expanded"],
+)
 def test_wrong_workspace(wrong):
     inputs = make_inputs("random")
     with pytest.raises((TypeError, ValueError), match="workspace: expected"):
@@ -112,3 +121,27 @@ def test_compiled_in_one_graph(cpp):
     workspace = torch.empty(ck.workspace_bytes(*inputs.args, **inputs.options), dtype=torch.uint8)
     assert torch.equal(double(inputs.features, inputs.scores, out, workspace), expected.merged * 2)
     assert_same_bits(out, expected)
+
+
+def test_autograd_sees_what_is_written(backend):
+    """A result that a graph has kept, overwritten: torch's own error, not a wrong gradient."""
+    inputs = make_inputs("random", num_tokens=24)
+    out = inputs.run(backend)
+    weight = torch.randn_like(out.merged).requires_grad_()
+    loss = (weight * out.merged).sum()
+    ck.select_and_merge(*inputs.args, **inputs.options, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_bytes_do_not_depend_on_values_or_gradients():
+    inputs = make_inputs("random", num_tokens=24)
+    features, *rest = inputs.args
+    needed = ck.workspace_bytes(features, *rest, **inputs.options)
+    assert ck.workspace_bytes(features.clone().requires_grad_(), *rest, **inputs.options) == needed
+
+
+def test_meta_tensors():
+    meta = make_inputs("random", num_tokens=24).to("meta")
+    workspace = torch.empty(7, dtype=torch.uint8, device="meta")
+    assert ck.select_and_merge(*meta.args, grid=meta.grid, workspace=workspace).merged.is_meta

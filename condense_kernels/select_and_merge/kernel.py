@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import MAX_STREAMED, FusedConfig, SelectConfig
+from .._launch import FusedConfig, SelectConfig
 from .._triton import on_device_of, reject_float64
 from .._workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -163,14 +163,6 @@ def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
     return bytes_of(pieces_of(b, n))
 
 
-def check_num_tokens(n: int) -> None:
-    if n > MAX_STREAMED:
-        raise ValueError(
-            f"N: expected at most {MAX_STREAMED} tokens an image in the Triton select_and_merge, got {n}. "
-            "Remedy: condense windows or frames separately."
-        )
-
-
 def launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config):
     """Selection, with the assignment or without, from what the similarity tiles left in w."""
     b, n = scores.shape
@@ -210,7 +202,6 @@ def select_and_merge(
     reject_float64(features=features, scores=scores, keys=keys)
     b, n, d = features.shape
     k = num_anchors + num_background
-    check_num_tokens(n)
     if keys is None:
         keys = features
     space = Space.of(grid, positions, spatial_weight)

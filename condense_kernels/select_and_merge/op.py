@@ -4,7 +4,16 @@ from typing import NamedTuple
 import torch
 
 from .. import _backend, _library
-from .._checks import FLOATS, check_budget, check_not_empty, check_output, check_tensor, check_weight, check_where
+from .._checks import (
+    FLOATS,
+    check_budget,
+    check_not_empty,
+    check_num_tokens,
+    check_output,
+    check_tensor,
+    check_weight,
+    check_where,
+)
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
@@ -38,6 +47,7 @@ def check(
     check_tensor("features", features, "B N D", sizes, FLOATS)
     check_not_empty("features", features, 1, "token")
     check_not_empty("features", features, 2, "channel")
+    check_num_tokens("features", features)
     check_tensor("scores", scores, "B N", sizes, FLOATS, features)
     check_budget(num_anchors, num_background, sizes["N"])
     if keys is not None:
@@ -59,7 +69,7 @@ def check_out(features: torch.Tensor, scores: torch.Tensor, num_kept: int, out: 
 
 
 def check_workspace(workspace: torch.Tensor, features: torch.Tensor, needed: int) -> None:
-    check_tensor("workspace", workspace, "bytes", {}, (torch.uint8,), features)
+    check_output("workspace", workspace, "bytes", {}, torch.uint8, features)
     if workspace.numel() < needed:
         raise ValueError(
             f"workspace: expected at least {needed} bytes, got {workspace.numel()}. Remedy: ask workspace_bytes of "
@@ -117,6 +127,15 @@ def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None,
     return count(*features.shape[:2], num_anchors + num_background, keys.shape[2], keys.dtype)
 
 
+def count_bytes(backend: str, args: tuple, options: dict) -> int:
+    """As workspace_bytes, of arguments that are checked."""
+    if args[0].device.type == "meta":
+        return 0  # nothing will run
+    return _backend.run(
+        "workspace_bytes", backend, bytes_on_reference, bytes_on_triton, args, options, differentiable=False
+    )
+
+
 _library.register(
     "select_and_merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
 )
@@ -168,10 +187,10 @@ def select_and_merge(
         suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
-        out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into; they must not
-            overlap an argument. None: new tensors.
-        workspace: [bytes] uint8 on the device of features, workspace_bytes(...) of them at least: then nothing else is
-            allocated. What it holds before and after means nothing. None: the operator allocates.
+        out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into; they must
+            overlap neither each other nor an argument. None: new tensors.
+        workspace: [bytes] uint8 on the device of features, workspace_bytes(...) of them at least: then no other
+            working memory is taken. What it holds before and after means nothing. None: the operator allocates.
 
     Returns:
         A named tuple
@@ -206,9 +225,11 @@ def select_and_merge(
     if not torch.compiler.is_compiling():
         check_out(features, scores, num_anchors + num_background, out)
         if workspace is not None:
-            check_workspace(workspace, features, workspace_bytes(*args, **options, backend=backend))
+            check_workspace(workspace, features, count_bytes(backend, args, options))
     options |= {"workspace": workspace, **out._asdict()}
     _backend.run("select_and_merge_out", backend, on_reference_out, on_triton_out, args, options)
+    if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
+        torch.autograd.graph.increment_version(out)
     return out
 
 
@@ -229,7 +250,8 @@ def workspace_bytes(
     """Return how many bytes of ``workspace`` select_and_merge needs for these arguments, which it has exactly as here.
 
     Only shapes, dtypes and the device are looked at. On CPU the number depends on torch.get_num_threads(). An operator
-    that runs on the reference needs none, and allocates as it pleases.
+    that runs on the reference needs none, and allocates as it pleases. Ask outside of what torch.compile compiles: the
+    answer is a number and no tensor.
 
     Raises:
         TypeError, ValueError: as select_and_merge.
@@ -243,5 +265,4 @@ def workspace_bytes(
         "spatial_weight": spatial_weight,
     }
     check(features, scores, num_anchors, num_background, **options)
-    args = (features, scores, num_anchors, num_background)
-    return _backend.run("workspace_bytes", backend, bytes_on_reference, bytes_on_triton, args, options)
+    return count_bytes(backend, (features, scores, num_anchors, num_background), options)

@@ -1,7 +1,7 @@
 import torch
 
 from .. import _backend, _library
-from .._checks import FLOATS, check_not_empty, check_tensor
+from .._checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
 from . import reference
 
 
@@ -14,6 +14,7 @@ def check(keys, scores=None, mask=None) -> None:
     sizes: dict[str, int] = {}
     check_tensor("keys", keys, "B N Dk", sizes, FLOATS)
     check_not_empty("keys", keys, 1, "token")
+    check_num_tokens("keys", keys)
     check_not_empty("keys", keys, 2, "channel")
     if scores is not None:
         check_tensor("scores", scores, "B N", sizes, FLOATS, keys)
