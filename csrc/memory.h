@@ -47,8 +47,8 @@ class FreeBlocks {
     void* data;
     size_t size;
   };
-  static constexpr std::align_val_t kAlignment{64};  // a cache line
-  static constexpr size_t kMostBytes = size_t{8} << 20, kMostBlocks = 16;
+  static constexpr std::align_val_t kAlignment{64};                         // a cache line
+  static constexpr size_t kMostBytes = size_t{40} << 20, kMostBlocks = 16;  // s of 2880 tokens is 33 MB
   std::vector<Block> blocks_;
   size_t kept_ = 0;
 };
