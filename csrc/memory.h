@@ -1,6 +1,7 @@
 // The working memory of a call.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -63,17 +64,25 @@ class Memory {
   Memory(char* block, int64_t size) : block_(block), size_(size) {}
   template <class T>
   T* take(int64_t n) {
-    const int64_t start = taken_;
-    taken_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+    const int64_t start = at_;
+    at_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+    taken_ = std::max(taken_, at_);
     if (!block_ || n == 0) return nullptr;
     if (taken_ > size_) throw std::logic_error("condense: a kernel took more memory than it had counted.");
     return reinterpret_cast<T*>(block_ + start);
   }
   int64_t taken() const { return taken_; }
 
+  // From here on take what was taken since `at` once more: nobody needs that any longer.
+  int64_t at() const { return at_; }
+  Memory& rewound(int64_t at) {
+    at_ = at;
+    return *this;
+  }
+
  private:
   char* block_ = nullptr;
-  int64_t size_ = 0, taken_ = 0;
+  int64_t size_ = 0, at_ = 0, taken_ = 0;
 };
 
 // A call's working memory: the caller's, or a block of this thread.

@@ -62,21 +62,29 @@ template <class S, class M>
 struct ImageMemory {
   ImageMemory(Memory& memory, const Arguments& a, int slots)
       : scores(memory.take<S>(a.N())),
-        weights(memory.take<M>(a.N())),
+        weights(weights_beside(scores, memory, a.N())),
         mask(memory.take<uint8_t>(a.mask ? a.N() : 0)),
         tier(memory.take<int8_t>(a.N())),
         rest(memory.take<int8_t>(a.N())),
         g(memory.take<S>(a.N())),
         order(memory.take<int64_t>(a.K())),
         kept(memory.take<Kept<S>>(a.K())),
-        similarity(memory, a.N(), slots, a.stored()),
         s(memory.take<S>(a.stored() ? a.N() * a.N() : 0)),
         rows(memory.take<S>(a.stored() ? 0 : (a.K() + kTile) * width_of(a.N()))),
         greedy(memory, a.stored() ? a.N() : 0),
         streamed_greedy(memory, a.stored() ? 0 : a.N()),
         where(memory, a.space, a.N()),
         assign(memory, a.N(), a.K()),
-        merge(memory, a.N(), a.D(), a.K(), slots) {}
+        kept_to_the_end(memory.at()),
+        similarity(memory, a.N(), slots, a.stored()),
+        merge(memory.rewound(kept_to_the_end), a.N(), a.D(), a.K(), slots) {}
+  // The scores as the merge wants them.
+  static M* weights_beside(S* scores, Memory& memory, int64_t n) {
+    if constexpr (sizeof(S) == sizeof(M))
+      return scores;
+    else
+      return memory.take<M>(n);
+  }
   S* scores;
   M* weights;
   uint8_t* mask;
@@ -84,13 +92,14 @@ struct ImageMemory {
   S* g;
   int64_t* order;
   Kept<S>* kept;
-  SimilarityMemory<S> similarity;
   S *s, *rows;  // [N, N] where it is stored, else [K, width_of(N)] and room for a tile
   GreedyMemory<S> greedy;
   StreamedGreedyMemory<S> streamed_greedy;
   SpaceMemory<S> where;
   AssignMemory<S> assign;
-  MergeMemory<M> merge;
+  int64_t kept_to_the_end;
+  SimilarityMemory<S> similarity;
+  MergeMemory<M> merge;  // in the place of similarity
 };
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
@@ -127,7 +136,7 @@ void condense_image(const Arguments& a, int64_t b, Crew& crew, ImageMemory<S, M>
   const Rows keys = rows_of(a.keys, b), features = rows_of(a.features, b);
   int64_t *indices = output<int64_t>(out.indices) + b * K, *assignment = output<int64_t>(out.assignment) + b * N;
   convert_row(a.scores, b, memory.scores);
-  convert_row(a.scores, b, memory.weights);
+  if constexpr (sizeof(S) != sizeof(M)) convert_row(a.scores, b, memory.weights);
   if (a.mask) convert_row(*a.mask, b, memory.mask);
   S sbar = 0;
   similarity_image<S>(keys, memory.scores, a.mask ? memory.mask : nullptr, crew, memory.similarity, memory.s, &sbar,

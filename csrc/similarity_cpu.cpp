@@ -255,8 +255,8 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
     : rows(memory.take<T>(kTile * kChunk)),
       panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
                             std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
-      tile(memory.take<T>(kTile * kTile)),
-      mirror(memory.take<T>(kTile * kTile)),
+      tile(rows),  // what was packed is not needed when products are finished
+      mirror(rows ? rows + kTile * kTile : nullptr),
       block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
       run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
