@@ -6,19 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import baselines
 import gates
 import harness
 import memory
+import pytest
 import report
 import rows
 import shapes
 import targets
+import torch
 
 OPERATORS = ("similarity", "greedy_select", "assign", "merge", "select_and_merge")
 TINY = {f"tiny-{batch}": shapes.Shape(batch, (8, 9), 32, 12, 6) for batch in (1, 3)}

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from shapes import SHAPES as SHAPES_OF_MODELS
+from shapes import Shape
 
 from condense_kernels import Condensed, select_and_merge
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
@@ -43,14 +45,15 @@ def test_shapes(tokens, channels, anchors, background, fast):
     assert_matches_reference(inputs.run(fast), inputs, backend=fast)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kept"), [(576, (144, 48)), (729, (54, 18)), (2880, (240, 80)), (1153, (1, 0)), (601, (500, 101))]
-)
+ODD = {"one anchor": Shape(1, (1, 1153), 64, 1, 0), "nearly all": Shape(1, (1, 601), 64, 500, 101)}
+
+
+@pytest.mark.parametrize("name", ["llava15-192", "onevision", "llava-next-global", *ODD])
 @pytest.mark.parametrize("kind", ["clustered", "duplicates"])
-def test_sizes_of_real_models(kind, tokens, kept, cpp):
-    inputs = make_inputs(
-        kind, batch=1, num_tokens=tokens, channels=64, num_anchors=kept[0], num_background=kept[1], seed=tokens
-    )
+def test_sizes_of_real_models(kind, name, cpp):
+    shape = {**SHAPES_OF_MODELS, **ODD}[name]
+    counts = {"num_anchors": shape.num_anchors, "num_background": shape.num_background}
+    inputs = make_inputs(kind, batch=1, num_tokens=shape.num_tokens, channels=64, grid=shape.grid, **counts, seed=1)
     assert_matches_reference(inputs.run(cpp), inputs, backend=cpp)
 
 
