@@ -22,6 +22,7 @@ namespace {
 constexpr int kWholePanels = 12;  // up to here a thread packs the whole image once a chunk (576 tokens: 295 KB)
 constexpr int kBlockPanels = 8;   // above, macro-blocks of 384 x 384 tokens
 constexpr int kBlockWidth = kBlockPanels * kTile;
+constexpr bool kSymmetric = true, kSummed = true;
 constexpr int64_t kRun = 1024;  // channels converted at a time
 
 int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
@@ -35,6 +36,14 @@ struct Side {
   int64_t in_panel(int64_t panel) const { return std::min<int64_t>(kTile, count - panel * kTile); }
 };
 
+// Where tiles go.
+template <class T>
+struct Destination {
+  T* data;     // [a, b]; null: they are dropped once they are summed
+  int64_t ld;  // length of a row
+  bool roomy;  // the last tiles may be written whole
+};
+
 // Cosines of the tokens of one side with those of the other, tile by tile. A cosine's bits depend on its two keys
 // alone: not on the sides, on the place in the tile, or on where the tile goes.
 template <class T>
@@ -45,9 +54,7 @@ struct CosineTiles {
   Side a, b;
   bool symmetric;  // a is b: the upper tiles are computed, and mirrored
   bool summed;     // into the fixed-point sums
-  T* to;           // [a, b] with rows of ld; null: tiles are dropped
-  int64_t ld;
-  bool roomy;  // the last tiles may be written whole
+  Destination<T> to;
 
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16; }
   int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
@@ -74,7 +81,7 @@ struct CosineTiles {
   void multiply(const T* pa, const T* pb, int64_t depth, int64_t rows, int64_t columns, T* sums, int64_t ld_tile,
                 bool accumulate, TileMemory<T>& memory) const {
     const auto multiply_tile = in_pairs() ? ops.multiply_pairs : ops.multiply_tile;
-    if (roomy || !to || (rows == kTile && columns == kTile)) {
+    if (to.roomy || !to.data || (rows == kTile && columns == kTile)) {
       return multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
     }
     T* tile = memory.tile;
@@ -101,11 +108,11 @@ struct CosineTiles {
     load_inverses(b, J, inv_j);
     if (rows < kTile || columns < kTile) std::memset(tile, 0, kTile * kTile * sizeof(T));
     for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
-    ops.scale_tile(tile, inv_i, inv_j, to && mirrored ? mirror : nullptr);
-    if (to) {
+    ops.scale_tile(tile, inv_i, inv_j, to.data && mirrored ? mirror : nullptr);
+    if (to.data) {
       for (int64_t i = 0; i < rows; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
       for (int64_t j = 0; j < columns && mirrored; ++j) {
-        std::memcpy(to + (J * kTile + j) * ld + I * kTile, mirror + j * kTile, rows * sizeof(T));
+        std::memcpy(to.data + (J * kTile + j) * to.ld + I * kTile, mirror + j * kTile, rows * sizeof(T));
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -120,14 +127,15 @@ struct CosineTiles {
     const bool diagonal = symmetric && I0 == J0;
     T* pa = memory.panels;
     T* pb = diagonal ? pa : pa + (I1 - I0) * panel_size();
-    const int64_t ld_tile = to ? ld : kBlockWidth;
+    const int64_t ld_tile = to.data ? to.ld : kBlockWidth;
     const auto for_each_tile = [&](const auto& f) {
       int64_t t = 0;
       for (int64_t I = I0; I < I1; ++I) {
         for (int64_t J = diagonal ? I : J0; J < J1; ++J, ++t) {
           if (t < lo || t >= hi) continue;
           f(I, J,
-            to ? to + I * kTile * ld + J * kTile : memory.block + (I - I0) * kTile * kBlockWidth + (J - J0) * kTile);
+            to.data ? to.data + I * kTile * to.ld + J * kTile
+                    : memory.block + ((I - I0) * kBlockWidth + (J - J0)) * kTile);
         }
       }
     };
@@ -157,7 +165,7 @@ struct CosineTiles {
   // This slot's equal share of all tiles, taken block by block.
   void run(int slot, int slots, TileMemory<T>& memory) const {
     const int64_t rows = panels_of(a.count), columns = panels_of(b.count);
-    const int64_t side = to && symmetric && rows <= kWholePanels ? rows : kBlockPanels;
+    const int64_t side = to.data && symmetric && rows <= kWholePanels ? rows : kBlockPanels;
     const Share share(symmetric ? rows * (rows + 1) / 2 : rows * columns, slot, slots);
     int64_t t = 0;  // tiles before this block
     for (int64_t I0 = 0; I0 < rows; I0 += side) {
@@ -286,10 +294,11 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
   });
   double magnitude = 0;
   if constexpr (sizeof(T) == 4) {
-    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, true, s, n, false}, crew, memory);
+    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, kSummed, {s, n, false}}, crew, memory);
     magnitude = add_sums(memory.of_slot, n, g);
   } else {
-    if (s) run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, true, false, s, n, false}, crew, memory);
+    if (s)
+      run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, !kSummed, {s, n, false}}, crew, memory);
     magnitude = plain_sums(keys, s, crew, memory, g);
   }
   const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
@@ -300,15 +309,16 @@ template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square) {
   const Side side{count, tokens};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, true, false, square, count, false}, crew, memory);
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, kSymmetric, !kSummed, {square, count, false}}, crew,
+               memory);
 }
 
 template <class T>
 void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows) {
   const Side some{count, tokens}, all{keys.n};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, false, false, rows, width_of(keys.n), true}, crew,
-               memory);
+  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, !kSymmetric, !kSummed, {rows, width_of(keys.n), true}},
+               crew, memory);
 }
 
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
