@@ -40,7 +40,7 @@ format: $(VENV)/linters ## format the code, and mend what the style check can me
 bench: $(VENV)/installed ## time the operators beside their baselines, 4 minutes
 	$(BENCH) $(ARGS)
 
-bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 12 minutes
+bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 6 minutes
 	$(BENCH) --sweeps --record $(ARGS)
 
 wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
