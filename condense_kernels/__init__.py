@@ -8,6 +8,7 @@ from .assign import assign
 from .greedy_select import greedy_select
 from .merge import merge
 from .select_and_merge import Condensed, condense, select_and_merge, split_budget, workspace_bytes
+from .select_and_merge_varlen import select_and_merge_varlen
 from .similarity import similarity
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "greedy_select",
     "merge",
     "select_and_merge",
+    "select_and_merge_varlen",
     "similarity",
     "split_budget",
     "workspace_bytes",

@@ -28,9 +28,18 @@ SCHEMAS = {
         " float spatial_weight=1.0) -> Tensor assignment"
     ),
     "merge": "(Tensor features, Tensor scores, Tensor indices, Tensor assignment) -> (Tensor merged, Tensor mass)",
+    "merge_backward": (
+        "(Tensor grad_merged, Tensor grad_mass, Tensor features, Tensor scores, Tensor merged, Tensor mass,"
+        " Tensor indices, Tensor assignment) -> (Tensor grad_features, Tensor grad_scores)"
+    ),
     "select_and_merge": (
         "(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, Tensor? keys=None,"
         " SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
+        " float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)"
+    ),
+    "select_and_merge_varlen": (
+        "(Tensor features, Tensor scores, Tensor cu_seqlens, Tensor cu_anchors, Tensor cu_background,"
+        " SymInt total_keep, SymInt max_seqlen, *, Tensor? keys=None, Tensor? positions=None, float suppression=1.0,"
         " float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)"
     ),
     "select_and_merge_out": (

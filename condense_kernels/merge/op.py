@@ -34,8 +34,41 @@ def on_triton(features, scores, indices, assignment):
     return launch(features, scores, indices, assignment)
 
 
+def check_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment) -> None:
+    check(features, scores, indices, assignment)
+    sizes = {**dict(zip("BND", features.shape, strict=True)), "K": indices.shape[1]}
+    wide = (compute_dtype(features, scores),)
+    check_tensor("grad_merged", grad_merged, "B K D", sizes, (features.dtype,), features)
+    check_tensor("grad_mass", grad_mass, "B K", sizes, wide, features)
+    check_tensor("merged", merged, "B K D", sizes, (features.dtype,), features)
+    check_tensor("mass", mass, "B K", sizes, wide, features)
+
+
+def fake_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment):
+    return features.new_empty(features.shape), scores.new_empty(scores.shape)
+
+
+def backward_on_reference(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment):
+    check_values("indices", indices, -1, features.shape[1])
+    check_values("assignment", assignment, -1, indices.shape[1])
+    grads = reference.merge_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)
+    return tuple(reference.rounded_once(grad, t.dtype) for grad, t in zip(grads, (features, scores), strict=True))
+
+
+def backward_on_triton(*args):
+    from .kernel import merge_backward as launch
+
+    return launch(*args)
+
+
 _library.register(
     "merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+)
+_library.register(
+    "merge_backward",
+    cpu_fallback=_backend.raw(check_backward, backward_on_reference),
+    cuda=_backend.raw(check_backward, backward_on_triton),
+    fake=fake_backward,
 )
 
 

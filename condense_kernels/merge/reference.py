@@ -35,3 +35,35 @@ def merge(
             else:
                 merged[b, k] = (a[b, members, None] * x[b, members]).sum(dim=0) / mass[b, k]  # Eq. 8
     return merged, mass
+
+
+def merge_backward(
+    grad_merged: torch.Tensor,  # [B, K, D]
+    grad_mass: torch.Tensor,  # [B, K]
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    merged: torch.Tensor,  # [B, K, D]
+    mass: torch.Tensor,  # [B, K]
+    indices: torch.Tensor,  # [B, K] int64, distinct, -1 = no such row
+    assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of features [B, N, D] fp64 and of scores [B, N] fp64.
+
+    d merged_k / d features_i = scores_i / mass_k, d merged_k / d scores_i = (features_i - merged_k) / mass_k and
+    d mass_k / d scores_i = 1 for the tokens i of row k. A row of zero mass is its kept token: 1 for that, else 0.
+    """
+    x, a = features.double(), scores.double()
+    grad_features, grad_scores = torch.zeros_like(x), torch.zeros_like(a)
+    for b in range(x.shape[0]):
+        for k, own in enumerate(indices[b].tolist()):
+            if own < 0:
+                continue
+            members = (assignment[b] == k).nonzero().flatten()
+            gradient, total = grad_merged[b, k].double(), mass[b, k].double()
+            grad_scores[b, members] = grad_mass[b, k].double()
+            if total == 0:
+                grad_features[b, own] += gradient
+            else:
+                grad_features[b, members] += a[b, members, None] / total * gradient
+                grad_scores[b, members] += ((x[b, members] - merged[b, k].double()) * gradient).sum(dim=-1) / total
+    return grad_features, grad_scores

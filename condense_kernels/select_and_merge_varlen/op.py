@@ -1,0 +1,134 @@
+import torch
+
+from .. import _backend, _library
+from .._checks import (
+    FLOATS,
+    INTEGERS,
+    MAX_TOKENS,
+    check_count,
+    check_not_empty,
+    check_tensor,
+    check_weight,
+)
+from ..select_and_merge import Condensed
+from ..select_and_merge import op as dense
+from ..similarity.op import compute_dtype
+from .reference import for_each_segment
+
+
+def check(
+    features,
+    scores,
+    cu_seqlens,
+    cu_anchors,
+    cu_background,
+    total_keep,
+    max_seqlen,
+    *,
+    keys=None,
+    positions=None,
+    suppression=1.0,
+    spatial_weight=1.0,
+) -> None:
+    sizes: dict[str, int] = {}
+    check_tensor("features", features, "T D", sizes, FLOATS)
+    check_not_empty("features", features, 1, "channel")
+    check_tensor("scores", scores, "T", sizes, FLOATS, features)
+    check_tensor("cu_seqlens", cu_seqlens, "S+1", sizes, (torch.int32,), features)
+    check_not_empty("cu_seqlens", cu_seqlens, 0, "offset")
+    check_tensor("cu_anchors", cu_anchors, "S+1", sizes, (torch.int32,), features)
+    check_tensor("cu_background", cu_background, "S+1", sizes, (torch.int32,), features)
+    check_count("total_keep", total_keep, 0, sizes["T"], f"T = {sizes['T']} tokens")
+    check_count("max_seqlen", max_seqlen, 0, MAX_TOKENS, "tokens of one image")
+    if keys is not None:
+        check_tensor("keys", keys, "T Dk", sizes, FLOATS, features)
+        check_not_empty("keys", keys, 1, "channel")
+    check_weight("suppression", suppression)
+    check_weight("spatial_weight", spatial_weight)
+    if positions is not None:
+        check_tensor("positions", positions, "T P", sizes, FLOATS + INTEGERS, features)
+        check_not_empty("positions", positions, 1, "coordinate")
+    elif spatial_weight != 0:
+        raise ValueError(
+            "positions: expected a tensor [T, P], as spatial_weight is not 0, got None. Remedy: "
+            "spatial_weight=0 for assignment by similarity alone."
+        )
+
+
+def fake(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, **_):
+    return (
+        features.new_empty((total_keep, features.shape[1])),
+        features.new_empty((total_keep,), dtype=torch.int64),
+        features.new_empty((features.shape[0],), dtype=torch.int64),
+        features.new_empty((total_keep,), dtype=compute_dtype(features, scores)),
+    )
+
+
+on_reference = for_each_segment(dense.on_reference)
+
+
+def on_triton(*args, **kwargs):
+    from .kernel import select_and_merge_varlen as launch
+
+    return launch(*args, **kwargs)
+
+
+_library.register(
+    "select_and_merge_varlen",
+    cpu_fallback=_backend.raw(check, on_reference),
+    cuda=_backend.raw(check, on_triton),
+    fake=fake,
+)
+
+
+def select_and_merge_varlen(
+    features: torch.Tensor,  # [T, D]
+    scores: torch.Tensor,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_anchors: torch.Tensor,  # [S + 1]
+    cu_background: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    keys: torch.Tensor | None = None,  # [T, Dk]
+    positions: torch.Tensor | None = None,  # [T, P]
+    suppression: float = 1.0,
+    spatial_weight: float = 1.0,
+    backend: str = "auto",
+) -> Condensed:
+    """Condense a packed batch: S images of any number of tokens, one after the other, each to its own budget.
+
+    Every segment gets the bits that :func:`select_and_merge` gives to it alone. The offsets stay on the device: no
+    call waits for it, and none can check them. Offsets that are wrong read and write nothing out of bounds.
+
+    Args:
+        features: [T, D] fp32, fp16, bf16 or fp64 (fp64 on CPU): the tokens of all segments.
+        scores: [T] floating, >= 0: importance.
+        cu_seqlens: [S + 1] int32 on the device of features: segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
+        cu_anchors, cu_background: [S + 1] int32, running sums too: how many of each kind segment s keeps, together at
+            most its tokens. Empty segments and segments that keep nothing are legal.
+        total_keep: int, (cu_anchors + cu_background)[S]: the rows of all segments.
+        max_seqlen: int, at least the tokens of the longest segment: sizes what is launched.
+        keys: [T, Dk] floating: what the cosine similarity is computed on. None: features.
+        positions: [T, P] coordinates of a float or signed integer dtype (or uint8), as each segment has its own. Required
+            unless spatial_weight is 0.
+        suppression, spatial_weight, backend: as in :func:`select_and_merge`.
+
+    Returns:
+        The named tuple of :func:`select_and_merge`, packed:
+        merged: [total_keep, D], dtype of features; the rows of segment s begin at (cu_anchors + cu_background)[s].
+        indices: [total_keep] int64 within the segment, ascending there.
+        assignment: [T] int64 within the segment's rows.
+        mass: [total_keep] fp32 (fp64 where features or scores are fp64).
+
+        A row for which there is no token is zeros with index -1 and mass 0. The tokens of a segment that keeps nothing,
+        or is longer than max_seqlen, have assignment -1.
+
+    Raises:
+        TypeError, ValueError: a wrong rank, shape, dtype, device, count, weight or backend, with the argument's name.
+    """
+    args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
+    options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
+    if not torch.compiler.is_compiling():
+        check(*args, **options)
+    return Condensed(*_backend.run("select_and_merge_varlen", backend, on_reference, on_triton, args, options))
