@@ -110,7 +110,7 @@ def select_and_merge_varlen(
         total_keep: int, (cu_anchors + cu_background)[S]: the rows of all segments.
         max_seqlen: int, at least the tokens of the longest segment: sizes what is launched.
         keys: [T, Dk] floating: what the cosine similarity is computed on. None: features.
-        positions: [T, P] coordinates of a float or signed integer dtype (or uint8), as each segment has its own. Required
+        positions: [T, P] coordinates of a float or signed integer dtype (or uint8), each segment's own. Required
             unless spatial_weight is 0.
         suppression, spatial_weight, backend: as in :func:`select_and_merge`.
 
