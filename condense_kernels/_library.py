@@ -93,6 +93,11 @@ def _check_schema(op: str) -> None:
         )
 
 
+@functools.cache
+def schema_of(op: str) -> torch.FunctionSchema:
+    return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
+
+
 def cpp_unavailable() -> str | None:
     """Why the compiled CPU kernels are not in use; None where they are."""
     return _load_error
@@ -102,12 +107,16 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
+def register_kernel(op: str, kernel: Callable, key: str) -> None:
+    """Give ``op`` a kernel at a dispatch key, unless the compiled library, or another copy of the package, has."""
+    if not _has_kernel(op, key):
+        _library.impl(op, kernel, key)
+
+
 def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable | None) -> None:
     """Give ``op`` its Triton kernel, its fake kernel and, without the compiled library, the reference on CPU."""
-    if not _has_kernel(op, "CPU"):
-        _library.impl(op, cpu_fallback, "CPU")
-    if not _has_kernel(op, "CUDA"):
-        _library.impl(op, cuda, "CUDA")
+    register_kernel(op, cpu_fallback, "CPU")
+    register_kernel(op, cuda, "CUDA")
     if fake is not None and not _has_kernel(op, "Meta"):
         torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=_library)
 

@@ -135,11 +135,17 @@ def test_positions_of_the_wrong_kind(positions, message):
 
 
 def test_no_gradient_is_lost_in_silence(backend):
+    """Where an operator has no derivatives: torch itself would return a result that does not require grad."""
     features = F.clone().requires_grad_()
-    with pytest.raises(ValueError, match=r"^select_and_merge has no gradients yet.*Remedy: .*torch.no_grad\(\)"):
-        ck.select_and_merge(features, S, 2, 1, grid=GRID, backend=backend)
+    out = ck.select_and_merge(F, S, 2, 1, grid=GRID)
+    with pytest.raises(ValueError, match=r"^similarity has no derivatives: .*Remedy: .*torch.no_grad\(\)"):
+        ck.similarity(features, backend=backend)
+    with pytest.raises(ValueError, match=r"^select_and_merge_out has no derivatives: it writes into tensors"):
+        ck.select_and_merge(features, S, 2, 1, grid=GRID, backend=backend, out=out)
+    with pytest.raises(RuntimeError, match=r"^similarity has no derivatives"):
+        torch.ops.condense.similarity(features)
     with torch.no_grad():
-        assert not ck.select_and_merge(features, S, 2, 1, grid=GRID, backend=backend).merged.requires_grad
+        assert not ck.similarity(features, backend=backend)[0].requires_grad
 
 
 def test_raw_operators_raise_runtime_errors_from_their_launchers_too():

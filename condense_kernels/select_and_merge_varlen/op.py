@@ -1,6 +1,6 @@
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import (
     FLOATS,
     INTEGERS,
@@ -73,12 +73,7 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
-_library.register(
-    "select_and_merge_varlen",
-    cpu_fallback=_backend.raw(check, on_reference),
-    cuda=_backend.raw(check, on_triton),
-    fake=fake,
-)
+_backend.register("select_and_merge_varlen", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def select_and_merge_varlen(
@@ -131,4 +126,4 @@ def select_and_merge_varlen(
     options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
     if not torch.compiler.is_compiling():
         check(*args, **options)
-    return Condensed(*_backend.run("select_and_merge_varlen", backend, on_reference, on_triton, args, options))
+    return Condensed(*_backend.run("select_and_merge_varlen", backend, args, options))
