@@ -59,9 +59,13 @@ def register(
     _vmap.register(op, _autograd.call_of(op))
 
 
-def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+
+
+def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+    check_backend(backend)
     reason = unavailable(backend, device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
