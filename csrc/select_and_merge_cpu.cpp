@@ -195,7 +195,7 @@ struct Call {
       : a(a),
         flagship(flagship_for(a.features, a.scores, a.keys)),
         first(a.image(0)),
-        schedule(a.B(), first.work()),
+        schedule(Schedule::for_batch(a.B(), first.work())),
         image_bytes(flagship.image_bytes(first, schedule.slots)) {}
 
   int64_t bytes() const { return schedule.at_a_time * image_bytes; }

@@ -166,11 +166,12 @@ struct Schedule {
   int slots;      // threads of an image
 
   // `work` is what an image costs, in multiply-adds.
-  Schedule(int64_t images, double work) {
+  static Schedule for_batch(int64_t images, double work) {
     const int64_t threads = torch::stable::get_num_threads();
-    const bool side_by_side = images % threads == 0 || images >= 4 * threads;
-    at_a_time = side_by_side ? slots_for(static_cast<double>(images) * work, images) : 1;
-    slots = side_by_side ? 1 : slots_for(work, threads);
+    if (images % threads == 0 || images >= 4 * threads) {
+      return {slots_for(static_cast<double>(images) * work, images), 1};
+    }
+    return {1, slots_for(work, threads)};
   }
 };
 
@@ -192,7 +193,7 @@ void for_each_image(int64_t images, const Schedule& schedule, const Workspace& w
 // The same for an operator of its own, f(image, pieces, crew): Pieces(memory, slots) takes what an image needs.
 template <class Pieces, class F>
 void for_each_image(int64_t images, double work, const Pieces& pieces, const F& f) {
-  const Schedule schedule(images, work);
+  const Schedule schedule = Schedule::for_batch(images, work);
   Memory count;
   pieces(count, schedule.slots);
   const Workspace workspace(schedule.at_a_time * count.taken());
