@@ -55,7 +55,6 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
     for (int64_t p = 0; p < num_axes; ++p) all = all && std::isfinite(places[p * n + i]);
     return all;
   };
-  std::vector<double> low(num_axes);
   double extent = 0;
   for (int64_t p = 0; p < num_axes; ++p) {
     double high = -std::numeric_limits<double>::infinity();

@@ -99,57 +99,77 @@ void clear_between(const std::vector<Segment>& segments, const Packed& packed) {
   packed.clear_rows(row, packed.total_keep);
 }
 
-// How segments share the threads. Giants go one after the other with all threads on each, the rest side by side.
-struct Turns {
-  int64_t giants = 0;
-  Schedule of_giants{1, 1}, of_rest{1, 1};
-
-  // `work` of every segment, largest first.
-  explicit Turns(const std::vector<double>& work) {
-    const int threads = torch::stable::get_num_threads();
-    const double total = std::accumulate(work.begin(), work.end(), 0.0);
-    std::vector<double> loads(threads);  // of the threads, had each of the large segments one of its own
-    double rest = total;
-    int64_t large = 0;
-    while (large < static_cast<int64_t>(work.size()) && work[large] > kFine * rest / threads) {
-      *std::min_element(loads.begin(), loads.end()) += work[large];
-      rest -= work[large++];
-    }
-    const double last = *std::max_element(loads.begin(), loads.end());
-    if (last > kUneven * total / threads) giants = large;
-    if (giants > 0) of_giants.slots = slots_for(work[0], threads);
-    if (of_giants.slots == 1) giants = 0;
-    of_rest.at_a_time = slots_for(giants > 0 ? rest : total, static_cast<int64_t>(work.size()) - giants);
-  }
-
- private:
-  static constexpr double kFine = 0.25;     // of a thread's share: what is smaller fills the gaps that others leave
-  static constexpr double kUneven = 1.125;  // a greedy loop has one thread: so much all threads on one segment may lose
+// Neighbouring segments [first, end) that one thread takes at once: a large one alone, or small ones, whose results
+// share cache lines.
+struct Turn {
+  int64_t first, end;
+  double work;
 };
 
-void condense_segments(std::vector<Segment>& segments, const Packed& packed, const Flagship& flagship) {
-  std::sort(segments.begin(), segments.end(),
-            [](const Segment& x, const Segment& y) { return x.num_tokens > y.num_tokens; });
-  std::vector<double> work;
-  work.reserve(segments.size());
-  for (const Segment& segment : segments) work.push_back(packed.image(segment).work());
-  const Turns turns(work);
-  const auto bytes_of = [&](int64_t from, int64_t to, int slots) {
+std::vector<Turn> turns_of(const std::vector<Segment>& segments, int64_t key_channels) {
+  const auto work_of = [&](const Segment& segment) {
+    return static_cast<double>(segment.num_tokens) * segment.num_tokens * key_channels;
+  };
+  double total = 0;
+  for (const Segment& segment : segments) total += work_of(segment);
+  const double most = std::min(kWorthAThread, total / (8.0 * torch::stable::get_num_threads()));
+  std::vector<Turn> turns;
+  for (size_t s = 0; s < segments.size(); ++s) {
+    const double work = work_of(segments[s]);
+    const auto at = static_cast<int64_t>(s);
+    if (turns.empty() || turns.back().work + work > most) turns.push_back({at, at, 0});
+    turns.back().end = at + 1;
+    turns.back().work += work;
+  }
+  std::sort(turns.begin(), turns.end(), [](const Turn& x, const Turn& y) { return x.work > y.work; });
+  return turns;
+}
+
+// How many turns, the largest, go one after the other with all threads on each, as side by side they would leave
+// threads idle. `turns` are sorted, largest first.
+int64_t count_giants(const std::vector<Turn>& turns, double total) {
+  constexpr double kFine = 0.25;     // of a thread's share: what is smaller fills the gaps that others leave
+  constexpr double kUneven = 1.125;  // idle threads may cost that much: a greedy loop, too, leaves all but one idle
+  const int threads = torch::stable::get_num_threads();
+  std::vector<double> loads(threads);  // of the threads, when large turns go side by side
+  double rest = total;
+  int64_t large = 0;
+  while (large < static_cast<int64_t>(turns.size()) && turns[large].work > kFine * rest / threads) {
+    *std::min_element(loads.begin(), loads.end()) += turns[large].work;
+    rest -= turns[large++].work;
+  }
+  return *std::max_element(loads.begin(), loads.end()) > kUneven * total / threads ? large : 0;
+}
+
+void condense_segments(const std::vector<Segment>& segments, const Packed& packed, const Flagship& flagship) {
+  const std::vector<Turn> turns = turns_of(segments, packed.tokens.keys.d);
+  const auto work_from = [&](int64_t first) {
+    return std::accumulate(turns.begin() + first, turns.end(), 0.0, [](double w, const Turn& t) { return w + t.work; });
+  };
+  const auto most_bytes = [&](int64_t from, int64_t to, int slots) {
     int64_t most = 0;
-    for (int64_t i = from; i < to; ++i) most = std::max(most, flagship.image_bytes(packed.image(segments[i]), slots));
+    for (int64_t t = from; t < to; ++t) {
+      for (int64_t s = turns[t].first; s < turns[t].end; ++s) {
+        most = std::max(most, flagship.image_bytes(packed.image(segments[s]), slots));
+      }
+    }
     return most;
   };
-  const auto count = static_cast<int64_t>(segments.size());
-  const int64_t giant_bytes = bytes_of(0, turns.giants, turns.of_giants.slots);
-  const int64_t rest_bytes = bytes_of(turns.giants, count, 1);
-  const Workspace workspace(std::max(giant_bytes, turns.of_rest.at_a_time * rest_bytes));
-  const auto condense = [&](const Segment& segment, Memory memory, Crew& crew) {
-    flagship.condense_image(packed.image(segment), packed.results_of(segment), memory, crew);
+  const auto count = static_cast<int64_t>(turns.size());
+  const int64_t giants = count_giants(turns, work_from(0));
+  const Schedule of_giants{1, slots_for(turns[0].work, torch::stable::get_num_threads())},
+      of_rest{slots_for(work_from(giants), count - giants), 1};
+  const int64_t giant_bytes = most_bytes(0, giants, of_giants.slots), rest_bytes = most_bytes(giants, count, 1);
+  const Workspace workspace(std::max(giant_bytes, of_rest.at_a_time * rest_bytes));
+  const auto take = [&](const Turn& turn, Memory memory, Crew& crew) {
+    for (int64_t s = turn.first; s < turn.end; ++s) {
+      flagship.condense_image(packed.image(segments[s]), packed.results_of(segments[s]), memory, crew);
+    }
   };
-  for_each_image(turns.giants, turns.of_giants, workspace, giant_bytes,
-                 [&](int64_t i, Memory memory, Crew& crew) { condense(segments[i], memory, crew); });
-  for_each_image(count - turns.giants, turns.of_rest, workspace, rest_bytes,
-                 [&](int64_t i, Memory memory, Crew& crew) { condense(segments[turns.giants + i], memory, crew); });
+  for_each_image(giants, of_giants, workspace, giant_bytes,
+                 [&](int64_t t, Memory memory, Crew& crew) { take(turns[t], memory, crew); });
+  for_each_image(count - giants, of_rest, workspace, rest_bytes,
+                 [&](int64_t t, Memory memory, Crew& crew) { take(turns[giants + t], memory, crew); });
 }
 
 void check_arguments(const Tensor& features, const Tensor& scores, const Tensor& cu_seqlens, const Tensor& cu_anchors,
@@ -212,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor&
                       total_keep,
                       D * static_cast<int64_t>(merged.element_size()),
                       static_cast<int64_t>(mass.element_size())};
-  std::vector<Segment> segments = segments_of(cu_seqlens, cu_anchors, cu_background, T, total_keep, max_seqlen);
+  const std::vector<Segment> segments = segments_of(cu_seqlens, cu_anchors, cu_background, T, total_keep, max_seqlen);
   clear_between(segments, packed);
   if (!segments.empty()) condense_segments(segments, packed, flagship_for(features, scores, k));
   return {merged, indices, assignment, mass};

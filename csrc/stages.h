@@ -65,7 +65,8 @@ template <class T>
 struct SimilarityMemory {
   SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored);
   KeyFactors<T> factors;
-  std::vector<TileMemory<T>> of_slot;
+  TileMemory<T>* of_slot;
+  int slots;
   double* sums;  // [n] fp64 alone
   T* strip;      // [kTile, width_of(n)] fp64 alone, where s is not stored
 };
@@ -120,13 +121,14 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
 template <class T>
 struct Layout {
   Layout(Memory& memory, int64_t n, int64_t num_axes)
-      : positions(memory.take<T>(num_axes * n)), num_axes(num_axes), factor(0) {}
+      : positions(memory.take<T>(num_axes * n)), low(memory.take<double>(num_axes)), num_axes(num_axes), factor(0) {}
   // Row-major grid of num_axes sizes, whose product is n.
   void set_grid(const int64_t* grid, int64_t n, const int8_t* tier, double spatial_weight);
   // places [num_axes, n].
   void set_positions(const double* places, int64_t n, const int8_t* tier, double spatial_weight);
 
   T* positions;
+  double* low;       // [num_axes] the lowest position along each
   int64_t num_axes;  // 0: no distance
   T factor;
 };
