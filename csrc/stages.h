@@ -30,6 +30,14 @@ struct Rows {
   }
 };
 
+// Row i as numbers of type T: in its place if they are, else converted into `to`.
+template <class T>
+const T* row_as(const Rows& rows, int64_t i, T* to) {
+  if (rows.stride_d == 1 && rows.element_size() == sizeof(T)) return static_cast<const T*>(rows.at(i, 0));
+  row_ops<T>().load_row(rows.at(i, 0), rows.dtype, rows.stride_d, rows.d, T{1}, to);
+  return to;
+}
+
 // Two factors whose product is 2^-e, where 2^e is the smallest power of two above magnitude (frexp's e): 2^-e itself
 // may not be representable.
 template <class T>
@@ -148,6 +156,9 @@ struct AssignMemory {
 template <class T>
 void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& layout, int64_t n, int64_t k, Crew& crew,
                   const AssignMemory<T>& memory, int64_t* assignment);
+
+// Sorts the tokens by row: those of row r become members[first[r], first[r + 1]), in token order. first is [k + 2].
+void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members);
 
 template <class T>
 struct MergeMemory {
