@@ -50,18 +50,15 @@ struct Gradient {
 template <class T>
 struct TokenGradient {
   TokenGradient(const Gradient<T>& image, const int64_t* copy, T* rows)
-      : image(image), copy(copy), x(rows), mean(x + D()), slope(mean + D()), dx(slope + D()), added(dx + D()) {}
+      : image(image), copy(copy), x(rows), mean(x + D()), slope(mean + D()), narrow(slope + D()), added(narrow + D()) {}
 
   int64_t D() const { return image.features.d; }
 
-  void store(int64_t i, double grad_score) const {
-    const RowOps<double>& wide = row_ops<double>();
-    wide.store_row(&grad_score, image.scores_dtype, 1, image.grad_scores + i * image.scores_size);
-    ops.store_row(dx, image.features.dtype, D(), image.grad_features + i * D() * image.features.element_size());
-  }
-
   // Token i of row r, which is -1 for a token of none.
   void compute(int64_t i, int64_t r) {
+    char* out = image.grad_features + i * D() * image.features.element_size();
+    const bool in_place = image.features.element_size() == sizeof(T);
+    T* dx = in_place ? reinterpret_cast<T*>(out) : narrow;
     double grad_score = image.is_row(r) ? image.grad_mass[r] : T{0};
     if (image.is_row(r) && image.mass[r] != 0) {
       if (r != loaded) {
@@ -76,13 +73,14 @@ struct TokenGradient {
       std::fill(dx, dx + D(), T{0});
     }
     if (copy[i] >= 0) ops.accumulate_row(row_as(image.grad_merged, copy[i], added), T{1}, D(), dx);
-    store(i, grad_score);
+    if (!in_place) ops.store_row(dx, image.features.dtype, D(), out);
+    row_ops<double>().store_row(&grad_score, image.scores_dtype, 1, image.grad_scores + i * image.scores_size);
   }
 
   const RowOps<T>& ops = row_ops<T>();
   const Gradient<T>& image;
   const int64_t* copy;
-  T *x, *mean, *slope, *dx, *added;  // [D] each
+  T *x, *mean, *slope, *narrow, *added;  // [D] each
   const T *row_mean = nullptr, *row_slope = nullptr;
   int64_t loaded = -1;
 };
