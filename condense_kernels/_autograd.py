@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from . import _library, _vmap
 from ._library import schema_of
+from .tokens import over_all_segments
 
 
 def flatten(op: str, args: Sequence, kwargs: dict) -> list:
@@ -70,17 +71,9 @@ OFFSETS = ("cu_seqlens", "cu_anchors", "cu_background")
 def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) -> tuple[torch.Tensor, ...]:
     """features [1, T, D], scores [1, T], merged [1, total_keep, D], ...: no value is read by the host."""
     cu_seqlens, cu_anchors, cu_background = offsets
-    starts = cu_seqlens.clamp(0, features.shape[0])  # of segments, in tokens
-    firsts = (cu_anchors.long() + cu_background).clamp(0, merged.shape[0])  # in rows
-
-    def over_all(within: torch.Tensor, own: torch.Tensor, other: torch.Tensor, limit: int) -> torch.Tensor:
-        place = torch.arange(within.shape[0], dtype=own.dtype, device=own.device)
-        segment = torch.bucketize(place, own, right=True).sub(1).clamp(min=0)
-        total = within + other[segment]
-        return torch.where((within >= 0) & (total < limit), total, -1)
-
-    tokens = over_all(indices, firsts, starts, features.shape[0])
-    rows = over_all(assignment, starts, firsts, merged.shape[0])
+    cu_kept = cu_anchors.long() + cu_background
+    tokens = over_all_segments(indices, cu_kept, cu_seqlens, features.shape[0])
+    rows = over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[0])
     return tuple(t[None] for t in (features, scores, merged, mass, tokens, rows))
 
 

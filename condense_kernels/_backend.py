@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _autograd, _library, _vmap
+from . import _autograd, _debug, _library, _vmap
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 KERNELS: dict[str, dict[str, Callable]] = {}  # of an operator, by backend, where they are Python functions
@@ -59,9 +59,13 @@ def register(
     _vmap.register(op, _autograd.call_of(op))
 
 
-def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+
+
+def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+    check_backend(backend)
     reason = unavailable(backend, device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
@@ -79,6 +83,8 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
     kernel = kernel_of(op, backend, args[0].device)
     if torch.compiler.is_compiling():
         return kernel(*args, **kwargs)
+    if _debug.is_on():
+        kernel = _debug.checked(op, kernel)
     if torch._C._are_functorch_transforms_active() or _autograd.concerned(op, args):
         backward = kernel_of("merge_backward", backend, args[0].device)
         return _autograd.differentiate(_autograd.Call(op, kernel, backward), *_autograd.flatten(op, args, kwargs))
