@@ -37,13 +37,13 @@ def on_shards(op: str, kernel: Callable) -> Callable:
     Along each axis of the mesh the arguments are sharded by images, Shard(0), where one of them is, and replicated
     otherwise. Those that are placed in another way are redistributed. The results are placed like the arguments.
     """
-    names = [argument.name for argument in _library.schema_of(op).arguments]
 
     def run(*args, **kwargs):
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        if not any(isinstance(value, DTensor) for value in (*args, *kwargs.values())):
             return kernel(*args, **kwargs)
+        positional = [argument.name for argument in _library.schema_of(op).arguments[: len(args)]]
+        arguments = dict(zip(positional, args, strict=True)) | kwargs
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         shared = {name for name, t in tensors.items() if name == "positions" and t.dim() == 2}  # [N, P], no batch axis
         check(op, tensors, shared)
         first = next(iter(tensors.values()))  # [B, ...], as all others but shared
@@ -60,8 +60,8 @@ def on_shards(op: str, kernel: Callable) -> Callable:
             for name, tensor in tensors.items():
                 placements = everywhere if name in shared else by_image
                 arguments[name] = tensor.redistribute(placements=placements).to_local()
-            results = _vmap.listed(kernel(**arguments))
-            return _vmap.as_returned(op, tuple(map(as_dtensor, results)))
+            results = kernel(*(arguments[name] for name in positional), **{name: arguments[name] for name in kwargs})
+            return _vmap.as_returned(op, tuple(map(as_dtensor, _vmap.listed(results))))
 
     return run
 
