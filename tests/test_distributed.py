@@ -4,8 +4,11 @@ Starting the two takes seconds, so one pair runs all cases: functions of a mesh,
 come back as text.
 """
 
+import argparse
+import dataclasses
 import datetime
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,18 +16,21 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
 import condense_kernels as ck
 import condense_kernels.distributed
 from condense_kernels.testing import assert_same_bits, make_inputs
 
 OPS = torch.ops.condense
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 WORLD_SIZE = 2
 SECONDS = 120  # for all cases, of which some 10 are needed
 CASES = {}
@@ -246,6 +252,24 @@ def gradients_of_what_was_gathered(mesh):
     assert_same_bits(leaf.grad.full_tensor(), whole.grad)
 
 
+@case(backend="reference")
+@case(backend="triton")
+def backends_that_are_asked_for(mesh, backend):
+    """Each rank runs it on its own images, in backward as well."""
+    inputs = make_inputs("keys", batch=3, num_tokens=12, channels=5)
+    features = distribute_tensor(inputs.features, mesh, [Shard(0)]).requires_grad_()
+    scores, keys = (distribute_tensor(t, mesh, [Shard(0)]) for t in (inputs.scores, inputs.keys))
+    out = ck.select_and_merge(features, scores, *inputs.args[2:], keys=keys, grid=inputs.grid, backend=backend)
+    whole = dataclasses.replace(inputs, features=inputs.features.clone().requires_grad_())
+    expected = whole.run(backend)
+    for got, wanted in zip(out, expected, strict=True):
+        assert got.placements == (Shard(0),)
+        assert_same_bits(got.full_tensor(), wanted)
+    out.merged.sum().backward()
+    expected.merged.sum().backward()
+    assert_same_bits(features.grad.full_tensor(), whole.features.grad)
+
+
 @case
 def compiled(mesh):
     """With gradients, and with another batch than the first."""
@@ -282,6 +306,18 @@ def sharded_parameters_are_none_of_its_business(mesh):
     loss(alone, slice(None)).backward()
     loss(sharded, mine).backward()
     torch.testing.assert_close(sharded.weight.grad.full_tensor(), alone.weight.grad)
+
+
+@case
+def sequence_parallelism(mesh):
+    """As docs/distributed.md has it: each rank brings its tokens of all images, and condenses its images."""
+    features, scores = make_inputs(batch=3, num_tokens=12).args[:2]
+    plan = PrepareModuleInput(input_layouts=(Shard(1), Shard(1)), desired_input_layouts=(Shard(0), Shard(0)))
+    layer = parallelize_module(ck.Condense(3, 1, grid=(3, 4)), mesh, plan)
+    mine = slice(6 * dist.get_rank(), 6 * dist.get_rank() + 6)
+    out = layer(features[:, mine], scores[:, mine])
+    assert out.merged.placements == (Shard(0),)
+    assert_same_bits(out.merged.full_tensor(), ck.select_and_merge(features, scores, 3, 1, grid=(3, 4)).merged)
 
 
 def refusals(mesh) -> dict:
@@ -345,10 +381,89 @@ def ranks_outside_of_the_mesh_are_told(mesh):
         OPS.similarity(keys)
 
 
-def test_the_package_does_not_import_dtensor():
-    """It takes half a second."""
-    code = "import sys, condense_kernels; sys.exit('torch.distributed.tensor' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("call", ["condense_kernels.merge", "torch.ops.condense.merge"])
+def test_rules_come_in_by_themselves(call, tmp_path):
+    """Where DTensor is imported after the package, which itself does not: that takes half a second."""
+    code = f"""if True:
+        import sys, torch, condense_kernels
+        assert "torch.distributed.tensor" not in sys.modules
+        from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+        torch.distributed.init_process_group("gloo", "file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        mesh = DeviceMesh("cpu", [0])
+        rows = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
+        tensors = torch.rand(2, 6, 3), torch.rand(2, 6), torch.tensor([[1, 4]] * 2), rows
+        merged, _ = {call}(*(DTensor.from_local(t, mesh, [Shard(0)]) for t in tensors))
+        assert torch.equal(merged.to_local(), condense_kernels.merge(*tensors)[0])
+        torch.distributed.destroy_process_group()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(*command, **environment) -> str:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def one_thread():
+    """As in the examples' processes: the convolution's bits may depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_torchrun_example(tmp_path, one_thread):
+    """A run that was stopped after shard 0: the two ranks share the other three, and leave that one alone."""
+    example = load_example("condense_dataset_torchrun")
+    args = argparse.Namespace(output=tmp_path, images=26, shard_size=8, keep=9)
+    example.check_settings(args)
+    (tmp_path / "shard-000000.npz").write_text("done before")
+    said = run_script(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
+        *(example.__file__, tmp_path, "--images", 26, "--shard-size", 8, "--keep", 9),
+    )
+    done = [f"rank {rank}: shard-00000{shard}.npz" for rank, shard in ((0, 2), (1, 1), (1, 3))]
+    assert sorted(line for line in said.splitlines() if line.startswith("rank")) == done
+    assert (tmp_path / "shard-000000.npz").read_text() == "done before"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [shard["first_image"] for shard in manifest] == [0, 8, 16, 24]
+    for shard in manifest[1:]:
+        first = shard["first_image"]
+        with torch.inference_mode():
+            expected = example.condense(example.load(range(first, min(first + 8, 26))), example.Encoder(), keep=9)
+        with numpy.load(tmp_path / shard["file"]) as arrays:
+            assert set(arrays) == {"merged", "indices"}
+            assert all(numpy.array_equal(arrays[name], expected[name]) for name in arrays)
+    args.keep = 10
+    with pytest.raises(SystemExit, match=r"settings.json is of another run: .* Remedy: another folder"):
+        example.check_settings(args)
+
+
+@pytest.mark.slow
+def test_ray_example(tmp_path, one_thread):
+    """Every image once, and condensed as here."""
+    import pyarrow.parquet
+
+    example = load_example("condense_dataset_ray")
+    run_script(example.__file__, tmp_path, "--images", 26, "--batch-size", 8, "--keep", 9, RAY_AUTH_MODE="disabled")
+    rows = [row for path in tmp_path.glob("*.parquet") for row in pyarrow.parquet.read_table(path).to_pylist()]
+    assert sorted(row["id"] for row in rows) == [*range(26)]
+    expected = example.Condenser(keep=9)(example.load({"id": numpy.array([row["id"] for row in rows])}))
+    assert [row["indices"] for row in rows] == expected["indices"].tolist()
+    assert numpy.array_equal([row["merged"] for row in rows], expected["merged"].reshape(26, -1))
 
 
 if __name__ == "__main__":
