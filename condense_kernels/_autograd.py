@@ -161,12 +161,15 @@ class Merge(Operator):
         saved = [named[name] for name in (*MERGE, *OFFSETS) if name in named]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)  # torch makes plain zeros of them, also beside DTensors
         ctx.call = call
 
     @staticmethod
     def backward(ctx, *gradients):
-        grads = gradients[0], gradients[-1]  # of merged and mass, the others have none
         packed = len(ctx.saved_tensors) > len(MERGE)
+        results = ctx.saved_tensors[2:4]  # merged, mass; the others have no gradient
+        grads = (gradients[0], gradients[-1])
+        grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
         features, scores, *rest = as_one_image(*ctx.saved_tensors) if packed else ctx.saved_tensors
         if packed:
             grads = tuple(grad[None] for grad in grads)
@@ -275,6 +278,7 @@ def register(op: str) -> None:
     """The raw operator at the dispatcher's Autograd key."""
 
     def kernel(*args, **kwargs):
+        _library.sharding()
         if not concerned(op, args):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)

@@ -85,8 +85,9 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         return kernel(*args, **kwargs)
     if _debug.is_on():
         kernel = _debug.checked(op, kernel)
+    kernel = _library.on_shards(op, kernel)
     if torch._C._are_functorch_transforms_active() or _autograd.concerned(op, args):
-        backward = kernel_of("merge_backward", backend, args[0].device)
+        backward = _library.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
         return _autograd.differentiate(_autograd.Call(op, kernel, backward), *_autograd.flatten(op, args, kwargs))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(*args, **kwargs)

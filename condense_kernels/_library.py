@@ -7,8 +7,10 @@ schemas are defined here and the reference serves CPU tensors, with one warning.
 import functools
 import importlib.resources
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -96,6 +98,23 @@ def _check_schema(op: str) -> None:
 @functools.cache
 def schema_of(op: str) -> torch.FunctionSchema:
     return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
+
+
+def sharding() -> ModuleType | None:
+    """condense_kernels.distributed, whose import puts in the rules for DTensors; None while there can be no DTensor.
+
+    torch.distributed.tensor takes half a second to import, so it has to be somebody else who wants it.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from . import distributed
+
+    return distributed
+
+
+def on_shards(op: str, kernel: Callable) -> Callable:
+    """``kernel`` of ``op``, also for DTensors."""
+    return kernel if sharding() is None else sharding().on_shards(op, kernel)
 
 
 def cpp_unavailable() -> str | None:
