@@ -88,6 +88,15 @@ def test_gradcheck_with_rows_of_every_kind(cpp):
     assert features.grad[0, [1, 4]].eq(0).all()
 
 
+def test_gradcheck_without_rows(cpp):
+    """Nothing is kept: gradients, and theirs, are zeros."""
+    offsets = [torch.tensor([0, n], dtype=torch.int32) for n in (24, 0, 0)]
+    features = F.reshape(24, -1).clone().requires_grad_()
+    out = ck.select_and_merge_varlen(features, S.reshape(24), *offsets, 0, 24, spatial_weight=0.0)
+    gradient = torch.autograd.grad(out.merged.sum() + out.mass.sum(), features, create_graph=True)[0]
+    assert gradient.eq(0).all() and torch.autograd.grad(gradient.sum(), features)[0].eq(0).all()
+
+
 def loss(call):
     def of(features, scores):
         rows, mass = call(features, scores)
