@@ -23,6 +23,13 @@ def flatten(op: str, args: Sequence, kwargs: dict) -> list:
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
 
+def unflatten(op: str, values: Sequence) -> tuple[list, dict]:
+    """Positional and keyword arguments, of all in the schema's order."""
+    arguments = schema_of(op).arguments
+    positional = [value for a, value in zip(arguments, values, strict=True) if not a.kwarg_only]
+    return positional, {a.name: value for a, value in zip(arguments, values, strict=True) if a.kwarg_only}
+
+
 @dataclass(frozen=True)
 class Call:
     """An operator on one backend: what autograd.Function runs in forward and in backward."""
@@ -32,9 +39,7 @@ class Call:
     backward: Callable  # the kernel of merge_backward
 
     def __call__(self, *values):
-        arguments = schema_of(self.op).arguments
-        positional = [value for a, value in zip(arguments, values, strict=True) if not a.kwarg_only]
-        keywords = {a.name: value for a, value in zip(arguments, values, strict=True) if a.kwarg_only}
+        positional, keywords = unflatten(self.op, values)
         with torch._C._AutoDispatchBelowAutograd():
             return self.kernel(*positional, **keywords)
 
@@ -47,6 +52,12 @@ class Call:
 def call_of(op: str) -> Call:
     """The registered operator, by device."""
     return Call(op, getattr(torch.ops.condense, op).default, torch.ops.condense.merge_backward.default)
+
+
+def dispatch(op: str, *values):
+    """The raw operator with everything that torch's dispatcher adds, derivatives among it."""
+    positional, keywords = unflatten(op, values)
+    return getattr(torch.ops.condense, op).default(*positional, **keywords)
 
 
 def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
