@@ -159,16 +159,18 @@ def _load_file(path: Path) -> str | None:
 
 def _is_cut_off(path: Path) -> bool:
     """Whether the file ends before the last byte that would be mapped. The loader does not ask: SIGBUS."""
+    segment = struct.Struct("<IIQQQQQQ")  # of an ELF file of 64 bits: type, flags, offset, two addresses, size, ...
     with open(path, "rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-            return False  # no ELF file of 64 bits, lowest byte first: the loader says what is wrong
-        start, (size, count) = struct.unpack_from("<Q", header, 32)[0], struct.unpack_from("<HH", header, 54)
+            return False  # no such file: the loader says what is wrong
+        (start,), (count,) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<H", header, 56)
         file.seek(start)
-        segments = file.read(size * count)
-    if len(segments) < size * count:
+        table = file.read(segment.size * count)
+    if len(table) < segment.size * count:
         return True
-    return path.stat().st_size < max(s[2] + s[5] for s in struct.iter_unpack("<IIQQQQQQ", segments))
+    ends = [offset + size for _, _, offset, _, _, size, _, _ in segment.iter_unpack(table)]
+    return path.stat().st_size < max(ends, default=0)
 
 
 def _check_schemas() -> None:
