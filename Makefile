@@ -12,6 +12,7 @@ COMPAT_PIP_ARGS ?= $(wordlist 2,$(words $(TORCH)),$(TORCH))
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
+RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
@@ -20,7 +21,7 @@ COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench bench-results wheel compat clean force
+.PHONY: help demo test test-full lint format bench bench-results wheel compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -29,6 +30,9 @@ demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
 	$(RUN) -m condense_kernels demo $(ARGS)
 
 test: $(VENV)/installed ## run the tests
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/installed $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(VENV)/linters ## check style and formatting (needs no torch)
@@ -86,6 +90,11 @@ $(VENV)/installed: $(VENV)/torch $(CPP) setup.py pyproject.toml condense_kernels
 	    echo "WARNING: the C++ kernels are not built, CPU tensors run on the slow reference." >&2; \
 	    echo "To see why, or once g++ is installed: make clean, then CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS)" >&2; \
 	fi
+	@touch $@
+
+$(VENV)/ray: $(VENV)/installed pyproject.toml
+	@echo "installing "$(RAY)
+	@$(PIP) install --quiet $(RAY)
 	@touch $@
 
 $(VENV)/linters: $(VENV)/created pyproject.toml

@@ -1,13 +1,14 @@
-"""Which kernel a Python call runs: "auto", "cpp", "triton" or "reference"."""
+"""What an operator is made of, and which kernel a call of its Python function runs."""
 
 import functools
 from collections.abc import Callable
 
 import torch
 
-from . import _library
+from . import _autograd, _debug, _library, _vmap
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
+KERNELS: dict[str, dict[str, Callable]] = {}  # of an operator, by backend, where they are Python functions
 
 
 def triton_interprets() -> bool:
@@ -39,26 +40,57 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def run(
-    op: str, backend: str, reference: Callable, triton: Callable, args: tuple, kwargs: dict, differentiable: bool = True
-):
-    """Run operator ``op``; ``reference`` and ``triton`` are the same operator on those backends."""
+def register(
+    op: str,
+    *,
+    check: Callable,  # raises TypeError or ValueError
+    reference: Callable,
+    triton: Callable,
+    fake: Callable | None,  # None: returns no tensor, so there is nothing to trace
+    no_derivatives: str | None = None,  # why
+) -> None:
+    """Everything of an operator but its C++ kernel, which registers itself."""
+    KERNELS[op] = {"reference": reference, "triton": triton}
+    _library.register(op, cpu_fallback=raw(check, reference), cuda=raw(check, triton), fake=fake)
+    if no_derivatives is not None:
+        _autograd.NO_DERIVATIVES[op] = no_derivatives
+    if op in _autograd.FUNCTIONS or op in _autograd.NO_DERIVATIVES:
+        _autograd.register(op)
+    _vmap.register(op, _autograd.call_of(op))
+
+
+def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-    reason = unavailable(backend, args[0].device)
+
+
+def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+    check_backend(backend)
+    reason = unavailable(backend, device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if differentiable and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            f"{op.removesuffix('_out')} has no gradients yet, and an argument requires grad. Remedy: call it under "
-            "torch.no_grad(), or pass tensor.detach()."
-        )
-    if backend == "reference":
-        return reference(*args, **kwargs)
-    if backend == "triton" and args[0].device.type == "cpu":
-        return triton(*args, **kwargs)
-    return getattr(torch.ops.condense, op)(*args, **kwargs)
+    if backend == "reference" or (backend == "triton" and device.type == "cpu"):
+        return KERNELS[op][backend]
+    return getattr(torch.ops.condense, op).default
+
+
+def run(op: str, backend: str, args: tuple, kwargs: dict):
+    """Run ``op``.
+
+    Derivatives and transforms are seen to here, not in the dispatcher: that is what torch.func can nest, it serves
+    every backend, and a call that needs neither is spared the way through Python a second time.
+    """
+    kernel = kernel_of(op, backend, args[0].device)
+    if torch.compiler.is_compiling():
+        return kernel(*args, **kwargs)
+    if _debug.is_on():
+        kernel = _debug.checked(op, kernel)
+    kernel = _library.on_shards(op, kernel)
+    if torch._C._are_functorch_transforms_active() or _autograd.concerned(op, args):
+        backward = _library.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
+        return _autograd.differentiate(_autograd.Call(op, kernel, backward), *_autograd.flatten(op, args, kwargs))
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(*args, **kwargs)
 
 
 def raw(check: Callable, kernel: Callable) -> Callable:

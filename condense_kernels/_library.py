@@ -11,10 +11,12 @@ import functools
 import importlib.resources
 import os
 import struct
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from ._version import __version__
 
@@ -194,6 +196,28 @@ def _check_schemas() -> None:
     )
 
 
+@functools.cache
+def schema_of(op: str) -> torch.FunctionSchema:
+    return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
+
+
+def sharding() -> ModuleType | None:
+    """condense_kernels.distributed, whose import puts in the rules for DTensors; None while there can be no DTensor.
+
+    torch.distributed.tensor takes half a second to import, so it has to be somebody else who wants it.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from . import distributed
+
+    return distributed
+
+
+def on_shards(op: str, kernel: Callable) -> Callable:
+    """``kernel`` of ``op``, also for DTensors."""
+    return kernel if sharding() is None else sharding().on_shards(op, kernel)
+
+
 def cpp_unavailable() -> str | None:
     """Why the compiled CPU kernels are not in use; None where they are."""
     return _owner.cpp_unavailable
@@ -208,12 +232,16 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
+def register_kernel(op: str, kernel: Callable, key: str) -> None:
+    """Give ``op`` a kernel at a dispatch key, unless the compiled library, or another copy of the package, has."""
+    if not _has_kernel(op, key):
+        _library.impl(op, kernel, key)
+
+
 def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable | None) -> None:
     """Give ``op`` its Triton kernel, its fake kernel and, without the compiled library, the reference on CPU."""
-    if not _has_kernel(op, "CPU"):
-        _library.impl(op, cpu_fallback, "CPU")
-    if not _has_kernel(op, "CUDA"):
-        _library.impl(op, cuda, "CUDA")
+    register_kernel(op, cpu_fallback, "CPU")
+    register_kernel(op, cuda, "CUDA")
     if fake is not None and not _has_kernel(op, "Meta"):
         torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=_library)
 

@@ -41,6 +41,25 @@ CALLS = [
     ("select_and_merge", (PERMUTED.bfloat16(), INPUTS.scores, 0, 12), {"spatial_weight": 0.0}),
     ("select_and_merge_out", INPUTS.args, {**INPUTS.options, **OUT, "workspace": WORKSPACE}),
 ]
+CU = [torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 24], [0, 2, 2, 5], [0, 1, 1, 2])]
+PACKED = (INPUTS.features.flatten(0, 1), INPUTS.scores.flatten(), *CU, 7, 19)
+GRADS = torch.rand_like(OUT["merged"]), torch.rand_like(OUT["mass"])
+CALLS += [
+    ("merge_backward", (*GRADS, *INPUTS.args[:2], OUT["merged"], OUT["mass"], KEPT, ROWS), {}),
+    ("merge_backward", (GRADS[0].bfloat16().expand(2, -1, -1), GRADS[1], PERMUTED.bfloat16(), INPUTS.scores.half(),
+                        OUT["merged"].bfloat16(), OUT["mass"], KEPT, ROWS), {}),
+    ("select_and_merge_varlen", PACKED, {"positions": torch.rand(24, 2), "suppression": 0.5}),
+    ("select_and_merge_varlen", (PERMUTED.flatten(0, 1).bfloat16(), *PACKED[1:]), {"spatial_weight": 0.0}),
+]  # fmt: skip
+# With gradients: what opcheck traces then is forward and backward.
+CALLS += [
+    (op, tuple(a.clone().requires_grad_() if i < 2 else a for i, a in enumerate(args)), options)
+    for op, args, options in (
+        ("merge", (*INPUTS.args[:2], KEPT, ROWS), {}),
+        ("select_and_merge", INPUTS.args, INPUTS.options),
+        ("select_and_merge_varlen", PACKED, {"spatial_weight": 0.0}),
+    )
+]
 CALL_IDS = [f"{i}-{call[0]}" for i, call in enumerate(CALLS)]
 
 

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import check_tensor, check_values, check_weight, check_where
 from . import reference
 
@@ -32,9 +32,7 @@ def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weigh
     return launch(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
 
 
-_library.register(
-    "assign", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
-)
+_backend.register("assign", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def assign(
@@ -74,4 +72,4 @@ def assign(
     if not torch.compiler.is_compiling():
         check(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
     options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
-    return _backend.run("assign", backend, on_reference, on_triton, (s, indices), options)
+    return _backend.run("assign", backend, (s, indices), options)

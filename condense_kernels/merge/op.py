@@ -1,6 +1,6 @@
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..similarity.op import compute_dtype
 from . import reference
@@ -61,13 +61,12 @@ def backward_on_triton(*args):
     return launch(*args)
 
 
-_library.register(
-    "merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
-)
-_library.register(
+_backend.register("merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+_backend.register(
     "merge_backward",
-    cpu_fallback=_backend.raw(check_backward, backward_on_reference),
-    cuda=_backend.raw(check_backward, backward_on_triton),
+    check=check_backward,
+    reference=backward_on_reference,
+    triton=backward_on_triton,
     fake=fake_backward,
 )
 
@@ -105,4 +104,4 @@ def merge(
     """
     if not torch.compiler.is_compiling():
         check(features, scores, indices, assignment)
-    return _backend.run("merge", backend, on_reference, on_triton, (features, scores, indices, assignment), {})
+    return _backend.run("merge", backend, (features, scores, indices, assignment), {})

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import (
     FLOATS,
     check_budget,
@@ -131,26 +131,19 @@ def count_bytes(backend: str, args: tuple, options: dict) -> int:
     """As workspace_bytes, of arguments that are checked."""
     if args[0].device.type == "meta":
         return 0  # nothing will run
-    return _backend.run(
-        "workspace_bytes", backend, bytes_on_reference, bytes_on_triton, args, options, differentiable=False
-    )
+    return _backend.run("workspace_bytes", backend, args, options)
 
 
-_library.register(
-    "select_and_merge", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
-)
-_library.register(
+_backend.register("select_and_merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+_backend.register(
     "select_and_merge_out",
-    cpu_fallback=_backend.raw(check_raw_out, on_reference_out),
-    cuda=_backend.raw(check_raw_out, on_triton_out),
+    check=check_raw_out,
+    reference=on_reference_out,
+    triton=on_triton_out,
     fake=lambda *args, **kwargs: None,
+    no_derivatives="it writes into tensors of the caller",
 )
-_library.register(
-    "workspace_bytes",
-    cpu_fallback=_backend.raw(check, bytes_on_reference),
-    cuda=_backend.raw(check, bytes_on_triton),
-    fake=None,  # returns no tensor: nothing to trace
-)
+_backend.register("workspace_bytes", check=check, reference=bytes_on_reference, triton=bytes_on_triton, fake=None)
 
 
 def select_and_merge(
@@ -215,7 +208,7 @@ def select_and_merge(
     if not torch.compiler.is_compiling():
         check(*args, **options)
     if out is None and workspace is None:
-        return Condensed(*_backend.run("select_and_merge", backend, on_reference, on_triton, args, options))
+        return Condensed(*_backend.run("select_and_merge", backend, args, options))
     if out is not None and not (isinstance(out, tuple) and len(out) == 4):
         raise TypeError(
             f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of an "
@@ -227,7 +220,7 @@ def select_and_merge(
         if workspace is not None:
             check_workspace(workspace, features, count_bytes(backend, args, options))
     options |= {"workspace": workspace, **out._asdict()}
-    _backend.run("select_and_merge_out", backend, on_reference_out, on_triton_out, args, options)
+    _backend.run("select_and_merge_out", backend, args, options)
     if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
         torch.autograd.graph.increment_version(out)
     return out

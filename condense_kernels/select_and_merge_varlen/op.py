@@ -1,6 +1,6 @@
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import (
     FLOATS,
     INTEGERS,
@@ -13,6 +13,7 @@ from .._checks import (
 from ..select_and_merge import Condensed
 from ..select_and_merge import op as dense
 from ..similarity.op import compute_dtype
+from .nested import is_nested, pack, unpack
 from .reference import for_each_segment
 
 
@@ -73,22 +74,17 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
-_library.register(
-    "select_and_merge_varlen",
-    cpu_fallback=_backend.raw(check, on_reference),
-    cuda=_backend.raw(check, on_triton),
-    fake=fake,
-)
+_backend.register("select_and_merge_varlen", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def select_and_merge_varlen(
     features: torch.Tensor,  # [T, D]
     scores: torch.Tensor,  # [T]
-    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_seqlens: torch.Tensor | None,  # [S + 1]
     cu_anchors: torch.Tensor,  # [S + 1]
     cu_background: torch.Tensor,  # [S + 1]
     total_keep: int,
-    max_seqlen: int,
+    max_seqlen: int | None = None,
     *,
     keys: torch.Tensor | None = None,  # [T, Dk]
     positions: torch.Tensor | None = None,  # [T, P]
@@ -100,6 +96,11 @@ def select_and_merge_varlen(
 
     Every segment gets the bits that :func:`select_and_merge` gives to it alone. The offsets stay on the device: no
     call waits for it, and none can check them. Offsets that are wrong read and write nothing out of bounds.
+    :func:`varlen_budget` makes them from the lengths of the images.
+
+    Jagged nested tensors do as well: features [S, j, D], and scores, keys and positions with the same offsets. Then
+    cu_seqlens and max_seqlen may be None, and the results are jagged. Where a nested tensor does not know its longest
+    segment, torch waits for the device to tell; max_seqlen spares that.
 
     Args:
         features: [T, D] fp32, fp16, bf16 or fp64 (fp64 on CPU): the tokens of all segments.
@@ -127,8 +128,26 @@ def select_and_merge_varlen(
     Raises:
         TypeError, ValueError: a wrong rank, shape, dtype, device, count, weight or backend, with the argument's name.
     """
+    if is_nested(features):
+        values, others, cu_seqlens, max_seqlen = unpack(
+            features, cu_seqlens, max_seqlen, scores=scores, keys=keys, positions=positions
+        )
+        packed = select_and_merge_varlen(
+            values,
+            others.pop("scores"),
+            cu_seqlens,
+            cu_anchors,
+            cu_background,
+            total_keep,
+            max_seqlen,
+            **others,
+            suppression=suppression,
+            spatial_weight=spatial_weight,
+            backend=backend,
+        )
+        return pack(packed, features, cu_anchors + cu_background)
     args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
     options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
     if not torch.compiler.is_compiling():
         check(*args, **options)
-    return Condensed(*_backend.run("select_and_merge_varlen", backend, on_reference, on_triton, args, options))
+    return Condensed(*_backend.run("select_and_merge_varlen", backend, args, options))

@@ -1,6 +1,6 @@
 import torch
 
-from .. import _backend, _library
+from .. import _backend
 from .._checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
 from . import reference
 
@@ -45,8 +45,13 @@ def on_triton(keys, scores=None, mask=None):
     return launch(keys, scores, mask)
 
 
-_library.register(
-    "similarity", cpu_fallback=_backend.raw(check, on_reference), cuda=_backend.raw(check, on_triton), fake=fake
+_backend.register(
+    "similarity",
+    check=check,
+    reference=on_reference,
+    triton=on_triton,
+    fake=fake,
+    no_derivatives="selection and assignment, which it is for, are constants",
 )
 
 
@@ -78,4 +83,4 @@ def similarity(
     """
     if not torch.compiler.is_compiling():
         check(keys, scores, mask)
-    return _backend.run("similarity", backend, on_reference, on_triton, (keys, scores, mask), {})
+    return _backend.run("similarity", backend, (keys, scores, mask), {})

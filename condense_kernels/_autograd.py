@@ -1,0 +1,290 @@
+"""Derivatives of the operators: backward, forward mode, torch.func, and how they reach torch's dispatcher.
+
+Only the merge has derivatives, as selection and assignment are constants: merge, and select_and_merge dense and
+packed, share one autograd.Function, whose backward is the operator merge_backward. That has derivatives too, written
+in plain torch, so that all orders work.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _library, _vmap
+from ._library import schema_of
+from .tokens import over_all_segments, take_rows
+
+
+def flatten(op: str, args: Sequence, kwargs: dict) -> list:
+    """All arguments in the schema's order. Callers and the dispatcher leave out those that have their default."""
+    rest = schema_of(op).arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator on one backend: what autograd.Function runs in forward and in backward."""
+
+    op: str
+    kernel: Callable
+    backward: Callable  # the kernel of merge_backward
+
+    def __call__(self, *values):
+        arguments = schema_of(self.op).arguments
+        positional = [value for a, value in zip(arguments, values, strict=True) if not a.kwarg_only]
+        keywords = {a.name: value for a, value in zip(arguments, values, strict=True) if a.kwarg_only}
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernel(*positional, **keywords)
+
+    def named(self, values, results) -> dict:
+        schema = schema_of(self.op)
+        names = [a.name for a in (*schema.arguments, *schema.returns)]
+        return dict(zip(names, (*values, *results), strict=True))
+
+
+def call_of(op: str) -> Call:
+    """The registered operator, by device."""
+    return Call(op, getattr(torch.ops.condense, op).default, torch.ops.condense.merge_backward.default)
+
+
+def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(is_tracked(tensor) or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """By a transform of torch.func: grad, vjp, jvp."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+# The merge, Eq. 8. A packed batch is one image here, with rows and tokens counted over all segments.
+
+MERGE = ("features", "scores", "merged", "mass", "indices", "assignment")
+OFFSETS = ("cu_seqlens", "cu_anchors", "cu_background")
+
+
+def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) -> tuple[torch.Tensor, ...]:
+    """features [1, T, D], scores [1, T], merged [1, total_keep, D], ...: no value is read by the host."""
+    cu_seqlens, cu_anchors, cu_background = offsets
+    cu_kept = cu_anchors.long() + cu_background
+    tokens = over_all_segments(indices, cu_kept, cu_seqlens, features.shape[0])
+    rows = over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[0])
+    return tuple(t[None] for t in (features, scores, merged, mass, tokens, rows))
+
+
+def row_sums(x: torch.Tensor, indices: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """[B, K, D] sums of x [B, N, D] over each row: the mean of equal weights, times their number."""
+    ones = torch.ones_like(x[..., 0])
+    mean, count = differentiate(call_of("merge"), x, ones, indices, assignment)
+    return torch.where(count[..., None] > 0, mean * count[..., None], 0)
+
+
+def merge_tangent(
+    tangent_features: torch.Tensor | None,  # [B, N, D]
+    tangent_scores: torch.Tensor | None,  # [B, N]
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    merged: torch.Tensor,  # [B, K, D]
+    mass: torch.Tensor,  # [B, K]
+    indices: torch.Tensor,  # [B, K]
+    assignment: torch.Tensor,  # [B, N]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tangents of merged [B, K, D] and of mass [B, K]."""
+    tangent_merged, tangent_mass = torch.zeros_like(merged), torch.zeros_like(mass)
+    if tangent_features is not None:
+        tangent_merged = differentiate(call_of("merge"), tangent_features, scores, indices, assignment)[0]
+    if tangent_scores is not None:
+        tangent_scores = tangent_scores.to(mass.dtype)[..., None]
+        apart = (features - take_rows(merged, assignment)).to(mass.dtype)
+        moved = row_sums(apart * tangent_scores, indices, assignment) / mass[..., None]
+        tangent_merged = tangent_merged + torch.where(mass[..., None] == 0, 0, moved).to(merged.dtype)
+        tangent_mass = row_sums(tangent_scores, indices, assignment)[..., 0]
+    return tangent_merged, tangent_mass
+
+
+@contextlib.contextmanager
+def outer_tangents(saved: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """For jvp: forward mode is off there by default, and the tangents of tangents would be zeros, in silence. It goes
+    on with what was saved, less the tangents of this level."""
+    primals = tuple(forward_ad.unpack_dual(tensor).primal for tensor in saved)
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield primals
+
+
+class Operator(torch.autograd.Function):
+    """What all operators have in common."""
+
+    @staticmethod
+    def forward(call: Call, *values):
+        return call(*values)
+
+    @staticmethod
+    def vmap(info, in_dims, call: Call, *values):
+        axes = [axis if isinstance(v, torch.Tensor) else None for v, axis in zip(values, in_dims[1:], strict=True)]
+        results = _vmap.mapped(call.op, lambda *v: differentiate(call, *v), values, axes, info.batch_size)
+        return _vmap.as_returned(call.op, results), _vmap.as_returned(call.op, (0,) * len(results))
+
+
+class Constant(Operator):
+    """An operator without derivatives, whose results are constants."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*_vmap.listed(output))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None
+
+    @staticmethod
+    def jvp(ctx, call, *tangents):
+        return None
+
+
+class Merge(Operator):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        call, *values = inputs
+        named = call.named(values, output)
+        ctx.mark_non_differentiable(*(result for result in output if not result.is_floating_point()))
+        saved = [named[name] for name in (*MERGE, *OFFSETS) if name in named]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)  # torch makes plain zeros of them, also beside DTensors
+        ctx.call = call
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        packed = len(ctx.saved_tensors) > len(MERGE)
+        results = ctx.saved_tensors[2:4]  # merged, mass; the others have no gradient
+        grads = (gradients[0], gradients[-1])
+        grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
+        features, scores, *rest = as_one_image(*ctx.saved_tensors) if packed else ctx.saved_tensors
+        if packed:
+            grads = tuple(grad[None] for grad in grads)
+        grads = differentiate(
+            Call("merge_backward", ctx.call.backward, ctx.call.backward), *grads, features, scores, *rest
+        )
+        if packed:
+            grads = tuple(grad[0] for grad in grads)
+        return None, *grads, *[None] * (len(schema_of(ctx.call.op).arguments) - 2)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        tangents = tangents[:2]  # of features and scores
+        with outer_tangents(ctx.saved_tensors) as saved:
+            packed = len(saved) > len(MERGE)
+            if packed:
+                tangents = tuple(None if tangent is None else tangent[None] for tangent in tangents)
+            tangents = merge_tangent(*tangents, *(as_one_image(*saved) if packed else saved))
+            if packed:
+                tangents = tuple(tangent[0] for tangent in tangents)
+        between = [None] * (len(schema_of(ctx.call.op).returns) - 2)
+        return tangents[0], *between, tangents[1]
+
+
+def token_gradients(
+    grad_merged: torch.Tensor,  # [B, K, D]
+    grad_mass: torch.Tensor,  # [B, K]
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    merged: torch.Tensor,  # [B, K, D]
+    mass: torch.Tensor,  # [B, K]
+    indices: torch.Tensor,  # [B, K]
+    assignment: torch.Tensor,  # [B, N]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """merge_backward in plain torch, for its own derivatives."""
+    dtype = mass.dtype
+    member = (assignment >= 0) & (take_rows(indices, assignment) >= 0)
+    total = take_rows(mass, assignment)
+    weighted = member & (total != 0)
+    inverse = torch.where(weighted, 1 / torch.where(weighted, total, 1), 0)
+    gradient = take_rows(grad_merged, assignment).to(dtype)
+    apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
+    grad_features = (scores.to(dtype) * inverse)[..., None] * gradient
+    grad_scores = (apart * gradient).sum(dim=-1) * inverse + torch.where(member, take_rows(grad_mass, assignment), 0)
+    itself = torch.where(((mass == 0) & (indices >= 0))[..., None], grad_merged.to(dtype), 0)
+    place = indices.clamp(min=0)[..., None].expand_as(itself)
+    return grad_features.scatter_add(1, place, itself).to(features.dtype), grad_scores.to(scores.dtype)
+
+
+class MergeBackward(Operator):
+    NUM_DIFFERENTIABLE = 6  # grad_merged, grad_mass, features, scores, merged, mass
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def pullback(saved: Sequence[torch.Tensor]) -> Callable:
+        count = MergeBackward.NUM_DIFFERENTIABLE
+        return torch.func.vjp(lambda *primals: token_gradients(*primals, *saved[count:]), *saved[:count])[1]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *MergeBackward.pullback(ctx.saved_tensors)(gradients), None, None
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        # The pullback is linear, and its transpose is the tangent map: no forward mode inside forward mode.
+        with outer_tangents(ctx.saved_tensors) as saved:
+            primals = saved[: MergeBackward.NUM_DIFFERENTIABLE]
+            tangents = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=False))
+            zeros = tuple(torch.zeros_like(p) for p in saved[2:4])  # features, scores
+            return torch.func.vjp(MergeBackward.pullback(saved), zeros)[1](tangents)[0]
+
+
+FUNCTIONS = {
+    "merge": Merge,
+    "select_and_merge": Merge,
+    "select_and_merge_varlen": Merge,
+    "merge_backward": MergeBackward,
+}
+NO_DERIVATIVES: dict[str, str] = {}  # why; of operators whose results a derivative would be expected of
+
+
+def differentiate(call: Call, *values):
+    """call(*values), all of them in the schema's order, for autograd and the transforms of torch.func."""
+    if call.op in NO_DERIVATIVES and needs_derivative([v for v in values if isinstance(v, torch.Tensor)]):
+        raise ValueError(
+            f"{call.op} has no derivatives: {NO_DERIVATIVES[call.op]}, and an argument requires grad or has a tangent. "
+            "Remedy: call it under torch.no_grad(), or pass tensor.detach()."
+        )
+    return FUNCTIONS.get(call.op, Constant).apply(call, *values)
+
+
+def concerned(op: str, values: Sequence) -> bool:
+    """Whether a call has to go through autograd: torch itself would drop a gradient or a tangent in silence."""
+    if op in FUNCTIONS:
+        values = values[: MergeBackward.NUM_DIFFERENTIABLE if op == "merge_backward" else 2]
+    elif op not in NO_DERIVATIVES:
+        return False
+    return needs_derivative([value for value in values if isinstance(value, torch.Tensor)])
+
+
+def register(op: str) -> None:
+    """The raw operator at the dispatcher's Autograd key."""
+
+    def kernel(*args, **kwargs):
+        _library.sharding()
+        if not concerned(op, args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args, **kwargs)
+        if op in FUNCTIONS and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.ops.condense.{op} has no derivatives inside the transforms of torch.func. "
+                f"Remedy: condense_kernels.{op}, the Python function, has."
+            )
+        try:
+            return differentiate(call_of(op), *flatten(op, args, kwargs))
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+
+    overload = getattr(torch.ops.condense, op).default
+    _library.register_kernel(op, kernel, "Autograd")

@@ -1,0 +1,82 @@
+"""torch.func.vmap: the mapped axis is folded into the batch, so a mapped call is one call.
+
+torch.library.register_vmap does not take operators with keyword-only tensors; this is what it does, for them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._C._functorch import _add_batch_dim, _unwrap_batched, peek_interpreter_stack
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+from ._library import register_kernel, schema_of
+
+LOOPED = ("select_and_merge_varlen",)  # no batch axis to fold into
+REFUSED = ("select_and_merge_out", "workspace_bytes")
+
+Axis = int | None  # where the mapped axis of a tensor is
+
+
+def mapped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:
+    """Results with the mapped axis in front; call takes the values in the schema's order."""
+    if op in REFUSED:
+        raise RuntimeError(
+            f"{op} has no rule for torch.func.vmap. Remedy: condense_kernels.select_and_merge without out= and "
+            "workspace=."
+        )
+    return (looped if op in LOOPED else folded)(op, call, values, axes, size)
+
+
+def folded(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:
+    def fold(name: str, value, axis: Axis):
+        if not isinstance(value, torch.Tensor) or (name == "positions" and axis is None and value.dim() == 2):
+            return value  # one layout for all images
+        value = value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)  # [V, B, ...]
+        if name == "positions" and value.dim() == 3:  # [V, N, P]: one for the images of a mapped call
+            value = value[:, None].expand(-1, batch, -1, -1)
+        return value.flatten(0, 1)
+
+    first = values[0] if axes[0] is None else values[0].movedim(axes[0], 0)[0]  # [B, ...]
+    batch = first.shape[0]
+    names = (argument.name for argument in schema_of(op).arguments)
+    results = call(*map(fold, names, values, axes))
+    return tuple(result.unflatten(0, (size, batch)) for result in listed(results))
+
+
+def looped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:
+    def pick(value, axis: Axis, i: int):
+        return value if axis is None else value.select(axis, i)
+
+    results = [
+        listed(call(*(pick(value, axis, i) for value, axis in zip(values, axes, strict=True)))) for i in range(size)
+    ]
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+def listed(results) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def as_returned(op: str, results: tuple[torch.Tensor, ...]):
+    """One result is no tuple."""
+    return results if len(schema_of(op).returns) > 1 else results[0]
+
+
+def register(op: str, call: Callable) -> None:
+    """The raw operator under vmap; ``call`` takes its arguments in the schema's order."""
+
+    def kernel(*args, **kwargs):
+        interpreter = retrieve_current_functorch_interpreter()
+        level, size = interpreter.level(), interpreter.batch_size()
+        values = [*args, *(kwargs.get(a.name, a.default_value) for a in schema_of(op).arguments[len(args) :])]
+        pairs = [_unwrap_batched(v, level) if isinstance(v, torch.Tensor) else (v, None) for v in values]
+        with interpreter.lower():
+            if peek_interpreter_stack() is not None:
+                raise RuntimeError(
+                    f"torch.ops.condense.{op} takes one transform of torch.func at a time. "
+                    f"Remedy: condense_kernels.{op}, the Python function, takes any."
+                )
+            results = mapped(op, call, *zip(*pairs, strict=True), size)
+        return as_returned(op, tuple(_add_batch_dim(result, 0, level) for result in results))
+
+    register_kernel(op, kernel, "FuncTorchBatched")

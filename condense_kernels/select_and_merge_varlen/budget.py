@@ -1,0 +1,50 @@
+"""The offsets of a packed batch from what a caller knows: how many tokens each image has, and how many to keep."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from ..select_and_merge.budget import DEFAULT_BACKGROUND_RATIO, split_budget
+
+
+class VarlenBudget(NamedTuple):
+    """The arguments of select_and_merge_varlen after features and scores, in its order."""
+
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+    cu_anchors: torch.Tensor  # [S + 1] int32
+    cu_background: torch.Tensor  # [S + 1] int32
+    total_keep: int
+    max_seqlen: int
+
+
+def varlen_budget(
+    seqlens: Sequence[int],
+    keep: int | float = 64,
+    background_ratio: float = DEFAULT_BACKGROUND_RATIO,
+    device: torch.device | str | None = None,
+) -> VarlenBudget:
+    """Offsets for images of these lengths: ``select_and_merge_varlen(features, scores, *varlen_budget([576, 1200]))``.
+
+    Args:
+        seqlens: tokens of each image, ints >= 0.
+        keep: a count of tokens an image, which a shorter image keeps all of, or a ratio in (0, 1), as
+            :func:`split_budget` has it.
+        background_ratio: the share of background tokens among the kept, in [0, 1].
+        device: where features are; the copy there does not wait.
+
+    Raises:
+        TypeError, ValueError: as :func:`split_budget`.
+    """
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in seqlens):
+        raise ValueError(f"seqlens: expected ints >= 0, got {list(seqlens)}. Remedy: lengths.tolist().")
+    budgets = [
+        split_budget(n, min(keep, n) if isinstance(keep, int) else keep, background_ratio) if n > 0 else (0, 0)
+        for n in seqlens
+    ]
+    anchors, background = [a for a, _ in budgets], [b for _, b in budgets]
+    sums = torch.tensor([[0, *accumulate(counts)] for counts in (seqlens, anchors, background)], dtype=torch.int32)
+    if device is not None and torch.device(device).type == "cuda":
+        sums = sums.pin_memory().to(device, non_blocking=True)
+    return VarlenBudget(*sums.to(device).unbind(), sum(anchors) + sum(background), max(seqlens, default=0))

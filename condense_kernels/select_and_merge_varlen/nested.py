@@ -1,0 +1,46 @@
+"""torch.nested: jagged tensors are packed batches that carry their offsets."""
+
+import torch
+
+from ..select_and_merge import Condensed
+
+
+def is_nested(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_nested
+
+
+def unpack(
+    features: torch.Tensor,  # [S, j, D] jagged
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    **others: torch.Tensor | None,  # [S, j, ...] jagged each
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], torch.Tensor, int]:
+    """The values [T, ...] of features and of the others, cu_seqlens [S + 1] int32 and max_seqlen."""
+    for name, value in {"features": features, **others}.items():
+        if value is None:
+            continue
+        if not is_nested(value) or value.layout != torch.jagged or value.lengths() is not None:
+            raise TypeError(
+                f"{name}: expected a contiguous jagged nested tensor, as features is nested, got "
+                f"{'one with holes' if is_nested(value) and value.layout == torch.jagged else type(value).__name__}. "
+                "Remedy: torch.nested.nested_tensor_from_jagged(values, features.offsets())."
+            )
+        if value.offsets() is not features.offsets() and value.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{name}: expected the offsets of features, got others. "
+                "Remedy: torch.nested.nested_tensor_from_jagged(values, features.offsets())."
+            )
+    if cu_seqlens is None:
+        cu_seqlens = features.offsets().to(torch.int32)
+    if max_seqlen is None:
+        max_seqlen = features._get_max_seqlen()
+    values = {name: None if value is None else value.values() for name, value in others.items()}
+    return features.values(), values, cu_seqlens, max_seqlen
+
+
+def pack(results: Condensed, like: torch.Tensor, cu_kept: torch.Tensor) -> Condensed:
+    """assignment with the offsets of the tokens, the others with those of the kept ones."""
+    offsets = cu_kept.to(like.offsets().dtype)
+    rows = [torch.nested.nested_tensor_from_jagged(t, offsets) for t in (results.merged, results.indices, results.mass)]
+    merged, indices, mass = rows
+    return Condensed(merged, indices, torch.nested.nested_tensor_from_jagged(results.assignment, like.offsets()), mass)
