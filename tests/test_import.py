@@ -79,10 +79,18 @@ def condensed(package, device: str = "cpu"):
     return package.select_and_merge(features, scores, 3, 2, grid=(3, 4))
 
 
+def gradient(op) -> torch.Tensor:
+    features = torch.linspace(0, 1, 12 * 8).sin().reshape(1, 12, 8).requires_grad_()
+    op(features, torch.ones(1, 12), 3, 2, grid=(3, 4))[0].square().sum().backward()
+    return features.grad
+
+
 def assert_works_like(package, other) -> None:
+    """On CPU, in its fake and autograd kernels; that of a GPU is there."""
     for result, expected in zip(condensed(package), condensed(other), strict=True):
         assert torch.equal(result, expected)
-    assert condensed(package, "meta").merged.shape == (2, 5, 8)  # its fake kernels are there
+    assert condensed(package, "meta").merged.shape == (2, 5, 8)
+    assert torch.equal(gradient(package.select_and_merge), gradient(torch.ops.condense.select_and_merge))
     for op in package._library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"condense::{op}", "CUDA")
 
@@ -439,6 +447,18 @@ def test_import_from_a_zip(tmp_path):
 
 
 # What an import brings
+
+
+def cpu_kernels_of_python() -> list[str]:
+    import condense_kernels  # noqa: F401
+
+    return [name for name in torch.library._impls if re.fullmatch(r"condense/\w+/CPU", name)]
+
+
+@needs_library
+def test_with_the_library_no_operator_is_the_reference():
+    """An operator whose C++ kernel is forgotten would be right, and slow."""
+    assert not fresh(cpu_kernels_of_python)
 
 
 def modules_of_the_import() -> set[str]:
