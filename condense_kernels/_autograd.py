@@ -23,6 +23,13 @@ def flatten(op: str, args: Sequence, kwargs: dict) -> list:
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
 
+def unflatten(op: str, values: Sequence) -> tuple[list, dict]:
+    """Positional and keyword arguments, of all in the schema's order."""
+    arguments = schema_of(op).arguments
+    positional = [value for a, value in zip(arguments, values, strict=True) if not a.kwarg_only]
+    return positional, {a.name: value for a, value in zip(arguments, values, strict=True) if a.kwarg_only}
+
+
 @dataclass(frozen=True)
 class Call:
     """An operator on one backend: what autograd.Function runs in forward and in backward."""
@@ -32,9 +39,7 @@ class Call:
     backward: Callable  # the kernel of merge_backward
 
     def __call__(self, *values):
-        arguments = schema_of(self.op).arguments
-        positional = [value for a, value in zip(arguments, values, strict=True) if not a.kwarg_only]
-        keywords = {a.name: value for a, value in zip(arguments, values, strict=True) if a.kwarg_only}
+        positional, keywords = unflatten(self.op, values)
         with torch._C._AutoDispatchBelowAutograd():
             return self.kernel(*positional, **keywords)
 
@@ -49,17 +54,27 @@ def call_of(op: str) -> Call:
     return Call(op, getattr(torch.ops.condense, op).default, torch.ops.condense.merge_backward.default)
 
 
+def dispatch(op: str, *values):
+    """The raw operator with everything that torch's dispatcher adds, derivatives among it."""
+    positional, keywords = unflatten(op, values)
+    return getattr(torch.ops.condense, op).default(*positional, **keywords)
+
+
 def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(is_tracked(tensor) or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(is_tracked(tensor) or has_tangent(tensor) for tensor in tensors)
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:
     """By a transform of torch.func: grad, vjp, jvp."""
     return torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 # The merge, Eq. 8. A packed batch is one image here, with rows and tokens counted over all segments.
@@ -268,6 +283,20 @@ def concerned(op: str, values: Sequence) -> bool:
     return needs_derivative([value for value in values if isinstance(value, torch.Tensor)])
 
 
+def refuse_what_would_get_lost(op: str, args: Sequence) -> None:
+    """Torch would drop these derivatives of a raw operator in silence, and a compiled function calls nothing else."""
+    compiling = torch.compiler.is_compiling()
+    if torch._C._are_functorch_transforms_active():
+        where = "torch.func"
+    elif compiling and any(has_tangent(value) for value in args if isinstance(value, torch.Tensor)):
+        where = "forward mode"
+    else:
+        return
+    inside = f"inside {where} inside torch.compile" if compiling else "inside the transforms of torch.func"
+    remedy = "call it outside of torch.compile" if compiling else f"condense_kernels.{op}, the Python function, has"
+    raise RuntimeError(f"torch.ops.condense.{op} has no derivatives {inside}. Remedy: {remedy}.")
+
+
 def register(op: str) -> None:
     """The raw operator at the dispatcher's Autograd key."""
 
@@ -276,11 +305,8 @@ def register(op: str) -> None:
         if not concerned(op, args):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)
-        if op in FUNCTIONS and torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"torch.ops.condense.{op} has no derivatives inside the transforms of torch.func. "
-                f"Remedy: condense_kernels.{op}, the Python function, has."
-            )
+        if op in FUNCTIONS:
+            refuse_what_would_get_lost(op, args)
         try:
             return differentiate(call_of(op), *flatten(op, args, kwargs))
         except ValueError as error:

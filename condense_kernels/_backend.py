@@ -56,7 +56,7 @@ def register(
         _autograd.NO_DERIVATIVES[op] = no_derivatives
     if op in _autograd.FUNCTIONS or op in _autograd.NO_DERIVATIVES:
         _autograd.register(op)
-    _vmap.register(op, _autograd.call_of(op))
+    _vmap.register(op, functools.partial(_autograd.dispatch, op))
 
 
 def check_backend(backend: str) -> None:

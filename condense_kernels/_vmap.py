@@ -6,12 +6,13 @@ torch.library.register_vmap does not take operators with keyword-only tensors; t
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._C._functorch import _add_batch_dim, _unwrap_batched, peek_interpreter_stack
+from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from ._library import register_kernel, schema_of
 
 LOOPED = ("select_and_merge_varlen",)  # no batch axis to fold into
+BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 REFUSED = ("select_and_merge_out", "workspace_bytes")
 
 Axis = int | None  # where the mapped axis of a tensor is
@@ -70,12 +71,7 @@ def register(op: str, call: Callable) -> None:
         level, size = interpreter.level(), interpreter.batch_size()
         values = [*args, *(kwargs.get(a.name, a.default_value) for a in schema_of(op).arguments[len(args) :])]
         pairs = [_unwrap_batched(v, level) if isinstance(v, torch.Tensor) else (v, None) for v in values]
-        with interpreter.lower():
-            if peek_interpreter_stack() is not None:
-                raise RuntimeError(
-                    f"torch.ops.condense.{op} takes one transform of torch.func at a time. "
-                    f"Remedy: condense_kernels.{op}, the Python function, takes any."
-                )
+        with torch._C._ExcludeDispatchKeyGuard(BATCHED):  # and not interpreter.lower(), which would hide autograd
             results = mapped(op, call, *zip(*pairs, strict=True), size)
         return as_returned(op, tuple(_add_batch_dim(result, 0, level) for result in results))
 

@@ -74,8 +74,14 @@ inline std::string dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return torch::headeronly::toString(dtype);
   }

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -48,9 +47,9 @@ struct Packed {
 
   // Rows that no segment fills, and tokens of no segment.
   void clear_rows(int64_t first, int64_t end) const {
-    std::memset(results.merged + first * row_bytes, 0, (end - first) * row_bytes);
+    std::fill(results.merged + first * row_bytes, results.merged + end * row_bytes, 0);
     std::fill(results.indices + first, results.indices + end, -1);
-    std::memset(results.mass + first * mass_bytes, 0, (end - first) * mass_bytes);
+    std::fill(results.mass + first * mass_bytes, results.mass + end * mass_bytes, 0);
   }
   void clear_tokens(int64_t first, int64_t end) const {
     std::fill(results.assignment + first, results.assignment + end, -1);
@@ -133,12 +132,15 @@ int64_t count_giants(const std::vector<Turn>& turns, double total) {
   const int threads = torch::stable::get_num_threads();
   std::vector<double> loads(threads);  // of the threads, when large turns go side by side
   double rest = total;
-  int64_t large = 0;
-  while (large < static_cast<int64_t>(turns.size()) && turns[large].work > kFine * rest / threads) {
+  const auto is_large = [&](const Turn& turn) {
+    return turn.work > kFine * rest / threads && slots_for(turn.work, threads) > 1;
+  };
+  size_t large = 0;
+  for (; large < turns.size() && is_large(turns[large]); rest -= turns[large++].work) {
     *std::min_element(loads.begin(), loads.end()) += turns[large].work;
-    rest -= turns[large++].work;
   }
-  return *std::max_element(loads.begin(), loads.end()) > kUneven * total / threads ? large : 0;
+  const double last = *std::max_element(loads.begin(), loads.end());
+  return last > kUneven * total / threads ? static_cast<int64_t>(large) : 0;
 }
 
 void condense_segments(const std::vector<Segment>& segments, const Packed& packed, const Flagship& flagship) {

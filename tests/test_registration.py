@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schemas, fake kernels, torch.compile, threads, instruction sets."""
+"""The operators as PyTorch sees them: schemas, fake kernels, threads, instruction sets."""
 
 import os
 import subprocess
@@ -84,25 +84,6 @@ def test_every_operator_of_the_library_has_its_schema_here_too():
         assert str(getattr(OPS, op).default._schema) == str(torch._C.parse_schema(f"condense::{op}{schema}"))
 
 
-def test_compile_gives_the_eager_result(cpp):
-    inputs = make_inputs("random", num_tokens=24)
-    call = lambda f, s: ck.select_and_merge(f, s, 6, 2, grid=(4, 6))  # noqa: E731
-    compiled = torch.compile(call, fullgraph=True)(inputs.features, inputs.scores)
-    assert_same_bits(compiled, call(inputs.features, inputs.scores))
-
-
-@pytest.mark.parametrize("op", ["similarity", "greedy_select", "assign", "merge", "condense"])
-def test_compile_of_the_stages(op, cpp):
-    calls = {
-        "similarity": lambda: ck.similarity(INPUTS.features, INPUTS.scores, INPUTS.mask),
-        "greedy_select": lambda: (ck.greedy_select(S, INPUTS.scores, 5, sbar=SBAR, tier=TIER),),
-        "assign": lambda: (ck.assign(S, KEPT, tier=TIER, grid=(3, 4)),),
-        "merge": lambda: ck.merge(INPUTS.features, INPUTS.scores, KEPT, ROWS),
-        "condense": lambda: ck.condense(INPUTS.features, INPUTS.scores, keep=0.5, grid=(3, 4)),
-    }
-    assert_same_bits(torch.compile(calls[op], fullgraph=True, backend="aot_eager")(), calls[op]())
-
-
 def test_one_graph_serves_all_sizes():
     """Symbolic sizes: traced once at N = 24, the graph is right at N = 30 and another batch."""
 
@@ -112,19 +93,6 @@ def test_one_graph_serves_all_sizes():
     inputs, other = make_inputs("random", num_tokens=24), make_inputs("random", batch=3, num_tokens=30)
     graph = make_fx(call, tracing_mode="symbolic")(inputs.features, inputs.scores)
     assert_same_bits(graph(other.features, other.scores), call(other.features, other.scores))
-
-
-def test_compile_does_not_recompile_for_every_image_size(cpp):
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(
-        lambda f, s, p: ck.select_and_merge(f, s, 4, 2, positions=p), fullgraph=True, backend=counter, dynamic=True
-    )
-    for n in (12, 20, 21, 40):
-        inputs = make_inputs("positions", num_tokens=n)
-        result = compiled(inputs.features, inputs.scores, inputs.positions)
-        expected = ck.select_and_merge(inputs.features, inputs.scores, 4, 2, positions=inputs.positions)
-        assert_same_bits(result, expected)
-    assert counter.frame_count == 1
 
 
 def test_the_gil_is_released(cpp):

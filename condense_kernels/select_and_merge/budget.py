@@ -20,7 +20,7 @@ def split_budget(
     ``floor(num_tokens * keep + 0.5)`` tokens, at least one. Of those, ``floor(kept * background_ratio + 0.5)`` are
     background (1 - alpha in the paper's terms), the rest anchors. Halves round up in both.
     """
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, (int, torch.SymInt)) or num_tokens < 1:
         raise ValueError(f"num_tokens: expected an int >= 1, got {num_tokens!r}. Remedy: int(num_tokens).")
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise TypeError(
@@ -30,8 +30,8 @@ def split_budget(
     if isinstance(keep, float):
         if not 0 < keep < 1:
             raise ValueError(f"keep: expected a ratio in (0, 1), got {keep}. Remedy: an int is a count of tokens.")
-        keep = max(1, math.floor(num_tokens * keep + 0.5))
-    if not 1 <= keep <= num_tokens:
+        keep = torch.sym_max(1, rounded(num_tokens * keep))  # torch.export takes no max() of an open size
+    elif not 1 <= keep <= num_tokens:
         raise ValueError(f"keep: expected 1 <= keep <= {num_tokens} tokens, got {keep}.")
     if isinstance(background_ratio, bool) or not isinstance(background_ratio, (int, float)):
         raise TypeError(
@@ -40,8 +40,13 @@ def split_budget(
         )
     if not 0 <= background_ratio <= 1:
         raise ValueError(f"background_ratio: expected a share in [0, 1], got {background_ratio}.")
-    num_background = math.floor(keep * background_ratio + 0.5)
+    num_background = rounded(keep * background_ratio)
     return keep - num_background, num_background
+
+
+def rounded(count: float) -> int:
+    """Halves up; count >= 0, so trunc is floor, which torch.export cannot save."""
+    return math.trunc(count + 0.5)
 
 
 def condense(
