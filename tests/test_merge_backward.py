@@ -264,17 +264,16 @@ def test_expanded_gradients(fast):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batch_and_threads_do_not_matter(batch, dtype, cpp):
-    call = make_call(dtype, batch=batch, n=600, channels=700)
+    call = make_call(dtype, batch=batch, n=900, channels=1500)  # long enough for the threads to meet
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         expected = call.run(cpp)
-        for count in (1, 2, 3, 5):
+        for count in (2, 3):
             torch.set_num_threads(count)
             assert_same_bits(call.run(cpp), expected, f"{count} threads")
-            for b in range(batch):
-                alone = tuple(gradient[b : b + 1] for gradient in expected)
-                assert_same_bits(call.image(b).run(cpp), alone, f"image {b}, {count} threads")
+        alone = tuple(gradient[-1:] for gradient in expected)
+        assert_same_bits(call.image(batch - 1).run(cpp), alone, "the last image alone")
     finally:
         torch.set_num_threads(threads)
 

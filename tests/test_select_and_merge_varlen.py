@@ -193,6 +193,8 @@ def views(x: torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_does_not_matter(dtype, fast):
+    if fast == "triton" and dtype == torch.bfloat16:
+        pytest.skip("ten seconds in the interpreter, and a stride acts on addresses, not on numbers")
     packed = tokens([7, 12, 3], [2, 3, 1], [1, 0, 1], dtype=dtype)
     packed = dataclasses.replace(packed, keys=packed.features[:, :5].cos())
     expected = packed.run(fast)
