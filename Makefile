@@ -6,17 +6,22 @@ VENV ?= .venv
 TORCH ?= $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
 # Further arguments of demo, test and bench, e.g. make test ARGS="-k merge".
 ARGS ?=
+# The versions that `make compat` compares, oldest first, and arguments for pip, e.g. --index-url of builds for CPU.
+COMPAT_TORCH ?= $(firstword $(TORCH))
+COMPAT_PIP_ARGS ?= $(wordlist 2,$(words $(TORCH)),$(TORCH))
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
+RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 LINTED := $(CPP) $(wildcard tests/*.cpp)
+COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench bench-results wheel clean force
+.PHONY: help demo test test-full lint format bench bench-results wheel compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -25,6 +30,9 @@ demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
 	$(RUN) -m condense_kernels demo $(ARGS)
 
 test: $(VENV)/installed ## run the tests
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/installed $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(VENV)/linters ## check style and formatting (needs no torch)
@@ -46,6 +54,10 @@ bench-results: $(VENV)/installed ## the same for the record: results file, plots
 wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
+
+compat: $(COMPAT:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
+	@for env in $(COMPAT); do printf 'torch %-12s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
+	@for env in $(COMPAT); do test "$$(cat $$env/status)" = 0 || exit 1; done
 
 clean: ## remove what was built; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
@@ -80,7 +92,31 @@ $(VENV)/installed: $(VENV)/torch $(CPP) setup.py pyproject.toml condense_kernels
 	fi
 	@touch $@
 
+$(VENV)/ray: $(VENV)/installed pyproject.toml
+	@echo "installing "$(RAY)
+	@$(PIP) install --quiet $(RAY)
+	@touch $@
+
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
 	@$(PIP) install --quiet $(LINTERS)
 	@touch $@
+
+# One environment for each torch, one wheel for all of them: built on the first, so that no later torch can leak into it.
+$(COMPAT:=/torch): .venv-compat/%/torch:
+	@echo "creating .venv-compat/$* with torch $*"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* $(COMPAT_PIP_ARGS)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77.0.3'
+	@touch $@
+
+.venv-compat/wheel: $(firstword $(COMPAT))/torch force
+	@echo "building the wheel in $(<D)"
+	@rm -rf $@
+	@CONDENSE_BUILD_EXT=1 $(<D)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $@ .
+
+# From another folder, and with none of its own on the path, so that the wheel is what is imported.
+$(COMPAT:=/status): .venv-compat/%/status: .venv-compat/%/torch .venv-compat/wheel force
+	@wheel=$$(echo .venv-compat/wheel/*.whl) && pip="$(@D)/bin/python -m pip --disable-pip-version-check" && \
+	    $$pip install --quiet "$$wheel[test]" && $$pip install --quiet --force-reinstall --no-deps "$$wheel"
+	@cd $(@D) && (PYTHONSAFEPATH=1 bin/python -m pytest -q ../../tests $(ARGS); echo $$? > status) 2>&1 | tee report

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from condense_kernels.assign.reference import grid_positions, relative_distance
-from condense_kernels.merge.reference import merge
+from condense_kernels.merge.reference import merge, merge_backward
 from condense_kernels.testing import similarity_bound, unit_roundoff
 
 ROWS = 2048  # of S at a time, so that long inputs fit
@@ -232,3 +232,18 @@ def check_visionzip(result: tuple, features: torch.Tensor, scores: torch.Tensor,
             if bool((chosen == c).any()):
                 expected[dominant + c] += x[others[chosen == c]].mean(dim=0)
         hold("merged", (merged[b] - expected).abs(), n * EPS * x.abs().amax())
+
+
+def check_gradients(  # of one image, each argument but the first two [1, ...]
+    grad_features, grad_scores, grad_merged, grad_mass, features, scores, merged, mass, indices, assignment
+) -> None:
+    """Relative to the sum of magnitudes, with merged taken as it is, then one rounding."""
+    arguments = [t.cpu() for t in (grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)]
+    of_features, of_scores = (grad[0] for grad in merge_backward(*arguments))
+    gradient, moved, x, _, mean, total, _, rows = (t[0].double() for t in arguments)
+    rows = rows.long()
+    magnitude = ((x.abs() + mean.abs()[rows]) * gradient.abs()[rows]).sum(dim=-1) / total[rows] + moved.abs()[rows]
+    unit = unit_roundoff(features.dtype)
+    hold("grad_features", (grad_features.cpu() - of_features).abs(), (unit + 4 * EPS) * of_features.abs())
+    bound = (x.shape[-1] + 8) * EPS * magnitude + unit * of_scores.abs()
+    hold("grad_scores", (grad_scores.cpu() - of_scores).abs(), bound)

@@ -51,6 +51,7 @@ class Side(NamedTuple):
     dtype: torch.dtype = torch.float32  # of the arithmetic that its ceiling is measured with
     leaves_out: str = ""
     capturable: bool = True  # in a CUDA graph
+    inference: bool = True  # called in torch.inference_mode(), as a server does; else with gradients
     memory: bool = False  # on CPU, where that takes a process of its own
 
 
@@ -174,7 +175,9 @@ class Case:
         inputs = [make(self.shape, seed=seed, device=device) for seed in range(sets)]
         self.sides = [sides(self.shape, *tensors) for tensors in inputs]  # a set of sides for each set of inputs
         for name, side in self.sides[0].items():  # of the first set: the others differ in their values alone
-            self._gate(name, side.call(), side)
+            with torch.inference_mode(side.inference):
+                result = side.call()
+            self._gate(name, result, side)
         self.contenders = {
             (name, mode): self._contender(name, mode) for name in self.sides[0] for mode in self._modes(name)
         }
@@ -191,9 +194,10 @@ class Case:
         return ("plain", "graph") if self.sides[0][name].capturable else ("plain",)
 
     def _contender(self, name: str, mode: str) -> Contender:
-        calls = [built[name].call for built in self.sides]
+        calls, inference = [built[name].call for built in self.sides], self.sides[0][name].inference
         if mode == "graph":
-            graphs = [captured(call) for call in calls]
+            with torch.inference_mode(inference):
+                graphs = [captured(call) for call in calls]
             graphs[0][0]()
             torch.cuda.synchronize()
             self._gate(f"{name} (graph)", graphs[0][1], self.sides[0][name])
@@ -201,7 +205,8 @@ class Case:
         repeats, plain = self.shape.back_to_back, mode != "graph"
 
         def timed(turn: int) -> float:
-            return seconds(calls[turn % len(calls)], self.device, repeats, launches_count=plain)
+            with torch.inference_mode(inference):
+                return seconds(calls[turn % len(calls)], self.device, repeats, launches_count=plain)
 
         once = min(timed(turn) for turn in range(2)) * repeats  # also warms up
         return Contender(timed, max(MIN_CALLS, min(self.rounds, math.floor(SECONDS / once))), [])

@@ -43,6 +43,7 @@ SHAPES = {
     "llava-next-global": keeping(1, (48, 60), 320),  # all crops together
     "onevision": keeping(1, (27, 27), 243, channels=1152),
     "video-128": keeping(128, (24, 24), 64),
+    "tiny-4096": keeping(4096, (4, 4), 4, channels=64),
     "long-16384": keeping(1, (128, 128), 640),
     "long-65536": keeping(1, (256, 256), 1024),
 }

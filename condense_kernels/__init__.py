@@ -3,6 +3,7 @@
 similarity -> greedy_select -> assign -> merge, and select_and_merge, which is all of them in a row.
 """
 
+from . import _library
 from ._debug import debug
 from ._version import __version__
 from .assign import assign
@@ -33,3 +34,5 @@ __all__ = [
     "varlen_budget",
     "workspace_bytes",
 ]
+
+_library.sharding()  # where DTensor has been imported before this package

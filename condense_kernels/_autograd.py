@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from . import _library, _vmap
 from ._library import schema_of
-from .tokens import over_all_segments
+from .tokens import over_all_segments, take_rows
 
 
 def flatten(op: str, args: Sequence, kwargs: dict) -> list:
@@ -115,17 +115,11 @@ def merge_tangent(
         tangent_merged = differentiate(call_of("merge"), tangent_features, scores, indices, assignment)[0]
     if tangent_scores is not None:
         tangent_scores = tangent_scores.to(mass.dtype)[..., None]
-        apart = (features - of_row(merged, assignment)).to(mass.dtype)
+        apart = (features - take_rows(merged, assignment)).to(mass.dtype)
         moved = row_sums(apart * tangent_scores, indices, assignment) / mass[..., None]
         tangent_merged = tangent_merged + torch.where(mass[..., None] == 0, 0, moved).to(merged.dtype)
         tangent_mass = row_sums(tangent_scores, indices, assignment)[..., 0]
     return tangent_merged, tangent_mass
-
-
-def of_row(rows: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """rows [B, K, ...] for each token [B, N, ...]; those of row 0 where a token has none."""
-    index = assignment.clamp(min=0).reshape(*assignment.shape, *[1] * (rows.dim() - 2))
-    return rows.take_along_dim(index.expand(-1, -1, *rows.shape[2:]), dim=1)
 
 
 @contextlib.contextmanager
@@ -176,12 +170,15 @@ class Merge(Operator):
         saved = [named[name] for name in (*MERGE, *OFFSETS) if name in named]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)  # torch makes plain zeros of them, also beside DTensors
         ctx.call = call
 
     @staticmethod
     def backward(ctx, *gradients):
-        grads = gradients[0], gradients[-1]  # of merged and mass, the others have none
         packed = len(ctx.saved_tensors) > len(MERGE)
+        results = ctx.saved_tensors[2:4]  # merged, mass; the others have no gradient
+        grads = (gradients[0], gradients[-1])
+        grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
         features, scores, *rest = as_one_image(*ctx.saved_tensors) if packed else ctx.saved_tensors
         if packed:
             grads = tuple(grad[None] for grad in grads)
@@ -218,14 +215,14 @@ def token_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """merge_backward in plain torch, for its own derivatives."""
     dtype = mass.dtype
-    member = (assignment >= 0) & (of_row(indices, assignment) >= 0)
-    total = of_row(mass, assignment)
+    member = (assignment >= 0) & (take_rows(indices, assignment) >= 0)
+    total = take_rows(mass, assignment)
     weighted = member & (total != 0)
     inverse = torch.where(weighted, 1 / torch.where(weighted, total, 1), 0)
-    gradient = of_row(grad_merged, assignment).to(dtype)
-    apart = torch.where(weighted[..., None], (features - of_row(merged, assignment)).to(dtype), 0)
+    gradient = take_rows(grad_merged, assignment).to(dtype)
+    apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
     grad_features = (scores.to(dtype) * inverse)[..., None] * gradient
-    grad_scores = (apart * gradient).sum(dim=-1) * inverse + torch.where(member, of_row(grad_mass, assignment), 0)
+    grad_scores = (apart * gradient).sum(dim=-1) * inverse + torch.where(member, take_rows(grad_mass, assignment), 0)
     itself = torch.where(((mass == 0) & (indices >= 0))[..., None], grad_merged.to(dtype), 0)
     place = indices.clamp(min=0)[..., None].expand_as(itself)
     return grad_features.scatter_add(1, place, itself).to(features.dtype), grad_scores.to(scores.dtype)
@@ -304,6 +301,7 @@ def register(op: str) -> None:
     """The raw operator at the dispatcher's Autograd key."""
 
     def kernel(*args, **kwargs):
+        _library.sharding()
         if not concerned(op, args):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)

@@ -8,15 +8,32 @@ import torch
 from . import _autograd, _debug, _library, _vmap
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
+OLDEST_TRITON = (3, 6)
 KERNELS: dict[str, dict[str, Callable]] = {}  # of an operator, by backend, where they are Python functions
+
+
+def triton_unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, with the remedy; None where one can."""
+    try:
+        import triton
+    except Exception as error:  # it loads compiled libraries and plugins: anything can be raised
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "the package triton is not installed. Remedy: pip install 'triton>=3.6'"
+        return (
+            f"triton is installed, and its import fails ({type(error).__name__}: {error}). "
+            "Remedy: pip install --force-reinstall 'triton>=3.6'"
+        )
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is installed, expected 3.6 or newer. Remedy: pip install 'triton>=3.6'"
+    return None
 
 
 def triton_interprets() -> bool:
     """Whether Triton runs its kernels on CPU tensors (TRITON_INTERPRET=1 before triton was imported)."""
-    try:
-        import triton
-    except ImportError:
+    if triton_unavailable() is not None:
         return False
+    import triton
+
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -28,10 +45,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
         if _library.cpp_unavailable() is not None:
             return f"the compiled library is not in use: {_library.cpp_unavailable()}"
     if backend == "triton":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "the package triton is not installed. Remedy: pip install triton"
+        if (reason := triton_unavailable()) is not None:
+            return reason
         if device.type != "cuda" and not triton_interprets():
             return (
                 f"Triton kernels take GPU tensors, got {device}. Remedy: .cuda(), or set TRITON_INTERPRET=1 before "
@@ -59,9 +74,13 @@ def register(
     _vmap.register(op, functools.partial(_autograd.dispatch, op))
 
 
-def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+
+
+def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
+    check_backend(backend)
     reason = unavailable(backend, device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
@@ -81,8 +100,9 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         return kernel(*args, **kwargs)
     if _debug.is_on():
         kernel = _debug.checked(op, kernel)
+    kernel = _library.on_shards(op, kernel)
     if torch._C._are_functorch_transforms_active() or _autograd.concerned(op, args):
-        backward = kernel_of("merge_backward", backend, args[0].device)
+        backward = _library.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
         return _autograd.differentiate(_autograd.Call(op, kernel, backward), *_autograd.flatten(op, args, kwargs))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(*args, **kwargs)
@@ -98,5 +118,7 @@ def raw(check: Callable, kernel: Callable) -> Callable:
             return kernel(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise RuntimeError(str(error)) from error
+        except ImportError as error:  # of a kernel, on its first call
+            raise RuntimeError(f"GPU tensors need Triton, and {triton_unavailable() or error}.") from error
 
     return checked

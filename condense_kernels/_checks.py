@@ -109,6 +109,20 @@ def check_values(name: str, values: torch.Tensor, low: int, high: int) -> None:
         raise RuntimeError(f"{name}: expected values in [{low}, {high}), got {int(wrong[0])}.")
 
 
+def check_grid(grid: Sequence[int], num_tokens: int | None = None) -> None:
+    if not isinstance(grid, Sequence) or any(isinstance(g, bool) or not isinstance(g, int) for g in grid):
+        raise TypeError(
+            f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}. Remedy: tuple(int(g) for g in grid)."
+        )
+    product = math.prod(grid)
+    if len(grid) not in (2, 3) or min(grid) < 1 or num_tokens not in (None, product):
+        of_tokens = "" if num_tokens is None else f" with product N = {num_tokens}"
+        raise ValueError(
+            f"grid: expected (H, W) or (T, H, W){of_tokens}, got {tuple(grid)} with product {product}. "
+            "Remedy: positions= for tokens that are no full grid."
+        )
+
+
 def check_where(
     grid: Sequence[int] | None,
     positions: torch.Tensor | None,
@@ -125,15 +139,7 @@ def check_where(
             "Remedy: grid=(H, W), or spatial_weight=0 for assignment by similarity alone."
         )
     if grid is not None:
-        if not isinstance(grid, Sequence) or any(isinstance(g, bool) or not isinstance(g, int) for g in grid):
-            raise TypeError(
-                f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}. Remedy: tuple(int(g) for g in grid)."
-            )
-        if len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != sizes["N"]:
-            raise ValueError(
-                f"grid: expected (H, W) or (T, H, W) with product N = {sizes['N']}, got {tuple(grid)} with product "
-                f"{math.prod(grid)}. Remedy: positions= for tokens that are no full grid."
-            )
+        check_grid(grid, sizes["N"])
     if positions is not None:
         shape = "B N P" if isinstance(positions, torch.Tensor) and positions.dim() == 3 else "N P"
         check_tensor("positions", positions, shape, sizes, FLOATS + INTEGERS, like)

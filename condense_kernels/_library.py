@@ -1,18 +1,44 @@
-"""Owns the operator namespace ``condense``: loads the compiled library and supplies what it lacks.
+"""Owns the operator namespace ``condense``: loads the compiled library, or defines what it would have brought.
 
-The schemas live in csrc/library.cpp. Where that library is absent (no compiler at installation), the same
-schemas are defined here and the reference serves CPU tensors, with one warning.
+The operators of a process come from one source, never from a mixture. The schemas live in csrc/library.cpp. Where that
+library cannot be loaded, the same schemas are defined here and the reference serves CPU tensors, with one warning. The
+copy of the package that is imported first owns the namespace; another one uses what is there, if it means the same.
+What happens when: docs/installing.md.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import os
+import struct
+import sys
+import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
-import torch
+from ._version import __version__
 
 NAMESPACE = "condense"
+OLDEST_TORCH = (2, 10)
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        f"condense_kernels {__version__} needs torch >= 2.10, and no torch is installed. Remedy: pip install torch, "
+        "or the build for your machine that https://pytorch.org/get-started names.",
+        name="torch",
+    ) from None
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    raise ImportError(
+        f"condense_kernels {__version__} needs torch >= 2.10, found torch {torch.__version__} in "
+        f"{Path(torch.__file__).parent}. Remedy: pip install 'torch>=2.10'."
+    )
 
 # The list in csrc/library.cpp, word for word; tests/test_registration.py holds the two together.
 SCHEMAS = {
@@ -55,42 +81,119 @@ SCHEMAS = {
     ),
 }
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_load_error: str | None = None
+
+@dataclasses.dataclass
+class _Owner:
+    """Where the operators of this process come from. Kept on torch.ops.condense, where every copy of the package finds
+    it, whatever its name and version: these fields stay.
+    """
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    source: str | None = None
+    cpp_unavailable: str | None = None
+    library: torch.library.Library | None = None  # torch takes back what it registered once nobody holds it
+
+
+THIS_COPY = f"condense_kernels {__version__} in {Path(__file__).parent}"
+OUR_LIBRARY = f"the compiled library of {THIS_COPY}"
+
+_owner: _Owner = vars(getattr(torch.ops, NAMESPACE)).setdefault("_owner", _Owner())  # of two threads, one sets it
 
 
 def _exists(op: str) -> bool:
     return hasattr(getattr(torch.ops, NAMESPACE), op)
 
 
-def _load() -> str | None:
-    """Load the compiled library; return why it is not there, or None.
+def _claim() -> None:
+    """Bring the operators into this process, unless they are there; then they have to be those of this version."""
+    _owner.library = _owner.library or torch.library.Library(NAMESPACE, "FRAGMENT")
+    if any(_exists(op) for op in SCHEMAS):
+        if _owner.source is None:
+            _owner.source = "something else than this version of the package"
+            if not _exists("cpu_capability"):
+                _owner.cpp_unavailable = f"the operators come from {_owner.source}"
+        _check_schemas()
+        return
+    reason = _load()
+    if reason is None:
+        _owner.source = OUR_LIBRARY
+        _check_schemas()
+        return
+    warnings.warn(
+        f"condense_kernels runs CPU tensors on its slow reference, as the compiled library is not in use: {reason}.",
+        RuntimeWarning,
+        stacklevel=4,  # this module, the package, who imports it
+    )
+    for op, schema in SCHEMAS.items():
+        _owner.library.define(op + schema)
+    _owner.source, _owner.cpp_unavailable = THIS_COPY, reason
 
-    Another copy of the package may have loaded its own already: what counts is whether the operators exist.
+
+def _load() -> str | None:
+    """Load the compiled library; return why it is not in use, or None. With a reason, nothing was registered.
+
+    Never when an operator of it exists: registering one twice ends the process.
     """
-    if all(_exists(op) for op in SCHEMAS):
-        return None
     if os.environ.get("CONDENSE_DISABLE_CPP") == "1":
         return "CONDENSE_DISABLE_CPP=1 is set"
-    path = importlib.resources.files(__package__) / "_C.abi3.so"
-    if not path.is_file():
-        return "it was not built; install g++ (or clang++) and reinstall with CONDENSE_BUILD_EXT=1 to see the build"
+    resource = importlib.resources.files(__package__) / "_C.abi3.so"
+    if not resource.is_file():
+        return (
+            f"{resource} was not built; install g++ (or clang++) and reinstall with CONDENSE_BUILD_EXT=1 to see the "
+            "build"
+        )
+    with importlib.resources.as_file(resource) as path:  # of a zip: unpacked for the moment of loading
+        return _load_file(path)
+
+
+def _load_file(path: Path) -> str | None:
     try:
+        if _is_cut_off(path):
+            raise OSError(f"{path}: the file is cut off")
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path} does not load ({error}); rebuild it against the installed torch {torch.__version__}"
+        return (
+            f"it does not load ({error.__cause__ or error}); rebuild it on this machine against the installed torch "
+            f"{torch.__version__}"
+        )
     return None
 
 
-def _check_schema(op: str) -> None:
-    """A stale library with another schema would compute something else under the same name."""
-    found = str(getattr(getattr(torch.ops, NAMESPACE), op).default._schema)
-    expected = str(torch._C.parse_schema(f"{NAMESPACE}::{op}{SCHEMAS[op]}"))
-    if found != expected:
-        raise ImportError(
-            f"operator {NAMESPACE}::{op} is already registered with another schema: found {found}, this version of "
-            f"condense_kernels expects {expected}. Remedy: remove the other version or reinstall this one."
-        )
+def _is_cut_off(path: Path) -> bool:
+    """Whether the file ends before the last byte that would be mapped. The loader does not ask: SIGBUS."""
+    segment = struct.Struct("<IIQQQQQQ")  # of an ELF file of 64 bits: type, flags, offset, two addresses, size, ...
+    with open(path, "rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return False  # no such file: the loader says what is wrong
+        (start,), (count,) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<H", header, 56)
+        file.seek(start)
+        table = file.read(segment.size * count)
+    if len(table) < segment.size * count:
+        return True
+    ends = [offset + size for _, _, offset, _, _, size, _, _ in segment.iter_unpack(table)]
+    return path.stat().st_size < max(ends, default=0)
+
+
+def _check_schemas() -> None:
+    """Operators of another version would compute something else under the same name, or be missing."""
+    wrong = []
+    for op, schema in SCHEMAS.items():
+        expected = str(torch._C.parse_schema(f"{NAMESPACE}::{op}{schema}"))
+        found = str(getattr(getattr(torch.ops, NAMESPACE), op).default._schema) if _exists(op) else "no such operator"
+        if found != expected:
+            wrong.append(f"  expected {expected}\n  found    {found}")
+    if not wrong:
+        return
+    remedy = (
+        "rebuild the library, CONDENSE_BUILD_EXT=1 pip install ., or go without it, CONDENSE_DISABLE_CPP=1"
+        if _owner.source == OUR_LIBRARY
+        else "one version of condense_kernels for all that this process imports"
+    )
+    raise ImportError(
+        "\n".join([f"{THIS_COPY} has other operators than {_owner.source}, which this process has loaded:", *wrong])
+        + f"\nRemedy: {remedy}."
+    )
 
 
 @functools.cache
@@ -98,9 +201,31 @@ def schema_of(op: str) -> torch.FunctionSchema:
     return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
 
 
+def sharding() -> ModuleType | None:
+    """condense_kernels.distributed, whose import puts in the rules for DTensors; None while there can be no DTensor.
+
+    torch.distributed.tensor takes half a second to import, so it has to be somebody else who wants it.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from . import distributed
+
+    return distributed
+
+
+def on_shards(op: str, kernel: Callable) -> Callable:
+    """``kernel`` of ``op``, also for DTensors."""
+    return kernel if sharding() is None else sharding().on_shards(op, kernel)
+
+
 def cpp_unavailable() -> str | None:
     """Why the compiled CPU kernels are not in use; None where they are."""
-    return _load_error
+    return _owner.cpp_unavailable
+
+
+def source() -> str:
+    """Which copy of the package, or what else, brought the operators of this process."""
+    return _owner.source
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -135,16 +260,6 @@ def _on_one_device(fake: Callable) -> Callable:
     return checked
 
 
-_load_error = _load()
-for _op, _schema in SCHEMAS.items():
-    if _exists(_op):
-        _check_schema(_op)
-    else:
-        _library.define(_op + _schema)
-if _load_error is not None:
-    warnings.warn(
-        f"condense_kernels runs CPU tensors on its slow reference, as the compiled library is not in use: "
-        f"{_load_error}.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+with _owner.lock:
+    _claim()
+_library = _owner.library

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import MAX_TOKENS, check_budget, check_weight
+from ._backend import check_backend
+from ._checks import MAX_TOKENS, check_budget, check_grid, check_weight
 from .select_and_merge import Condensed, select_and_merge
 
 
@@ -38,6 +39,9 @@ class Condense(torch.nn.Module):
         check_budget(num_anchors, num_background, MAX_TOKENS)
         check_weight("suppression", suppression)
         check_weight("spatial_weight", spatial_weight)
+        check_backend(backend)
+        if grid is not None:
+            check_grid(grid)
         self.num_anchors, self.num_background = num_anchors, num_background
         self.grid = None if grid is None else tuple(grid)
         self.suppression, self.spatial_weight = suppression, spatial_weight

@@ -55,7 +55,6 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
     for (int64_t p = 0; p < num_axes; ++p) all = all && std::isfinite(places[p * n + i]);
     return all;
   };
-  std::vector<double> low(num_axes);
   double extent = 0;
   for (int64_t p = 0; p < num_axes; ++p) {
     double high = -std::numeric_limits<double>::infinity();
@@ -129,16 +128,16 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
   const Tensor kept = contiguous_as(indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   const auto tiers = contiguous_as(tier, ScalarType::Char);
-  const Space space{grid, positions, spatial_weight};
+  const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) {
-    return std::pair{SpaceMemory<T>(memory, space, N), AssignMemory<T>(memory, N, K)};
+    return std::pair{SpaceMemory<T>(memory, first, N), AssignMemory<T>(memory, N, K)};
   };
   for_each_image(B, N * K, pieces, [&](int64_t b, auto& taken, Crew& crew) {
     auto& [where, memory] = taken;
     const int8_t* image_tier = row_of<int8_t>(tiers, b, N);
     const int64_t* image_kept = data_of<int64_t>(kept) + b * K;
-    where.fill(space, b, N, image_tier);
+    where.fill(space_of(grid, positions, spatial_weight, b), N, image_tier);
     for (int64_t row = 0; row < K; ++row) {
       memory.s_rows[row] = matrices.at<T>(b) + std::max<int64_t>(image_kept[row], 0) * matrices.ld;
     }

@@ -74,8 +74,14 @@ inline std::string dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -105,15 +111,16 @@ inline void check_weight(const char* name, double value) {
   }
 }
 
-// The fixed-point sum of |s| over all pairs then stays below 2^63.
+constexpr int64_t kMostTokens = int64_t{1} << 19;  // the fixed-point sum of |s| over all pairs then stays below 2^63
+
 inline void check_num_tokens(const char* name, const Tensor& t) {
-  constexpr int64_t kMost = int64_t{1} << 19;
-  if (t.size(1) > kMost) fail(name, ": expected at most ", kMost, " tokens an image, got ", t.size(1), ".");
+  if (t.size(1) > kMostTokens) fail(name, ": expected at most ", kMostTokens, " tokens an image, got ", t.size(1), ".");
 }
 
-inline void check_count(const char* name, int64_t value, int64_t n) {
-  if (value < 0 || value > n)
-    fail(name, ": expected 0 <= ", name, " <= ", n, " (N = ", n, " tokens), got ", value, ".");
+inline void check_count(const char* name, int64_t value, int64_t n, const char* axis = "N") {
+  if (value < 0 || value > n) {
+    fail(name, ": expected 0 <= ", name, " <= ", n, " (", axis, " = ", n, " tokens), got ", value, ".");
+  }
 }
 
 inline void check_budget(int64_t num_anchors, int64_t num_background, int64_t n) {
@@ -124,6 +131,15 @@ inline void check_budget(int64_t num_anchors, int64_t num_background, int64_t n)
     fail("num_anchors + num_background: expected 1 <= K <= N = ", n, " tokens, got ", num_anchors, " + ",
          num_background, " = ", k, ". Remedy: keep fewer tokens than there are.");
   }
+}
+
+inline void check_positions(const Tensor& positions, const char* axes, const std::vector<int64_t>& sizes) {
+  check_shape("positions", positions, axes, sizes);
+  check_not_empty("positions", positions, positions.dim() - 1, "coordinate");
+  check_dtype("positions", positions,
+              {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double, ScalarType::Long,
+               ScalarType::Int, ScalarType::Short, ScalarType::Char, ScalarType::Byte},
+              "float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8");
 }
 
 // Grid or positions, not both; one of them unless the distance term is off.
@@ -151,16 +167,27 @@ inline void check_where(const std::optional<std::vector<int64_t>>& grid, const s
     const Tensor& p = *positions;
     const int64_t axes = p.dim() > 0 ? p.size(p.dim() - 1) : 0;
     if (p.dim() == 3) {
-      check_shape("positions", p, "B N P", {b, n, axes});
+      check_positions(p, "B N P", {b, n, axes});
     } else {
-      check_shape("positions", p, "N P", {n, axes});
+      check_positions(p, "N P", {n, axes});
     }
-    check_not_empty("positions", p, p.dim() - 1, "coordinate");
-    check_dtype("positions", p,
-                {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double, ScalarType::Long,
-                 ScalarType::Int, ScalarType::Short, ScalarType::Char, ScalarType::Byte},
-                "float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8");
   }
+}
+
+// What the merge and its gradient are given.
+inline void check_clusters(const Tensor& features, const Tensor& scores, const Tensor& indices,
+                           const Tensor& assignment) {
+  check_rank("features", features, "B N D", 3);
+  check_floating("features", features);
+  check_not_empty("features", features, 2, "channel");
+  const std::vector<int64_t> tokens = {features.size(0), features.size(1)};
+  check_shape("scores", scores, "B N", tokens);
+  check_floating("scores", scores);
+  check_rank("indices", indices, "B K", 2);
+  check_shape("indices", indices, "B K", {features.size(0), indices.size(1)});
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  check_shape("assignment", assignment, "B N", tokens);
+  check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
 }
 
 // Kernels read indices without looking; a value out of range must not get there.

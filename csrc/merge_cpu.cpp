@@ -13,20 +13,6 @@ namespace {
 
 constexpr int64_t kFold = 32;  // members summed before the partial sum is folded: long clusters lose less
 
-// Sorts the tokens by row: those of row r are members[first[r], first[r + 1]), in token order.
-template <class T>
-void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, const MergeMemory<T>& memory) {
-  int64_t *first = memory.first, *members = memory.members;
-  std::fill(first, first + k + 2, 0);
-  for (int64_t i = 0; i < n; ++i) {
-    if (assignment[i] >= 0) ++first[assignment[i] + 2];
-  }
-  for (int64_t r = 2; r < k + 2; ++r) first[r] += first[r - 1];
-  for (int64_t i = 0; i < n; ++i) {
-    if (assignment[i] >= 0) members[first[assignment[i] + 1]++] = i;
-  }
-}
-
 template <class T>
 struct Merger {
   const RowOps<T>& ops;
@@ -44,11 +30,7 @@ struct Merger {
     }
   }
 
-  void add(int64_t i) const {
-    const bool as_it_is = features.stride_d == 1 && features.element_size() == sizeof(T);
-    if (!as_it_is) ops.load_row(features.at(i, 0), features.dtype, features.stride_d, features.d, T{1}, row);
-    ops.accumulate_row(as_it_is ? static_cast<const T*>(features.at(i, 0)) : row, scores[i], features.d, part);
-  }
+  void add(int64_t i) const { ops.accumulate_row(row_as(features, i, row), scores[i], features.d, part); }
 
   void merge_row(int64_t r, int64_t own, char* to, T* mass) const {
     const int64_t lo = first[r], hi = first[r + 1];
@@ -71,10 +53,21 @@ struct Merger {
 
 }  // namespace
 
+void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members) {
+  std::fill(first, first + k + 2, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (assignment[i] >= 0) ++first[assignment[i] + 2];
+  }
+  for (int64_t r = 2; r < k + 2; ++r) first[r] += first[r - 1];
+  for (int64_t i = 0; i < n; ++i) {
+    if (assignment[i] >= 0) members[first[assignment[i] + 1]++] = i;
+  }
+}
+
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
                  Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass) {
-  sort_by_row(assignment, features.n, k, memory);
+  sort_by_row(assignment, features.n, k, memory.first, memory.members);
   const int64_t cost = features.n + k;  // tokens to read and rows to write: what a slot gets an equal share of
   crew.run([&](int slot) {
     T* row = memory.rows + 3 * slot * features.d;
@@ -117,17 +110,7 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores
 
 std::tuple<Tensor, Tensor> merge(const Tensor& features, const Tensor& scores, const Tensor& indices,
                                  const Tensor& assignment) {
-  check_rank("features", features, "B N D", 3);
-  check_floating("features", features);
-  check_not_empty("features", features, 2, "channel");
-  const std::vector<int64_t> tokens = {features.size(0), features.size(1)};
-  check_shape("scores", scores, "B N", tokens);
-  check_floating("scores", scores);
-  check_rank("indices", indices, "B K", 2);
-  check_shape("indices", indices, "B K", {features.size(0), indices.size(1)});
-  check_dtype("indices", indices, {ScalarType::Long}, "int64");
-  check_shape("assignment", assignment, "B N", tokens);
-  check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
+  check_clusters(features, scores, indices, assignment);
   return is_double(features) || is_double(scores) ? merge_as<double>(features, scores, indices, assignment)
                                                   : merge_as<float>(features, scores, indices, assignment);
 }

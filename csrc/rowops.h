@@ -70,6 +70,9 @@ struct RowOps {
   // total += part; part = 0.
   void (*fold_row)(T* part, int64_t n, T* total);
   void (*divide_row)(T* x, T divisor, int64_t n);
+
+  // dx[0, n) = weight * g; the sum of (x - mean) * g is returned. dx may be x.
+  double (*gradient_row)(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx);
 };
 
 // The loops for the best instruction set of this machine, or for the one that the environment variable

@@ -536,6 +536,29 @@ void divide_row(T* x, T divisor, int64_t n) {
 }
 
 template <class T>
+double gradient_row(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V part[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (int v = 0; v < 2; ++v) {
+      const int64_t at = i + v * kLanes;
+      const V slope = load<V>(g + at);
+      part[v] = fma(load<V>(x + at) - load<V>(mean + at), slope, part[v]);
+      store(dx + at, weight * slope);
+    }
+  }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(part[0][lane]) + part[1][lane];
+  for (; i < n; ++i) {
+    sum += static_cast<double>(x[i] - mean[i]) * g[i];
+    dx[i] = weight * g[i];
+  }
+  return sum;
+}
+
+template <class T>
 constexpr RowOps<T> table() {
   RowOps<T> ops = {};
   ops.instruction_set = CONDENSE_ISA_NAME;
@@ -563,6 +586,7 @@ constexpr RowOps<T> table() {
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;
   ops.divide_row = divide_row<T>;
+  ops.gradient_row = gradient_row<T>;
   return ops;
 }
 

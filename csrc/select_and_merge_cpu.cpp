@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "stages.h"
-#include "tensors.h"
+#include "select_and_merge.h"
 
 namespace condense {
 namespace {
@@ -31,25 +30,7 @@ int64_t stored_tokens() {
   return tokens;
 }
 
-// The operator's arguments, checked.
-struct Arguments {
-  const Tensor &features, &scores, &keys;
-  const std::optional<Tensor>& mask;
-  int64_t num_anchors, num_background;
-  double suppression;
-  Space space;
-  Schedule schedule;  // decided once: the number of threads may change while a call is under way
-
-  int64_t B() const { return features.size(0); }
-  int64_t N() const { return features.size(1); }
-  int64_t D() const { return features.size(2); }
-  int64_t K() const { return num_anchors + num_background; }
-  bool stored() const { return N() <= stored_tokens(); }
-};
-
-struct Outputs {
-  Tensor merged, indices, assignment, mass;
-};
+bool is_stored(const Image& image) { return image.N() <= stored_tokens(); }
 
 template <class T>
 struct Kept {
@@ -60,24 +41,26 @@ struct Kept {
 // What one image needs; S: the working type of the similarities, M: that of the merge.
 template <class S, class M>
 struct ImageMemory {
-  ImageMemory(Memory& memory, const Arguments& a, int slots)
-      : scores(memory.take<S>(a.N())),
-        weights(weights_beside(scores, memory, a.N())),
-        mask(memory.take<uint8_t>(a.mask ? a.N() : 0)),
-        tier(memory.take<int8_t>(a.N())),
-        rest(memory.take<int8_t>(a.N())),
-        g(memory.take<S>(a.N())),
-        order(memory.take<int64_t>(a.K())),
-        kept(memory.take<Kept<S>>(a.K())),
-        s(memory.take<S>(a.stored() ? a.N() * a.N() : 0)),
-        rows(memory.take<S>(a.stored() ? 0 : (a.K() + kTile) * width_of(a.N()))),
-        greedy(memory, a.stored() ? a.N() : 0),
-        streamed_greedy(memory, a.stored() ? 0 : a.N()),
-        where(memory, a.space, a.N()),
-        assign(memory, a.N(), a.K()),
+  ImageMemory(Memory& memory, const Image& image, int slots)
+      : ImageMemory(memory, image, slots, image.N(), image.K(), is_stored(image)) {}
+  ImageMemory(Memory& memory, const Image& image, int slots, int64_t n, int64_t k, bool stored)
+      : scores(memory.take<S>(n)),
+        weights(weights_beside(scores, memory, n)),
+        mask(memory.take<uint8_t>(image.mask ? n : 0)),
+        tier(memory.take<int8_t>(n)),
+        rest(memory.take<int8_t>(n)),
+        g(memory.take<S>(n)),
+        order(memory.take<int64_t>(k)),
+        kept(memory.take<Kept<S>>(k)),
+        s(memory.take<S>(stored ? n * n : 0)),
+        rows(memory.take<S>(stored ? 0 : (k + kTile) * width_of(n))),
+        greedy(memory, stored ? n : 0),
+        streamed_greedy(memory, stored ? 0 : n),
+        where(memory, image.space, n),
+        assign(memory, n, k),
         kept_to_the_end(memory.at()),
-        similarity(memory, a.N(), slots, a.stored()),
-        merge(memory.rewound(kept_to_the_end), a.N(), a.D(), a.K(), slots) {}
+        similarity(memory, n, slots, stored),
+        merge(memory.rewound(kept_to_the_end), n, image.D(), k, slots) {}
   // The scores as the merge wants them.
   static M* weights_beside(S* scores, Memory& memory, int64_t n) {
     if constexpr (sizeof(S) == sizeof(M))
@@ -104,9 +87,9 @@ struct ImageMemory {
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
 template <class S, class M>
-void select_image(const Rows& keys, const Arguments& a, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
-  const int64_t N = a.N(), width = width_of(N);
-  const auto suppression = static_cast<S>(a.suppression);
+void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
+  const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
+  const auto suppression = static_cast<S>(image.suppression);
   const auto select_stored = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
@@ -115,81 +98,126 @@ void select_image(const Rows& keys, const Arguments& a, S sbar, Crew& crew, Imag
   const auto select_streamed = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     S* rows = memory.rows + first * width;
-    const int64_t picks = greedy_select_streamed<S>(keys, prior, &sbar, tier, k, suppression, crew, memory.similarity,
-                                                    memory.streamed_greedy, order, rows);
+    const int64_t picks = greedy_select_streamed<S>(image.keys, prior, &sbar, tier, k, suppression, crew,
+                                                    memory.similarity, memory.streamed_greedy, order, rows);
     std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};
   };
   const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
-    return a.stored() ? select_stored(prior, tier, first, k) : select_streamed(prior, tier, first, k);
+    return is_stored(image) ? select_stored(prior, tier, first, k) : select_streamed(prior, tier, first, k);
   };
-  select(memory.scores, memory.tier, 0, a.num_anchors);
+  select(memory.scores, memory.tier, 0, num_anchors);
   std::copy(memory.tier, memory.tier + N, memory.rest);
-  for (int64_t i = 0; i < a.num_anchors; ++i) memory.rest[memory.order[i]] = kTaken;  // no candidate for the background
-  select(memory.g, memory.rest, a.num_anchors, a.num_background);
-  std::sort(memory.kept, memory.kept + a.K(), [](const Kept<S>& x, const Kept<S>& y) { return x.token < y.token; });
+  for (int64_t i = 0; i < num_anchors; ++i) memory.rest[memory.order[i]] = kTaken;  // no candidate for the background
+  select(memory.g, memory.rest, num_anchors, image.num_background);
+  std::sort(memory.kept, memory.kept + image.K(), [](const Kept<S>& x, const Kept<S>& y) { return x.token < y.token; });
 }
 
 template <class S, class M>
-void condense_image(const Arguments& a, int64_t b, Crew& crew, ImageMemory<S, M>& memory, const Outputs& out) {
-  const int64_t N = a.N(), D = a.D(), K = a.K();
-  const Rows keys = rows_of(a.keys, b), features = rows_of(a.features, b);
-  int64_t *indices = output<int64_t>(out.indices) + b * K, *assignment = output<int64_t>(out.assignment) + b * N;
-  convert_row(a.scores, b, memory.scores);
-  if constexpr (sizeof(S) != sizeof(M)) convert_row(a.scores, b, memory.weights);
-  if (a.mask) convert_row(*a.mask, b, memory.mask);
+void condense_image(const Image& image, const Results& out, Memory piece, Crew& crew) {
+  const int64_t N = image.N(), K = image.K();
+  ImageMemory<S, M> memory(piece, image, crew.size());
+  image.scores.read(N, memory.scores);
+  if constexpr (sizeof(S) != sizeof(M)) image.scores.read(N, memory.weights);
+  if (image.mask) image.mask.read(N, memory.mask);
   S sbar = 0;
-  similarity_image<S>(keys, memory.scores, a.mask ? memory.mask : nullptr, crew, memory.similarity, memory.s, &sbar,
-                      memory.g, memory.tier);
-  select_image(keys, a, sbar, crew, memory);
+  similarity_image<S>(image.keys, memory.scores, image.mask ? memory.mask : nullptr, crew, memory.similarity, memory.s,
+                      &sbar, memory.g, memory.tier);
+  select_image(image, sbar, crew, memory);
   for (int64_t row = 0; row < K; ++row) {
-    indices[row] = memory.kept[row].token;
+    out.indices[row] = memory.kept[row].token;
     memory.assign.s_rows[row] = memory.kept[row].s_row;
   }
-  memory.where.fill(a.space, b, N, memory.tier);
-  assign_image<S>(indices, memory.tier, memory.where.layout, N, K, crew, memory.assign, assignment);
-  merge_image<M>(features, memory.weights, indices, assignment, K, crew, memory.merge,
-                 output<char>(out.merged) + b * K * D * features.element_size(), output<M>(out.mass) + b * K);
+  memory.where.fill(image.space, N, memory.tier);
+  assign_image<S>(out.indices, memory.tier, memory.where.layout, N, K, crew, memory.assign, out.assignment);
+  merge_image<M>(image.features, memory.weights, out.indices, out.assignment, K, crew, memory.merge, out.merged,
+                 reinterpret_cast<M*>(out.mass));
 }
 
-// Bytes of one image in flight.
 template <class S, class M>
-int64_t image_bytes(const Arguments& a) {
+int64_t image_bytes(const Image& image, int slots) {
   Memory count;
-  ImageMemory<S, M>(count, a, a.schedule.slots);
+  ImageMemory<S, M>(count, image, slots);
   return count.taken();
 }
 
 template <class S, class M>
-void condense_images(const Arguments& a, const Outputs& out, const Workspace& workspace, int64_t bytes) {
-  for_each_image(a.B(), a.schedule, workspace, bytes, [&](int64_t b, Memory piece, Crew& crew) {
-    ImageMemory<S, M> memory(piece, a, a.schedule.slots);
-    condense_image(a, b, crew, memory, out);
-  });
+Flagship flagship_as() {
+  return {image_bytes<S, M>, condense_image<S, M>};
 }
 
-bool is_wide_merge(const Arguments& a) { return is_double(a.scores) || is_double(a.features); }
+}  // namespace
 
-// A call, for the working types of its arguments.
-struct Call {
-  const Arguments& a;
-  int64_t image_bytes;
-  void (*condense_images)(const Arguments&, const Outputs&, const Workspace&, int64_t);
+ScalarType mass_dtype(const Tensor& features, const Tensor& scores) {
+  return is_double(features) || is_double(scores) ? ScalarType::Double : ScalarType::Float;
+}
 
-  int64_t bytes() const { return a.schedule.at_a_time * image_bytes; }
-  void run(const Outputs& out, const Workspace& workspace) const { condense_images(a, out, workspace, image_bytes); }
+Flagship flagship_for(const Tensor& features, const Tensor& scores, const Tensor& keys) {
+  const bool wide_s = is_double(scores) || is_double(keys);
+  const bool wide_m = mass_dtype(features, scores) == ScalarType::Double;
+  return wide_s ? (wide_m ? flagship_as<double, double>() : flagship_as<double, float>())
+                : (wide_m ? flagship_as<float, double>() : flagship_as<float, float>());
+}
+
+namespace {
+
+// The operator's arguments, checked.
+struct Arguments {
+  const Tensor &features, &scores, &keys;
+  const std::optional<std::vector<int64_t>>& grid;
+  const std::optional<Tensor>&positions, &mask;
+  int64_t num_anchors, num_background;
+  double suppression, spatial_weight;
+
+  int64_t B() const { return features.size(0); }
+  int64_t N() const { return features.size(1); }
+  int64_t D() const { return features.size(2); }
+  int64_t K() const { return num_anchors + num_background; }
+  Image image(int64_t b) const {
+    return {rows_of(features, b),
+            rows_of(keys, b),
+            column_of(scores, b),
+            mask ? column_of(*mask, b) : Column{},
+            space_of(grid, positions, spatial_weight, b),
+            num_anchors,
+            num_background,
+            suppression};
+  }
 };
 
-template <class S, class M>
-Call call_as(const Arguments& a) {
-  return {a, image_bytes<S, M>(a), condense_images<S, M>};
-}
+struct Outputs {
+  Tensor merged, indices, assignment, mass;
+};
 
-Call call_of(const Arguments& a) {
-  const bool wide_s = is_double(a.scores) || is_double(a.keys), wide_m = is_wide_merge(a);
-  return wide_s ? (wide_m ? call_as<double, double>(a) : call_as<double, float>(a))
-                : (wide_m ? call_as<float, double>(a) : call_as<float, float>(a));
-}
+// What a call decides before it starts: the number of threads may change while it is under way.
+struct Call {
+  explicit Call(const Arguments& a)
+      : a(a),
+        flagship(flagship_for(a.features, a.scores, a.keys)),
+        first(a.image(0)),
+        schedule(Schedule::for_batch(a.B(), first.work())),
+        image_bytes(flagship.image_bytes(first, schedule.slots)) {}
+
+  int64_t bytes() const { return schedule.at_a_time * image_bytes; }
+
+  void run(const Outputs& out, const Workspace& workspace) const {
+    const int64_t N = a.N(), K = a.K();
+    const Results start{output<char>(out.merged), output<int64_t>(out.indices), output<int64_t>(out.assignment),
+                        output<char>(out.mass)};
+    const int64_t row_bytes = a.D() * out.merged.element_size(), mass_bytes = out.mass.element_size();
+    for_each_image(a.B(), schedule, workspace, image_bytes, [&](int64_t b, Memory memory, Crew& crew) {
+      const Results results{start.merged + b * K * row_bytes, start.indices + b * K, start.assignment + b * N,
+                            start.mass + b * K * mass_bytes};
+      flagship.condense_image(a.image(b), results, memory, crew);
+    });
+  }
+
+  const Arguments& a;
+  Flagship flagship;
+  Image first;  // all are of its size
+  Schedule schedule;
+  int64_t image_bytes;
+};
 
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
@@ -217,10 +245,8 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
   check_where(grid, positions, spatial_weight, B, N);
-  const Tensor& k = keys ? *keys : features;
-  const Schedule schedule(B, static_cast<double>(N) * N * k.size(2));
-  return {features, scores, k, mask, num_anchors, num_background, suppression, {grid, positions, spatial_weight},
-          schedule};
+  return {features, scores,      keys ? *keys : features, grid,        positions,
+          mask,     num_anchors, num_background,          suppression, spatial_weight};
 }
 
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
@@ -255,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
   const Outputs out{torch::stable::empty({a.B(), a.K(), a.D()}, features.scalar_type()),
                     torch::stable::empty({a.B(), a.K()}, ScalarType::Long),
                     torch::stable::empty({a.B(), a.N()}, ScalarType::Long),
-                    torch::stable::empty({a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float)};
-  const Call call = call_of(a);
+                    torch::stable::empty({a.B(), a.K()}, mass_dtype(features, scores))};
+  const Call call(a);
   call.run(out, Workspace(call.bytes()));
   return {out.merged, out.indices, out.assignment, out.mass};
 }
@@ -271,9 +297,9 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
   check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
-  check_output("mass", mass, "B K", {a.B(), a.K()}, is_wide_merge(a) ? ScalarType::Double : ScalarType::Float);
+  check_output("mass", mass, "B K", {a.B(), a.K()}, mass_dtype(features, scores));
   const Outputs out{merged, indices, assignment, mass};
-  const Call call = call_of(a);
+  const Call call(a);
   if (workspace) {
     call.run(out, workspace_in(*workspace, call.bytes()));
   } else {
@@ -287,7 +313,7 @@ int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t nu
                         double spatial_weight) {
   const Arguments a =
       checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
-  return Memory::kLine + call_of(a).bytes();
+  return Memory::kLine + Call(a).bytes();
 }
 
 }  // namespace

@@ -209,13 +209,13 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
 
 // g and the sum of |s|, from the tiles' integers.
 template <class T>
-double add_sums(const std::vector<TileMemory<T>>& parts, int64_t n, T* g) {
+double add_sums(const SimilarityMemory<T>& memory, int64_t n, T* g) {
   constexpr double kUnit = 1.0 / (1 << 24);
   int64_t magnitudes = 0;
-  for (const TileMemory<T>& part : parts) magnitudes += part.magnitudes;
+  for (int slot = 0; slot < memory.slots; ++slot) magnitudes += memory.of_slot[slot].magnitudes;
   for (int64_t i = 0; i < n; ++i) {
     int64_t sum = 0;
-    for (const TileMemory<T>& part : parts) sum += part.g[i];
+    for (int slot = 0; slot < memory.slots; ++slot) sum += memory.of_slot[slot].g[i];
     g[i] = static_cast<T>(static_cast<double>(sum) * kUnit);
   }
   return static_cast<double>(magnitudes) * kUnit;
@@ -273,10 +273,14 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
 template <class T>
 SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored)
     : factors(memory, n),
+      of_slot(memory.take<TileMemory<T>>(slots)),
+      slots(slots),
       sums(sizeof(T) == 8 ? memory.take<double>(n) : nullptr),
       strip(sizeof(T) == 8 && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr) {
-  of_slot.reserve(slots);
-  for (int slot = 0; slot < slots; ++slot) of_slot.emplace_back(memory, n, stored);
+  for (int slot = 0; slot < slots; ++slot) {
+    const TileMemory<T> of_this(memory, n, stored);
+    if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
+  }
 }
 
 template <class T>
@@ -295,7 +299,7 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
   double magnitude = 0;
   if constexpr (sizeof(T) == 4) {
     run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, kSummed, {s, n, false}}, crew, memory);
-    magnitude = add_sums(memory.of_slot, n, g);
+    magnitude = add_sums(memory, n, g);
   } else {
     if (s)
       run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, !kSummed, {s, n, false}}, crew, memory);

@@ -24,7 +24,19 @@ struct Rows {
 
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
+  // Tokens [first, first + count).
+  Rows part(int64_t first, int64_t count) const {
+    return {static_cast<const char*>(at(first, 0)), dtype, count, d, stride_n, stride_d};
+  }
 };
+
+// Row i as numbers of type T: in its place if they are, else converted into `to`.
+template <class T>
+const T* row_as(const Rows& rows, int64_t i, T* to) {
+  if (rows.stride_d == 1 && rows.element_size() == sizeof(T)) return static_cast<const T*>(rows.at(i, 0));
+  row_ops<T>().load_row(rows.at(i, 0), rows.dtype, rows.stride_d, rows.d, T{1}, to);
+  return to;
+}
 
 // Two factors whose product is 2^-e, where 2^e is the smallest power of two above magnitude (frexp's e): 2^-e itself
 // may not be representable.
@@ -61,7 +73,8 @@ template <class T>
 struct SimilarityMemory {
   SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored);
   KeyFactors<T> factors;
-  std::vector<TileMemory<T>> of_slot;
+  TileMemory<T>* of_slot;
+  int slots;
   double* sums;  // [n] fp64 alone
   T* strip;      // [kTile, width_of(n)] fp64 alone, where s is not stored
 };
@@ -116,13 +129,14 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
 template <class T>
 struct Layout {
   Layout(Memory& memory, int64_t n, int64_t num_axes)
-      : positions(memory.take<T>(num_axes * n)), num_axes(num_axes), factor(0) {}
+      : positions(memory.take<T>(num_axes * n)), low(memory.take<double>(num_axes)), num_axes(num_axes), factor(0) {}
   // Row-major grid of num_axes sizes, whose product is n.
   void set_grid(const int64_t* grid, int64_t n, const int8_t* tier, double spatial_weight);
   // places [num_axes, n].
   void set_positions(const double* places, int64_t n, const int8_t* tier, double spatial_weight);
 
   T* positions;
+  double* low;       // [num_axes] the lowest position along each
   int64_t num_axes;  // 0: no distance
   T factor;
 };
@@ -142,6 +156,9 @@ struct AssignMemory {
 template <class T>
 void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& layout, int64_t n, int64_t k, Crew& crew,
                   const AssignMemory<T>& memory, int64_t* assignment);
+
+// Sorts the tokens by row: those of row r become members[first[r], first[r + 1]), in token order. first is [k + 2].
+void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members);
 
 template <class T>
 struct MergeMemory {

@@ -61,10 +61,16 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// Image b of tokens [B, N, D] in any layout.
-inline Rows rows_of(const Tensor& t, int64_t b) {
-  Rows rows{static_cast<const char*>(t.const_data_ptr()), dtype_of(t), t.size(1), t.size(2), t.stride(1), t.stride(2)};
-  rows.data += b * t.stride(0) * rows.element_size();
+// Image b of tokens [B, N, D] in any layout; a tensor [N, D] is its own only image.
+inline Rows rows_of(const Tensor& t, int64_t b = 0) {
+  const int64_t d = t.dim() - 1, offset = d == 2 ? b * t.stride(0) : 0;
+  Rows rows{static_cast<const char*>(t.const_data_ptr()),
+            dtype_of(t),
+            t.size(d - 1),
+            t.size(d),
+            t.stride(d - 1),
+            t.stride(d)};
+  rows.data += offset * rows.element_size();
   return rows;
 }
 
@@ -80,75 +86,96 @@ struct Matrices {
   int64_t ld;
 };
 
-// Elements of a one-channel tensor [n] in any layout, as T.
-template <class T, class From>
-void convert_from(const void* from, int64_t stride, int64_t n, T* to) {
-  const auto* values = static_cast<const From*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(values[i * stride]);
-}
+// A number for each token, [n], of any dtype and layout.
+struct Column {
+  const char* data = nullptr;  // null: there is none
+  ScalarType dtype = ScalarType::Undefined;
+  int64_t stride = 0;  // in bytes
 
-template <class T>
-void convert(const void* from, ScalarType dtype, int64_t stride, int64_t n, T* to) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return convert_from<T, double>(from, stride, n, to);
-    case ScalarType::Half:
-      return convert_from<T, c10::Half>(from, stride, n, to);
-    case ScalarType::BFloat16:
-      return convert_from<T, c10::BFloat16>(from, stride, n, to);
-    case ScalarType::Long:
-      return convert_from<T, int64_t>(from, stride, n, to);
-    case ScalarType::Int:
-      return convert_from<T, int32_t>(from, stride, n, to);
-    case ScalarType::Short:
-      return convert_from<T, int16_t>(from, stride, n, to);
-    case ScalarType::Char:
-      return convert_from<T, int8_t>(from, stride, n, to);
-    case ScalarType::Byte:
-    case ScalarType::Bool:
-      return convert_from<T, uint8_t>(from, stride, n, to);
-    default:
-      return convert_from<T, float>(from, stride, n, to);
+  explicit operator bool() const { return data; }
+  Column from(int64_t first) const { return {data + first * stride, dtype, stride}; }
+
+  template <class T>
+  void read(int64_t n, T* to) const {
+    switch (dtype) {
+      case ScalarType::Double:
+        return read_as<double>(n, to);
+      case ScalarType::Half:
+        return read_as<c10::Half>(n, to);
+      case ScalarType::BFloat16:
+        return read_as<c10::BFloat16>(n, to);
+      case ScalarType::Long:
+        return read_as<int64_t>(n, to);
+      case ScalarType::Int:
+        return read_as<int32_t>(n, to);
+      case ScalarType::Short:
+        return read_as<int16_t>(n, to);
+      case ScalarType::Char:
+        return read_as<int8_t>(n, to);
+      case ScalarType::Byte:
+      case ScalarType::Bool:
+        return read_as<uint8_t>(n, to);
+      default:
+        return read_as<float>(n, to);
+    }
   }
-}
 
-// Row b of a tensor [B, N] in any layout, as T.
-template <class T>
-void convert_row(const Tensor& t, int64_t b, T* to) {
-  const char* row = static_cast<const char*>(t.const_data_ptr()) + b * t.stride(0) * t.element_size();
-  convert(row, t.scalar_type(), t.stride(1), t.size(1), to);
-}
-
-// Where the tokens are, as Eq. 6 is told.
-struct Space {
-  const std::optional<std::vector<int64_t>>& grid;
-  const std::optional<Tensor>& positions;
-  double spatial_weight;
-
-  // 0 without a distance term.
-  int64_t num_axes() const {
-    if (spatial_weight == 0) return 0;
-    return grid ? static_cast<int64_t>(grid->size()) : positions->size(positions->dim() - 1);
+ private:
+  template <class From, class T>
+  void read_as(int64_t n, T* to) const {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(*reinterpret_cast<const From*>(data + i * stride));
   }
 };
+
+// Row b of a tensor [B, N] in any layout; a tensor [N] is its own only row.
+inline Column column_of(const Tensor& t, int64_t b = 0) {
+  const auto size = static_cast<int64_t>(t.element_size());
+  const int64_t token = t.dim() - 1;
+  const int64_t offset = token == 0 ? 0 : b * t.stride(0);
+  return {static_cast<const char*>(t.const_data_ptr()) + offset * size, t.scalar_type(), t.stride(token) * size};
+}
+
+// Where an image's tokens are, as Eq. 6 is told: on a grid, or at positions [n, num_axes] of any dtype and layout.
+struct Space {
+  double spatial_weight;
+  int64_t num_axes;  // 0 without a distance term
+  const std::vector<int64_t>* grid;
+  Column positions;     // along the first axis
+  int64_t axis_stride;  // in bytes, from there to the next axis
+
+  Space from(int64_t first) const {
+    Space rest = *this;
+    rest.positions = positions.from(first);
+    return rest;
+  }
+};
+
+// Image b's; positions are [B, N, P], or [N, P] for every image.
+inline Space space_of(const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
+                      double spatial_weight, int64_t b) {
+  if (spatial_weight == 0) return {};
+  if (grid) return {spatial_weight, static_cast<int64_t>(grid->size()), &*grid, {}, 0};
+  const Tensor& p = *positions;
+  const auto size = static_cast<int64_t>(p.element_size());
+  const int64_t axis = p.dim() - 1, offset = axis == 2 ? b * p.stride(0) : 0;
+  const Column first{static_cast<const char*>(p.const_data_ptr()) + offset * size, p.scalar_type(),
+                     p.stride(axis - 1) * size};
+  return {spatial_weight, p.size(axis), nullptr, first, p.stride(axis) * size};
+}
 
 template <class T>
 struct SpaceMemory {
   SpaceMemory(Memory& memory, const Space& space, int64_t n)
-      : layout(memory, n, space.num_axes()), places(memory.take<double>(space.positions ? n * layout.num_axes : 0)) {}
+      : layout(memory, n, space.num_axes), places(memory.take<double>(space.grid ? 0 : n * space.num_axes)) {}
   Layout<T> layout;
   double* places;
 
-  void fill(const Space& space, int64_t b, int64_t n, const int8_t* tier) {
-    const int64_t axes = layout.num_axes;
-    if (axes == 0) return;
+  void fill(const Space& space, int64_t n, const int8_t* tier) {
+    if (space.num_axes == 0) return;
     if (space.grid) return layout.set_grid(space.grid->data(), n, tier, space.spatial_weight);
-    const Tensor& p = *space.positions;
-    const bool shared = p.dim() == 2;
-    for (int64_t axis = 0; axis < axes; ++axis) {
-      const int64_t offset = (shared ? 0 : b * p.stride(0)) + axis * p.stride(p.dim() - 1);
-      const char* column = static_cast<const char*>(p.const_data_ptr()) + offset * p.element_size();
-      convert(column, p.scalar_type(), p.stride(p.dim() - 2), n, places + axis * n);
+    Column column = space.positions;
+    for (int64_t axis = 0; axis < space.num_axes; ++axis, column.data += space.axis_stride) {
+      column.read(n, places + axis * n);
     }
     layout.set_positions(places, n, tier, space.spatial_weight);
   }

@@ -152,9 +152,11 @@ void with_crew(int size, const F& f) {
   });
 }
 
+// Multiply-adds of some ten microseconds: what a parallel region costs.
+constexpr double kWorthAThread = 1 << 17;
+
 // Threads worth waking for so many multiply-adds.
 inline int slots_for(double work, int64_t most) {
-  constexpr double kWorthAThread = 1 << 17;  // some ten microseconds, what a parallel region costs
   const auto threads = static_cast<double>(torch::stable::get_num_threads());
   return static_cast<int>(std::max(1.0, std::min({threads, static_cast<double>(most), work / kWorthAThread})));
 }
@@ -162,15 +164,16 @@ inline int slots_for(double work, int64_t most) {
 // How the images of a batch share the threads: side by side where they fill them, else one after the other with all
 // threads on each.
 struct Schedule {
-  int at_a_time;  // images
-  int slots;      // threads of an image
+  int at_a_time;          // images
+  int slots;              // threads of an image
+  int64_t in_a_turn = 1;  // images that a thread takes at once, neighbours: their results share cache lines
 
   // `work` is what an image costs, in multiply-adds.
-  Schedule(int64_t images, double work) {
+  static Schedule for_batch(int64_t images, double work) {
     const int64_t threads = torch::stable::get_num_threads();
-    const bool side_by_side = images % threads == 0 || images >= 4 * threads;
-    at_a_time = side_by_side ? slots_for(static_cast<double>(images) * work, images) : 1;
-    slots = side_by_side ? 1 : slots_for(work, threads);
+    if (images % threads != 0 && images < 4 * threads) return {1, slots_for(work, threads)};
+    const double turn = std::min(kWorthAThread / std::max(work, 1.0), images / (8.0 * threads));
+    return {slots_for(static_cast<double>(images) * work, images), 1, std::max<int64_t>(1, turn)};
   }
 };
 
@@ -185,14 +188,17 @@ void for_each_image(int64_t images, const Schedule& schedule, const Workspace& w
   std::atomic<int64_t> next{0};
   for_each_slot(schedule.at_a_time, [&](int slot) {
     Crew alone(1);
-    for (int64_t b; (b = next.fetch_add(1)) < images;) f(b, workspace.piece(slot, bytes), alone);
+    for (int64_t b; (b = next.fetch_add(schedule.in_a_turn)) < images;) {
+      const int64_t end = std::min(b + schedule.in_a_turn, images);
+      for (; b < end; ++b) f(b, workspace.piece(slot, bytes), alone);
+    }
   });
 }
 
 // The same for an operator of its own, f(image, pieces, crew): Pieces(memory, slots) takes what an image needs.
 template <class Pieces, class F>
 void for_each_image(int64_t images, double work, const Pieces& pieces, const F& f) {
-  const Schedule schedule(images, work);
+  const Schedule schedule = Schedule::for_batch(images, work);
   Memory count;
   pieces(count, schedule.slots);
   const Workspace workspace(schedule.at_a_time * count.taken());

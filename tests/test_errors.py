@@ -14,6 +14,25 @@ IDX = torch.tensor([[0, 3], [1, 2]])
 ROWS = torch.zeros(2, 6, dtype=torch.int64)
 GRID = (2, 3)
 META = torch.rand(2, 6, device="meta")
+CU = torch.tensor([0, 2, 6], dtype=torch.int32)
+PACKED = (
+    F[0],
+    S[0],
+    CU,
+    CU // 2,
+    CU // 6,
+    4,
+    6,
+)  # features [T, D], scores [T], offsets [S + 1], total_keep, max_seqlen
+MERGED = torch.rand(2, 2, 4)
+
+
+def packed(**changed) -> tuple:
+    names = ("features", "scores", "cu_seqlens", "cu_anchors", "cu_background", "total_keep", "max_seqlen")
+    return tuple(changed.get(name, value) for name, value in zip(names, PACKED, strict=True))
+
+
+NOWHERE = {"spatial_weight": 0.0}
 
 # operator, arguments, options, exception of the Python function, what the message must say
 CASES = [
@@ -69,6 +88,70 @@ CASES = [
     ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "mask": S}, TypeError, "mask: expected dtype bool"),
     ("select_and_merge", (F, S, 2, 1), {"positions": F[:1]}, ValueError, "positions: expected shape [B N P]"),
     ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "suppression": -0.1}, ValueError, "suppression: expected a"),
+    # select_and_merge_varlen
+    ("select_and_merge_varlen", packed(features=F), NOWHERE, ValueError, "features: expected 2 axes [T D], got 3"),
+    ("select_and_merge_varlen", packed(features=F[0].int()), NOWHERE, TypeError, "features: expected dtype"),
+    (
+        "select_and_merge_varlen",
+        packed(features=F[0, :, :0]),
+        NOWHERE,
+        ValueError,
+        "features: expected at least one ch",
+    ),
+    ("select_and_merge_varlen", packed(scores=S[0, :5]), NOWHERE, ValueError, "scores: expected shape [T] = [6]"),
+    ("select_and_merge_varlen", packed(cu_seqlens=CU.long()), NOWHERE, TypeError, "cu_seqlens: expected dtype int32"),
+    (
+        "select_and_merge_varlen",
+        packed(cu_seqlens=CU[:0]),
+        NOWHERE,
+        ValueError,
+        "cu_seqlens: expected at least one off",
+    ),
+    (
+        "select_and_merge_varlen",
+        packed(cu_anchors=CU[:2]),
+        NOWHERE,
+        ValueError,
+        "cu_anchors: expected shape [S+1] = [3]",
+    ),
+    ("select_and_merge_varlen", packed(cu_background=CU[None]), NOWHERE, ValueError, "cu_background: expected 1 axes"),
+    ("select_and_merge_varlen", packed(total_keep=7), NOWHERE, ValueError, "total_keep: expected 0 <= total_keep <= 6"),
+    (
+        "select_and_merge_varlen",
+        packed(total_keep=-1),
+        NOWHERE,
+        ValueError,
+        "total_keep: expected 0 <= total_keep <= 6",
+    ),
+    ("select_and_merge_varlen", packed(max_seqlen=-1), NOWHERE, ValueError, "max_seqlen: expected 0 <= max_seqlen <="),
+    ("select_and_merge_varlen", PACKED, {}, ValueError, "positions: expected a tensor [T, P], as spatial_weight is"),
+    ("select_and_merge_varlen", PACKED, {"positions": F[0, :5]}, ValueError, "positions: expected shape [T P] = [6, "),
+    ("select_and_merge_varlen", PACKED, {**NOWHERE, "keys": S}, ValueError, "keys: expected shape [T Dk] = [6, "),
+    (
+        "select_and_merge_varlen",
+        PACKED,
+        {"spatial_weight": -1.0},
+        ValueError,
+        "spatial_weight: expected a finite number",
+    ),
+    ("select_and_merge_varlen", PACKED, {**NOWHERE, "suppression": -1.0}, ValueError, "suppression: expected a finite"),
+]
+
+# Of the operator that has no Python function.
+BACKWARD = (MERGED, MERGED[..., 0], F, S, MERGED, MERGED[..., 0], IDX, ROWS)
+BACKWARD_CASES = [
+    ({0: MERGED.half()}, "grad_merged: expected dtype float32, got float16"),
+    ({0: MERGED[:, :1]}, "grad_merged: expected shape [B K D] = [2, 2, 4]"),
+    ({1: MERGED}, "grad_mass: expected 2 axes [B K], got 3"),
+    ({1: MERGED[..., 0].double()}, "grad_mass: expected dtype float32, got float64"),
+    ({2: F[0]}, "features: expected 3 axes [B N D], got 2"),
+    ({3: S.int()}, "scores: expected dtype"),
+    ({4: MERGED[..., :3]}, "merged: expected shape [B K D] = [2, 2, 4]"),
+    ({5: MERGED[:1, :, 0]}, "mass: expected shape [B K] = [2, 2]"),
+    ({6: IDX.int()}, "indices: expected dtype int64, got int32"),
+    ({6: IDX + 6}, "indices: expected values in [-1, 6), got"),
+    ({7: ROWS + 2}, "assignment: expected values in [-1, 2), got 2"),
+    ({7: ROWS[:, :5]}, "assignment: expected shape [B N] = [2, 6]"),
 ]
 
 
@@ -80,6 +163,13 @@ def test_refused(op, args, options, error, message):
         getattr(ck, op)(*args, **options)
     with pytest.raises(RuntimeError, match=re.escape(message)):
         getattr(torch.ops.condense, op)(*args, **options)
+
+
+@pytest.mark.parametrize(("changed", "message"), BACKWARD_CASES)
+def test_refused_in_backward(changed, message):
+    args = [changed.get(i, value) for i, value in enumerate(BACKWARD)]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.condense.merge_backward(*args)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_gradcheck_with_rows_of_every_kind(cpp):
     assert features.grad[0, [1, 4]].eq(0).all()
 
 
+def test_gradcheck_without_rows(cpp):
+    """Nothing is kept: gradients, and theirs, are zeros."""
+    offsets = [torch.tensor([0, n], dtype=torch.int32) for n in (24, 0, 0)]
+    features = F.reshape(24, -1).clone().requires_grad_()
+    out = ck.select_and_merge_varlen(features, S.reshape(24), *offsets, 0, 24, spatial_weight=0.0)
+    gradient = torch.autograd.grad(out.merged.sum() + out.mass.sum(), features, create_graph=True)[0]
+    assert gradient.eq(0).all() and torch.autograd.grad(gradient.sum(), features)[0].eq(0).all()
+
+
 def loss(call):
     def of(features, scores):
         rows, mass = call(features, scores)
@@ -173,8 +182,19 @@ def test_vmap_folds_into_the_batch(cpp):
     s = ck.similarity(features)[0]
     orders = vmap(vmap(lambda t: ck.greedy_select(s, t, 4)))(scores[None])
     assert_same_bits([orders[0, 2]], [ck.greedy_select(s, scores[2], 4)])
+    nested = vmap(vmap(lambda t: torch.ops.condense.greedy_select(s, t, 4)))(scores[None])
+    assert_same_bits([nested], [orders])
     packed_twice = vmap(packed)(FS, SS)
     assert_same_bits([part[1] for part in packed_twice], packed(FS[1], SS[1]))
+
+
+@pytest.mark.parametrize("call", [condensed, condensed_raw])
+def test_gradients_go_through_vmap(call):
+    """autograd around vmap, where a raw operator stands below the mapped axis."""
+    features = FS.clone().requires_grad_()
+    mapped = torch.autograd.grad(vmap(loss(call))(features, SS).sum(), features)[0]
+    loop = [torch.autograd.grad(loss(call)(x, t), x)[0] for x, t in zip(features.unbind(), SS, strict=True)]
+    assert_same_bits(mapped.unbind(), loop)
 
 
 def test_what_has_no_derivatives_says_so_inside_transforms():
@@ -186,8 +206,6 @@ def test_what_has_no_derivatives_says_so_inside_transforms():
         jvp(lambda x: torch.ops.condense.similarity(x)[0], (F,), (F,))
     with pytest.raises(RuntimeError, match=r"^torch.ops.condense.select_and_merge has no derivatives inside.*Remedy"):
         grad(lambda x: condensed_raw(x, S)[0].sum())(F)
-    with pytest.raises(RuntimeError, match=r"^torch.ops.condense.similarity takes one transform.*Remedy"):
-        vmap(vmap(lambda x: torch.ops.condense.similarity(x)[0]))(FS)
     with pytest.raises(RuntimeError, match=r"^select_and_merge_out has no rule for torch.func.vmap. Remedy"):
         vmap(lambda x, t: ck.select_and_merge(x, t, A, B, grid=GRID, out=KEPT))(FS, SS)
 

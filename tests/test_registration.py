@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schemas, fake kernels, threads, and life without the library."""
+"""The operators as PyTorch sees them: schemas, fake kernels, threads, instruction sets."""
 
 import os
 import subprocess
@@ -40,6 +40,25 @@ CALLS = [
     ("select_and_merge", (PERMUTED, INPUTS.scores.double(), 3, 2), {"grid": [3, 4], "keys": PERMUTED[:, :, :2]}),
     ("select_and_merge", (PERMUTED.bfloat16(), INPUTS.scores, 0, 12), {"spatial_weight": 0.0}),
     ("select_and_merge_out", INPUTS.args, {**INPUTS.options, **OUT, "workspace": WORKSPACE}),
+]
+CU = [torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 24], [0, 2, 2, 5], [0, 1, 1, 2])]
+PACKED = (INPUTS.features.flatten(0, 1), INPUTS.scores.flatten(), *CU, 7, 19)
+GRADS = torch.rand_like(OUT["merged"]), torch.rand_like(OUT["mass"])
+CALLS += [
+    ("merge_backward", (*GRADS, *INPUTS.args[:2], OUT["merged"], OUT["mass"], KEPT, ROWS), {}),
+    ("merge_backward", (GRADS[0].bfloat16().expand(2, -1, -1), GRADS[1], PERMUTED.bfloat16(), INPUTS.scores.half(),
+                        OUT["merged"].bfloat16(), OUT["mass"], KEPT, ROWS), {}),
+    ("select_and_merge_varlen", PACKED, {"positions": torch.rand(24, 2), "suppression": 0.5}),
+    ("select_and_merge_varlen", (PERMUTED.flatten(0, 1).bfloat16(), *PACKED[1:]), {"spatial_weight": 0.0}),
+]  # fmt: skip
+# With gradients: what opcheck traces then is forward and backward.
+CALLS += [
+    (op, tuple(a.clone().requires_grad_() if i < 2 else a for i, a in enumerate(args)), options)
+    for op, args, options in (
+        ("merge", (*INPUTS.args[:2], KEPT, ROWS), {}),
+        ("select_and_merge", INPUTS.args, INPUTS.options),
+        ("select_and_merge_varlen", PACKED, {"spatial_weight": 0.0}),
+    )
 ]
 CALL_IDS = [f"{i}-{call[0]}" for i, call in enumerate(CALLS)]
 
@@ -113,56 +132,6 @@ def test_callers_in_several_threads_get_the_same_bits(cpp):
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
-
-
-def test_without_the_library_the_reference_serves_with_one_warning():
-    done = python(
-        """
-        import warnings
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            import condense_kernels as ck
-        ours = [str(w.message) for w in caught if "condense_kernels" in str(w.message)]
-        assert len(ours) == 1 and "CONDENSE_DISABLE_CPP=1 is set" in ours[0], ours
-        import torch
-        from condense_kernels.testing import KINDS, assert_matches_reference, make_inputs
-        for kind in KINDS:
-            inputs = make_inputs(kind, num_tokens=12, dtype=torch.bfloat16)
-            assert_matches_reference(inputs.run(), inputs)
-        inputs = make_inputs("random")
-        raw = torch.ops.condense.select_and_merge(*inputs.args, **inputs.options)
-        torch.library.opcheck(torch.ops.condense.select_and_merge.default, inputs.args, inputs.options)
-        try:
-            ck.similarity(inputs.features, backend="cpp")
-        except ValueError as error:
-            assert "CONDENSE_DISABLE_CPP" in str(error)
-        else:
-            raise AssertionError("backend='cpp' without the library")
-        """,
-        CONDENSE_DISABLE_CPP="1",
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_import_loads_neither_triton_nor_the_command_line():
-    done = python(
-        "import sys, condense_kernels; assert not {'triton', 'rich', 'matplotlib'} & set(sys.modules)",
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_stale_operator_is_an_error_at_import():
-    done = python(
-        """
-        import torch
-        stale = torch.library.Library("condense", "FRAGMENT")
-        stale.define("similarity(Tensor keys) -> Tensor")
-        import condense_kernels
-        """,
-        CONDENSE_DISABLE_CPP="1",
-    )
-    assert done.returncode != 0
-    assert "operator condense::similarity is already registered with another schema" in done.stderr
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16", "amx"])

@@ -75,9 +75,8 @@ def library() -> str:
     reason = _library.cpp_unavailable()
     if reason is not None:
         return f"none: {reason}"
-    loaded = [path for path in torch.ops.loaded_libraries if Path(path).name.startswith("_C.")]
-    where = " ".join(loaded) or "the operators were there before this package was imported"
-    return f"{where}, runs with {torch.ops.condense.cpu_capability()}"
+    source = _library.source().removeprefix("the compiled library of ")
+    return f"{source}, runs with {torch.ops.condense.cpu_capability()}"
 
 
 def backends() -> list[tuple[str, str]]:

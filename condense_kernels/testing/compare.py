@@ -288,7 +288,8 @@ def assert_matches_reference(result: Condensed, inputs: Inputs, *, backend: str 
     """Raise AssertionError, saying what is off and where, unless ``compare`` finds everything within its bound."""
     wrong = [finding for finding in compare(result, inputs, backend=backend) if not finding.ok]
     lines = [f"  {f.what}: {f.error:.3g} is above {f.bound:.3g}, at {f.where}" for f in wrong]
-    assert not wrong, f"backend {backend!r} does not match the reference:\n" + "\n".join(lines)
+    if wrong:
+        raise AssertionError(f"backend {backend!r} does not match the reference:\n" + "\n".join(lines))
 
 
 def compare_alone(result: Condensed, inputs: Inputs, *, backend: str = "auto") -> Finding:
@@ -304,4 +305,5 @@ def assert_same_bits(actual: tuple, expected: tuple, what: str = "result") -> No
     names = getattr(actual, "_fields", [str(i) for i in range(len(actual))])
     for name, a, e in zip(names, actual, expected, strict=True):
         finding = _exact(name, a.cpu(), e.cpu())
-        assert finding.ok, f"{what}.{name}: {int(finding.error)} entries differ, the first at {finding.where}"
+        if not finding.ok:
+            raise AssertionError(f"{what}.{name}: {int(finding.error)} entries differ, the first at {finding.where}")

@@ -1,0 +1,173 @@
+"""Condense, the layer; gather_tokens and unmerge; varlen_budget; nested tensors."""
+
+import re
+
+import pytest
+import torch
+from torch.nested import nested_tensor_from_jagged
+
+import condense_kernels as ck
+from condense_kernels.testing import assert_same_bits, make_inputs
+
+INPUTS = make_inputs("random", batch=2, num_tokens=12, channels=5)
+RESULT = ck.select_and_merge(INPUTS.features, INPUTS.scores, 3, 2, grid=(3, 4))
+BUDGET = ck.varlen_budget([10, 0, 2, 18], keep=0.3)
+KEPT = BUDGET.cu_anchors + BUDGET.cu_background
+T = 30
+F, S, P = torch.rand(T, 4), torch.rand(T), torch.rand(T, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (ck.Condense(48, 16), "Condense(num_anchors=48, num_background=16)"),
+        (ck.Condense(3, 0, grid=[3, 4]), "Condense(num_anchors=3, num_background=0, grid=(3, 4))"),
+        (
+            ck.Condense(0, 2, suppression=0.5, spatial_weight=0.0, backend="cpp"),
+            "Condense(num_anchors=0, num_background=2, suppression=0.5, spatial_weight=0.0, backend='cpp')",
+        ),
+    ],
+)
+def test_repr_says_what_differs_from_the_defaults(layer, text):
+    assert repr(layer) == text
+    assert repr(torch.nn.Sequential(layer)) == f"Sequential(\n  (0): {text}\n)"
+
+
+def test_the_layer_is_the_function():
+    layer = ck.Condense(3, 2, grid=(3, 4), suppression=0.7, spatial_weight=0.4)
+    options = {"suppression": 0.7, "spatial_weight": 0.4}
+    call = lambda **where: ck.select_and_merge(*INPUTS.args[:2], 3, 2, **options, **where)  # noqa: E731
+    assert_same_bits(layer(INPUTS.features, INPUTS.scores), call(grid=(3, 4)))
+    assert_same_bits(layer(INPUTS.features, INPUTS.scores, grid=(4, 3)), call(grid=(4, 3)))
+    where = {"positions": P[:12], "keys": INPUTS.features[..., :2], "mask": INPUTS.scores > 0.1}
+    assert_same_bits(layer(INPUTS.features, INPUTS.scores, **where), call(**where))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0, 0), {}, "num_anchors + num_background: expected 1 <= K"),
+        ((-1, 2), {}, "num_anchors: expected 0 <= num_anchors"),
+        ((2.0, 2), {}, "num_anchors: expected an int, got float"),
+        ((2, 2), {"suppression": -1.0}, "suppression: expected a finite number >= 0"),
+        ((2, 2), {"spatial_weight": "1"}, "spatial_weight: expected a number, got str"),
+        ((2, 2), {"grid": 24}, "grid: expected (H, W) or (T, H, W) as ints, got 24"),
+        ((2, 2), {"grid": (24,)}, "grid: expected (H, W) or (T, H, W), got (24,)"),
+        ((2, 2), {"backend": "gpu"}, "backend: expected one of 'auto', 'cpp', 'triton', 'reference', got 'gpu'"),
+    ],
+)
+def test_a_wrong_layer_is_refused_when_it_is_made(arguments, options, message):
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        ck.Condense(*arguments, **options)
+
+
+def test_gather_tokens():
+    """Several planes at once, of any dtype and rank; one alone comes alone."""
+    labels = torch.arange(24).view(2, 12)
+    features, scores, kept = ck.gather_tokens(RESULT.indices, INPUTS.features, INPUTS.scores, labels)
+    for b in range(2):
+        assert torch.equal(features[b], INPUTS.features[b, RESULT.indices[b]])
+        assert torch.equal(scores[b], INPUTS.scores[b, RESULT.indices[b]])
+        assert torch.equal(kept[b], RESULT.indices[b] + 12 * b)
+    assert torch.equal(ck.gather_tokens(RESULT.indices, labels), kept)
+
+
+def test_unmerge_gives_every_token_its_row():
+    back = ck.unmerge(RESULT.merged, RESULT.assignment)
+    assert back.shape == INPUTS.features.shape
+    for b in range(2):
+        assert torch.equal(back[b], RESULT.merged[b, RESULT.assignment[b]])
+    assert torch.equal(ck.unmerge(RESULT.mass, RESULT.assignment)[0], RESULT.mass[0, RESULT.assignment[0]])
+    assert torch.equal(ck.gather_tokens(RESULT.indices, back), RESULT.merged)  # a kept token is in its own row
+
+
+def test_nothing_is_zeros_and_has_zero_gradients():
+    """Index -1 and assignment -1, where row 0 holds NaN."""
+    features = INPUTS.features.clone()
+    features[0, 0] = float("nan")
+    features.requires_grad_()
+    rows = ck.gather_tokens(torch.tensor([[-1, 3], [-1, -1]]), features)
+    tokens = ck.unmerge(features, torch.tensor([[-1, 3], [-1, -1]]))
+    for taken in (rows, tokens):
+        assert torch.equal(taken[0, 1], features[0, 3])
+        assert (taken[0, 0] == 0).all() and (taken[1] == 0).all()
+    (rows.sum() + tokens.sum()).backward()
+    assert features.grad[0, 3].eq(2).all() and features.grad.sum() == 2 * 5
+    assert ck.gather_tokens(torch.full((2, 3), -1), features[:, :0]).shape == (2, 3, 5)
+
+
+def test_packed_planes():
+    result = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P)
+    offsets = {"cu_seqlens": BUDGET.cu_seqlens, "cu_kept": KEPT}
+    features, places = ck.gather_tokens(result.indices, F, P, **offsets)
+    back = ck.unmerge(result.merged, result.assignment, **offsets)
+    for s in range(4):
+        tokens, rows = slice(*BUDGET.cu_seqlens[s : s + 2]), slice(*KEPT[s : s + 2])
+        assert torch.equal(features[rows], F[tokens][result.indices[rows]])
+        assert torch.equal(places[rows], P[tokens][result.indices[rows]])
+        assert torch.equal(back[tokens], result.merged[rows][result.assignment[tokens]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ck.gather_tokens(RESULT.indices.int(), F[None]), "indices: expected dtype int64, got int32"),
+        (lambda: ck.gather_tokens(RESULT.indices[0], F[None]), "indices: expected 2 axes [B K], got 1"),
+        (lambda: ck.gather_tokens(RESULT.indices, P), "tensors[0]: expected [B N ...] with B = 2, got [30, 2]"),
+        (lambda: ck.gather_tokens(RESULT.indices, [1]), "tensors[0]: expected a torch.Tensor [B N ...], got list"),
+        (lambda: ck.unmerge(RESULT.merged[:1], RESULT.assignment), "merged: expected [B K ...] with B = 2, got [1, "),
+        (lambda: ck.unmerge(F, RESULT.assignment[0], cu_kept=KEPT), "cu_seqlens: expected a tensor [S+1]"),
+        (lambda: ck.unmerge(F, S, cu_seqlens=KEPT, cu_kept=KEPT), "assignment: expected dtype int64"),
+    ],
+)
+def test_wrong_planes_are_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+        call()
+
+
+def test_varlen_budget():
+    """A ratio is taken of every image, a count is kept of every image that has so many, an empty one keeps nothing."""
+    assert [x.tolist() for x in BUDGET[:3]] == [[0, 10, 10, 12, 30], [0, 2, 2, 3, 7], [0, 1, 1, 1, 2]]
+    assert (BUDGET.total_keep, BUDGET.max_seqlen) == (9, 18)
+    assert all(cu.dtype == torch.int32 for cu in BUDGET[:3])
+    assert ck.varlen_budget([10, 0, 2, 18], keep=4).cu_anchors.tolist() == [0, 3, 3, 4, 7]
+    assert ck.varlen_budget([], keep=4)[3:] == (0, 0)
+    for wrong in ([3, -1], [3.0], torch.tensor([3])):
+        with pytest.raises(ValueError, match="^seqlens: expected ints >= 0"):
+            ck.varlen_budget(wrong)
+
+
+def test_nested_tensors(backend):
+    """The bits of the packed call, with the offsets on the way in and out; gradients go through."""
+    values = F.clone().requires_grad_()
+    features = nested_tensor_from_jagged(values, BUDGET.cu_seqlens.long())
+    scores, places = (nested_tensor_from_jagged(t, features.offsets()) for t in (S, P))
+    rest = BUDGET.cu_anchors, BUDGET.cu_background, BUDGET.total_keep
+    nested = ck.select_and_merge_varlen(features, scores, None, *rest, positions=places, backend=backend)
+    packed = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P, backend=backend)
+    assert_same_bits([part.values() for part in nested], packed)
+    assert nested.assignment.offsets() is features.offsets()
+    for part in (nested.merged, nested.indices, nested.mass):
+        assert torch.equal(part.offsets(), KEPT.long())
+    assert [row.shape[0] for row in nested.merged.unbind()] == [3, 0, 1, 5]
+    nested.merged.values().sum().backward()
+    assert values.grad.sum().isclose(torch.tensor(9.0 * 4))  # the weights of every row sum to one
+
+
+@pytest.mark.parametrize("name", ["scores", "positions"])
+def test_nested_and_plain_tensors_do_not_mix(name):
+    features = nested_tensor_from_jagged(F, BUDGET.cu_seqlens.long())
+    others = {"scores": nested_tensor_from_jagged(S, features.offsets())}
+    others["positions"] = nested_tensor_from_jagged(P, features.offsets())
+    rest = BUDGET.cu_anchors, BUDGET.cu_background, BUDGET.total_keep
+
+    def call(scores, positions):
+        return ck.select_and_merge_varlen(features, scores, None, *rest, positions=positions)
+
+    with pytest.raises(TypeError, match=f"^{name}: expected a contiguous jagged nested tensor.*got Tensor.*Remedy"):
+        call(**{**others, name: {"scores": S, "positions": P}[name]})
+    other = torch.tensor([0, 9, 9, 12, 30])
+    with pytest.raises(ValueError, match=f"^{name}: expected the offsets of features, got others"):
+        call(**{**others, name: nested_tensor_from_jagged({"scores": S, "positions": P}[name], other)})
+    with pytest.raises(TypeError, match="^scores: expected a dense tensor, got layout nested"):
+        ck.select_and_merge_varlen(F, others["scores"], *BUDGET, positions=P)
