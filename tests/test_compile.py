@@ -181,6 +181,15 @@ def test_what_else_recompiles(change, graphs, cpp):
     assert graphs.forward == 1 + expected
 
 
+def test_each_ratio_is_a_graph(graphs, cpp):
+    """torch.compile takes floats for constants. The counts that split_budget makes of them outside are sizes."""
+    compiled = graphs.compile(lambda f, s, p, keep: ck.condense(f, s, keep, positions=p), dynamic=True)
+    features, scores, positions, *_ = image((4, 5), (4, 2), batch=3)
+    for keep in (0.25, 0.5, 0.75):
+        compiled(features, scores, positions, keep)
+    assert graphs.forward == 3
+
+
 @pytest.mark.parametrize(("dynamic", "expected"), [(None, 2), (True, 1)])
 def test_graphs_of_packed_batches(dynamic, expected, graphs, cpp):
     """The number of images S, of all tokens T and of all rows, and the longest image change with every call.

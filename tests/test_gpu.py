@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import cudagraph_trees
 
-from condense_kernels import Condensed, similarity
+from condense_kernels import Condensed, select_and_merge, similarity
 from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
 
@@ -143,6 +145,39 @@ def test_replayed_from_a_graph_on_new_values():
     graph.replay()
     torch.cuda.synchronize()
     assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_reduce_overhead(training):
+    """torch.compile records CUDA graphs, one each of forward and backward, and replays them on new values.
+
+    The neighbours of the operator scale by powers of two: however they are fused, no bit depends on it.
+    """
+    torch._dynamo.reset()
+    cudagraph_trees.reset_cudagraph_trees()
+    counters.clear()
+
+    def step(features, scores):
+        merged, indices, assignment, mass = select_and_merge(features * 2, scores * 0.5, 20, 5, grid=(10, 10))
+        return merged * 4, indices, assignment, mass * 0.25
+
+    def run(call, *tensors):
+        results = call(*tensors)
+        if not training:
+            return results
+        loss = results[0].square().sum() + results[3].square().sum()
+        return *results, *torch.autograd.grad(loss, tensors)
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for seed in range(5):  # warm-up, recording, replays
+        inputs = make_inputs("random", num_tokens=100, device="cuda", seed=seed)
+        tensors = inputs.features.requires_grad_(training), inputs.scores.requires_grad_(training)
+        expected = run(step, *tensors)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same_bits(run(compiled, *tensors), expected)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    recorded = cudagraph_trees.get_manager(torch.cuda.current_device()).new_graph_id().id
+    assert recorded >= (2 if training else 1)
 
 
 def test_runs_on_the_current_stream():
