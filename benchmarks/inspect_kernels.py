@@ -42,6 +42,7 @@ from condense_kernels.assign.kernel import assign
 from condense_kernels.greedy_select.kernel import greedy_select
 from condense_kernels.merge.kernel import merge
 from condense_kernels.select_and_merge.kernel import select_and_merge
+from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.similarity.kernel import similarity
 
 TARGETS = {
@@ -98,6 +99,11 @@ def calls() -> dict[str, tuple]:
     cases["three launches N=576"] = (select_and_merge_in_three, image, {"grid": (24, 24)})
     options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
     cases["select_and_merge masked"] = (select_and_merge, image, options)
+    for n in (576, 2880, 16384):  # the longest of 9 segments
+        tokens = empty(20000, 1024, dtype=bf16), empty(20000, dtype=bf16)
+        offsets = [empty(10, dtype=torch.int32)] * 3
+        options = {"positions": empty(20000, 2)}
+        cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*tokens, *offsets, 500, n), options)
     return cases
 
 
@@ -121,20 +127,23 @@ def launches(launcher, args, kwargs) -> list[tuple]:
 def source_of(kernel, arguments: dict) -> ASTSource:
     """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such."""
     signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+
+    def type_of(value, place: tuple[int, ...], constant: bool = False):
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(field, (*place, i)) for i, field in enumerate(value)))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for i, parameter in enumerate(kernel.params):
+        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
     return ASTSource(kernel, signature, constants, attributes)
 
 

@@ -148,13 +148,14 @@ def lowest(t, offs):
 
 @triton.jit
 def pick_greedily(
-    s_ptr, order_ptr, nu, offs, count, suppression, stride_s_i, stride_s_j, N, BLOCK: tl.constexpr,
-    SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
+    s_ptr, order_ptr, nu, offs, count, suppression, stride_s_i, stride_s_j, N, packed, num_tokens,
+    BLOCK: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
     t = fl(fl(suppression * m) + nu) is the score of the contract with the opposite sign, two roundings; never -0, as
-    nu is not. m is the largest cosine to a pick so far.
+    nu is not. m is the largest cosine to a pick so far. N is where the last chunk ends, at num_tokens or, where rows of
+    s are padded, behind.
     """
     CHUNKS: tl.constexpr = len(nu)
     m = ()
@@ -166,6 +167,8 @@ def pick_greedily(
     while i < count:
         if WRITE_ORDER:
             tl.store(order_ptr + i, pick.to(tl.int64))
+        if packed is not None:  # where offsets are wrong, s may hold anything
+            pick = tl.minimum(pick, num_tokens - 1)
         row_ptrs = first_ptrs + pick * stride_s_i
         remaining = ()
         similar = ()
@@ -240,7 +243,7 @@ def greedy_select_kernel(
     place = tl.minimum(count_tokens(live), K)
     pick_greedily(
         s_ptr + pid_b * stride_s_b, order_ptr, nu, offs, place, suppression, tl.cast(stride_s_i, tl.int64), stride_s_j,
-        N, BLOCK, True, True,
+        N, None, N, BLOCK, True, True,
     )  # fmt: skip
     if HAS_TIER:  # K distinct tokens are due even where fewer are valid
         place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 1, BLOCK_FILL)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._launch import MergeConfig
-from .._triton import NOWHERE, narrow, on_device_of, reject_float64
+from .._triton import NOWHERE, image_of_row, image_tokens, narrow, on_device_of, reject_float64, strides_of
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
 
@@ -28,25 +28,29 @@ def merge_kernel(
     scores_ptr,  # [B, N]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
-    merged_ptr,  # [B, K, D]
-    mass_ptr,  # [B, K]
+    merged_ptr,  # [B, K, D], packed: [total_keep, D]
+    mass_ptr,  # [B, K], packed: [total_keep]
     stride_feature_b, stride_feature_n, stride_feature_d,
     stride_score_b, stride_score_n,
     stride_index_b, stride_index_k,
     stride_assignment_b, stride_assignment_n,
-    N, K, D,
+    N, K, D, packed,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    pid_b = pid // K
-    pid_k = pid % K
+    pid_b, pid_k = image_of_row(packed, pid, K)
+    at_b, N = image_tokens(packed, pid_b, N)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
-    features_ptr += pid_b * stride_feature_b
-    scores_ptr += pid_b * stride_score_b
-    assignment_ptr += pid_b * stride_assignment_b
+    features_ptr += at_b * stride_feature_b
+    scores_ptr += at_b * stride_score_b
+    assignment_ptr += at_b * stride_assignment_b
+    if packed is None:
+        indices_ptr += pid_b * stride_index_b + pid_k * stride_index_k
+    else:
+        indices_ptr += pid * stride_index_k
 
-    own = tl.load(indices_ptr + pid_b * stride_index_b + pid_k * stride_index_k)
+    own = tl.load(indices_ptr)
     exists = (own >= 0) & (own < N)
     acc = tl.zeros([BLOCK_D], tl.float32)
     mass = tl.zeros([], tl.float32)
@@ -93,16 +97,17 @@ def merge_kernel(
         tl.store(merged_ptr + offs_d, narrow(mean, merged_ptr.dtype.element_ty), mask=mask_d)
 
 
-def launch_merge(features, scores, indices, assignment, merged, mass):
-    """The kernel alone, into merged [B, K, D] and mass [B, K]."""
-    b, k, d = merged.shape
-    n = features.shape[1]
-    if b == 0 or k == 0:
+def launch_merge(features, scores, indices, assignment, merged, mass, packed=None):
+    """The kernel alone, into merged [B, K, D] and mass [B, K], packed: [total_keep, D] and [total_keep]."""
+    k, d = merged.shape[-2:]
+    n = features.shape[1] if packed is None else packed.max_seqlen
+    if mass.numel() == 0:
         return
     config = MergeConfig.for_shape(max(n, 1), d)
-    merge_kernel[(b * k, triton.cdiv(d, config.block_d))](
+    merge_kernel[(mass.numel(), triton.cdiv(d, config.block_d))](
         features, scores, indices, assignment, merged, mass,
-        *features.stride(), *scores.stride(), *indices.stride(), *assignment.stride(), n, k, d,
+        *strides_of(features, 3), *strides_of(scores, 2), *strides_of(indices, 2), *strides_of(assignment, 2),
+        n, k, d, packed,
         BLOCK_N=config.block_n, BLOCK_D=config.block_d,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
