@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.assign.kernel import assign
 from condense_kernels.greedy_select.kernel import greedy_select
-from condense_kernels.merge.kernel import merge
+from condense_kernels.merge.kernel import merge, merge_backward
 from condense_kernels.select_and_merge.kernel import select_and_merge
 from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.similarity.kernel import similarity
@@ -89,6 +89,9 @@ def calls() -> dict[str, tuple]:
     for dtype in (bf16, torch.float32):
         tensors = (empty(2, 576), empty(2, 64, dtype=int64), empty(2, 576, dtype=int64))
         cases[f"merge {TYPES[dtype]}"] = (merge, (empty(2, 576, 1024, dtype=dtype), *tensors), {})
+        merged, mass = empty(2, 64, 1024, dtype=dtype), empty(2, 64)
+        arguments = (merged, mass, empty(2, 576, 1024, dtype=dtype), tensors[0], merged, mass, *tensors[1:])
+        cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})

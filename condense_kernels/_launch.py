@@ -112,6 +112,19 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class MergeBackwardConfig:
+    block_n: int  # tokens of a program
+    block_d: int  # channels at a time
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, d: int) -> "MergeBackwardConfig":
+        # counted: 8 numbers a thread of each of three tensors, loads of 16 bytes, no spill
+        block_d = min(next_power_of_2(d), 256)
+        return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
+
+
+@dataclass(frozen=True)
 class FusedConfig:
     """What the flagship decides on top of its stages."""
 

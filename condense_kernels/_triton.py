@@ -139,6 +139,20 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def sum_in_pairs(x):
+    """[BLOCK] sums of x [BLOCK, power of two], neighbours first.
+
+    The order in which tl.sum adds follows the layout that the compiler gives x, and that follows the strides of the
+    tensors that x comes from: the same keys, permuted in memory, would have other norms.
+    """
+    if x.shape[1] == 1:
+        return tl.reshape(x, [x.shape[0]])
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return sum_in_pairs(left + right)
+
+
+@triton.jit
 def first_token(packed, s):
     """Offsets may be wrong, as nobody has looked at them: here they are cut to the tokens that exist."""
     return tl.minimum(tl.maximum(tl.load(packed.cu_seqlens + s).to(tl.int64), 0), packed.odd_tokens >> 1)

@@ -18,6 +18,7 @@ from .._triton import (
     power_of_two,
     reject_float64,
     strides_of,
+    sum_in_pairs,
     tokens_before,
 )
 
@@ -31,20 +32,6 @@ def load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK: tl.constexpr, BLOCK_D
     if DK % BLOCK_D == 0:
         return tl.load(pointers)
     return tl.load(pointers, mask=offs_d[None, :] < DK, other=0.0)
-
-
-@triton.jit
-def sum_in_pairs(x):
-    """[BLOCK] sums of x [BLOCK, power of two], neighbours first.
-
-    The order in which tl.sum adds follows the layout that the compiler gives x, and that follows the strides of the
-    keys: the same keys, permuted in memory, would have other norms.
-    """
-    if x.shape[1] == 1:
-        return tl.reshape(x, [x.shape[0]])
-    else:
-        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        return sum_in_pairs(left + right)
 
 
 @triton.jit
