@@ -102,11 +102,11 @@ def calls() -> dict[str, tuple]:
     cases["three launches N=576"] = (select_and_merge_in_three, image, {"grid": (24, 24)})
     options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
     cases["select_and_merge masked"] = (select_and_merge, image, options)
-    for n in (576, 2880, 16384):  # the longest of 9 segments
-        tokens = empty(20000, 1024, dtype=bf16), empty(20000, dtype=bf16)
-        offsets = [empty(10, dtype=torch.int32)] * 3
-        options = {"positions": empty(20000, 2)}
-        cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*tokens, *offsets, 500, n), options)
+    for n, kept in ((576, 500), (2880, 500), (16384, 500), (65536, 2)):  # of the longest of 9 segments, and of all
+        tokens = max(n, 20000)
+        packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3
+        options = {"positions": empty(tokens, 2)}
+        cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
     return cases
 
 

@@ -236,8 +236,11 @@ def image_of_block(packed, pid, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def has_block(N, block, BLOCK: tl.constexpr):
-    return (block >= 0) & (block * BLOCK < N)
+def has_block(packed, N, block, BLOCK: tl.constexpr):
+    if packed is None:
+        return True
+    else:
+        return (block >= 0) & (block * BLOCK < N)
 
 
 @triton.jit

@@ -238,13 +238,13 @@ def assign_kernel(
     pid = tl.program_id(0)
     pid_b, part = image_of_block(packed, pid, num_parts, BLOCK_N)
     at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, part, BLOCK_N) == 0:
+        return
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
         first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
         indices_ptr += first_k * stride_index_k
-        if has_block(N, part, BLOCK_N) == 0:
-            return
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     tier_ptr += at_b * stride_tier_b
     where_ptr += at_b * stride_where_b

@@ -29,6 +29,7 @@ from ..greedy_select.kernel import (
 )
 from ..merge.kernel import launch_merge
 from ..similarity.kernel import (
+    blocks_of_image,
     first_tile_of,
     global_similarity,
     launch_tiles,
@@ -83,7 +84,8 @@ def select_kernel(
     tier_ptr += first
     row_sums_ptr += first * num_blocks
     abs_sums_ptr += first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
-    num_blocks, num_tiles = tiles_of_image(packed, N, num_blocks, num_tiles, BLOCK_S)
+    num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
+    num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
     indices_ptr += first_k
     offs, new = token_chunks(span, BLOCK, CHUNKS)
     tier = ()
@@ -167,7 +169,7 @@ def pieces_of(b: int, n: int) -> Pieces:
     """What the launches of a call hand to each other."""
     config = FusedConfig.for_shape(n)
     if not config.store_s:
-        return streamed.pieces_of(b, n)
+        return streamed.pieces_of(b, b * n, b * num_blocks_of(n)[0])
     blocks, tiles = num_blocks_of(n)
     return {
         "s": ((b, n, config.width), torch.float32),

@@ -63,9 +63,15 @@ def select_and_merge_varlen(
     space = dataclasses.replace(Space.of(None, positions, spatial_weight), strides=strides_of(positions, 3))
     w = carve(pieces_of(num_tokens, packed, config), None, features.device)
     with on_device_of(features):
-        launch_tiles(keys, scores, None, w.tier, w.row_sums, w.abs_sums, w.s, packed=packed)
-        launch_select(w, scores, indices, assignment, 0, space, suppression, spatial_weight, config, packed)
-        if not config.assign_in_select:
-            launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=packed)
+        sums = w.tier, w.row_sums, w.abs_sums
+        if config.store_s:
+            launch_tiles(keys, scores, None, *sums, w.s, packed=packed)
+            launch_select(w, scores, indices, assignment, 0, space, suppression, spatial_weight, config, packed)
+            if not config.assign_in_select:
+                launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=packed)
+        else:
+            launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppression, packed)
+            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, merged, mass, packed)
     return merged, indices, assignment, mass

@@ -139,13 +139,15 @@ def tile_of(pid, num_blocks):
 
 
 @triton.jit
-def tiles_of_image(packed, N, num_blocks, num_tiles, BLOCK: tl.constexpr):
-    """How many blocks, and tiles of the upper triangle, an image has. Packed: num_blocks are those of the longest."""
-    if packed is None:
-        return num_blocks, num_tiles
-    else:
-        blocks = (N + BLOCK - 1) // BLOCK
-        return blocks, blocks * (blocks + 1) // 2
+def blocks_of_image(packed, N, num_blocks, BLOCK: tl.constexpr):
+    """How many blocks of tokens an image has. Packed: num_blocks are those of the longest."""
+    return num_blocks if packed is None else tl.cdiv(N, BLOCK)
+
+
+@triton.jit
+def tiles_of_image(packed, blocks, num_tiles):
+    """How many tiles of the upper triangle an image of so many blocks has."""
+    return num_tiles if packed is None else blocks * (blocks + 1) // 2
 
 
 @triton.jit
@@ -184,10 +186,10 @@ def similarity_tile_kernel(
     else:
         pid_b, block = image_of_block(packed, pid, num_blocks, BLOCK)
     at_b, N = image_tokens(packed, pid_b, N)
-    blocks, tiles = tiles_of_image(packed, N, num_blocks, num_tiles, BLOCK)
+    blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
     if packed is not None:  # a program of each block takes every blocks-th tile, from that of its number on
         pid_tile = tl.program_id(1) * blocks + block
-        if (pid_tile >= tiles) | (has_block(N, block, BLOCK) == 0):
+        if (pid_tile >= tiles_of_image(packed, blocks, num_tiles)) | (has_block(packed, N, block, BLOCK) == 0):
             return
     pid_i, pid_j = tile_of(pid_tile, blocks)
     keys_ptr += at_b * stride_key_b
