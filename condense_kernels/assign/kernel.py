@@ -243,7 +243,7 @@ def assign_kernel(
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
-        first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
+        first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
         indices_ptr += first_k * stride_index_k
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     tier_ptr += at_b * stride_tier_b

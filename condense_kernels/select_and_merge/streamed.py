@@ -95,7 +95,7 @@ def begin_kernel(
     """The utilities of a loop (Eq. 2, or Eq. 3 and 4), and its first pick. One program per image."""
     pid_b = tl.program_id(0).to(tl.int64)
     at_b, N = image_tokens(packed, pid_b, N)
-    first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
+    _first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
     abs_sums_ptr += first_block_of(packed, pid_b, num_blocks, BATCH)
     num_blocks = blocks_of_image(packed, N, num_blocks, BATCH)
     first = tokens_before(packed, at_b, N)
@@ -295,7 +295,7 @@ def keep_kernel(
     """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2."""
     pid_b = tl.program_id(0).to(tl.int64)
     at_b, N = image_tokens(packed, pid_b, N)
-    first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
+    first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
     nu_ptr += tokens_before(packed, at_b, N)
     indices_ptr += first_k
     picked = tl.zeros([CHUNK], tl.int32)
@@ -354,7 +354,7 @@ def assign_streamed_kernel(
     at_b, N = image_tokens(packed, pid_b, N)
     if has_block(packed, N, pid_n, BLOCK) == 0:
         return
-    first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
+    first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
     first = tokens_before(packed, at_b, N)
     keys_ptr += at_b * stride_key_b
     scale_ptr += first
