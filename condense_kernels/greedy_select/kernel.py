@@ -131,10 +131,11 @@ def died_of(nu, reason: tl.constexpr):
 
 
 @triton.jit
-def lowest(t, offs):
+def lowest(t, offs, packed):
     """The token with the lowest negated score, the first of them on a tie.
 
     Chunks are compared as floats within a thread, and NaN loses; only the best of each place becomes an integer key.
+    Packed: behind a segment a row of s may hold anything, so a dead token's NaN may have any sign.
     """
     best = t[0]
     token = offs[0]
@@ -143,6 +144,8 @@ def lowest(t, offs):
         token = tl.where(lower != best, offs[c], token)
         best = lower
     key = order_key(best)
+    if packed is not None:
+        key = tl.where(best == best, key, NOWHERE)
     return tl.min(tl.where(key == tl.min(key, axis=0), token, NOWHERE), axis=0)
 
 
@@ -162,7 +165,7 @@ def pick_greedily(
     for _ in tl.static_range(CHUNKS):
         m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
     first_ptrs = s_ptr + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
-    pick = lowest(nu, offs)  # the first pick has no suppression term
+    pick = lowest(nu, offs, None)  # the first pick has no suppression term
     i = tl.zeros([], tl.int32)
     while i < count:
         if WRITE_ORDER:
@@ -181,7 +184,7 @@ def pick_greedily(
             remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
             t = t + (suppression * similar[c] + remaining[c],)
         nu, m = remaining, similar
-        pick = lowest(t, offs)
+        pick = lowest(t, offs, packed)
         i += 1
     return nu
 
