@@ -40,8 +40,9 @@ from triton.compiler import ASTSource
 from condense_kernels._launch import FusedConfig, trying
 from condense_kernels.assign.kernel import assign
 from condense_kernels.greedy_select.kernel import greedy_select
-from condense_kernels.merge.kernel import merge
+from condense_kernels.merge.kernel import merge, merge_backward
 from condense_kernels.select_and_merge.kernel import select_and_merge
+from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.similarity.kernel import similarity
 
 TARGETS = {
@@ -88,6 +89,9 @@ def calls() -> dict[str, tuple]:
     for dtype in (bf16, torch.float32):
         tensors = (empty(2, 576), empty(2, 64, dtype=int64), empty(2, 576, dtype=int64))
         cases[f"merge {TYPES[dtype]}"] = (merge, (empty(2, 576, 1024, dtype=dtype), *tensors), {})
+        merged, mass = empty(2, 64, 1024, dtype=dtype), empty(2, 64)
+        arguments = (merged, mass, empty(2, 576, 1024, dtype=dtype), tensors[0], merged, mass, *tensors[1:])
+        cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
@@ -98,6 +102,11 @@ def calls() -> dict[str, tuple]:
     cases["three launches N=576"] = (select_and_merge_in_three, image, {"grid": (24, 24)})
     options = {"mask": empty(2, 576, dtype=torch.bool), "positions": empty(2, 576, 2)}
     cases["select_and_merge masked"] = (select_and_merge, image, options)
+    for n, kept in ((576, 500), (2880, 500), (16384, 500), (65536, 2)):  # of the longest of 9 segments, and of all
+        tokens = max(n, 20000)
+        packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3
+        options = {"positions": empty(tokens, 2)}
+        cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
     return cases
 
 
@@ -121,20 +130,23 @@ def launches(launcher, args, kwargs) -> list[tuple]:
 def source_of(kernel, arguments: dict) -> ASTSource:
     """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such."""
     signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+
+    def type_of(value, place: tuple[int, ...], constant: bool = False):
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(field, (*place, i)) for i, field in enumerate(value)))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for i, parameter in enumerate(kernel.params):
+        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
     return ASTSource(kernel, signature, constants, attributes)
 
 

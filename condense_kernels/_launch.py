@@ -6,14 +6,17 @@ benchmarks/inspect_kernels.py; benchmarks/variants.py lists what is worth trying
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 
 MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
+MAX_STORED_BYTES = 2**31  # of s in a packed batch, whose rows are all as long as the longest segment's: above, likewise
 
 _tried: ContextVar[Mapping[type, dict]] = ContextVar("tried", default=MappingProxyType({}))
 
@@ -62,14 +65,24 @@ class SelectConfig:
     block: int  # tokens of a chunk, at most N
     num_warps: int
 
+    LIMITS: ClassVar = (1024, 4096, MAX_STORED)  # tokens up to which images are launched alike
+
     @classmethod
     def for_shape(cls, n: int) -> "SelectConfig":
-        # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack:
-        if n <= 1024:  # one warp needs no barrier; N = 576: 168, in chunks of 128 183, of 32 175 and spills before it
+        # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack.
+        # One warp, which needs no barrier: N = 576 168, in chunks of 128 183, of 32 175 and spills before the loop.
+        # 4 warps: N = 2880 228 in each; in each of 8, 129 (two a scheduler), and spills before the loop.
+        # 16 warps: N = 8192 162, N = 16384 294 and 143 spills before and after the loop.
+        if n <= cls.LIMITS[0]:
             return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
-        if n <= 4096:  # N = 2880: 228 in each of 4 warps; in each of 8, 129 (two a scheduler), and spills before it
+        if n <= cls.LIMITS[1]:
             return _chosen(cls(512, num_warps=4))
-        return _chosen(cls(2048, num_warps=16))  # N = 8192: 162, N = 16384: 294 and 143 spills before and after
+        return _chosen(cls(2048, num_warps=16))
+
+    @classmethod
+    def classes(cls, width: int) -> list[tuple[int, int]]:
+        """(more than, at most) so many tokens: of a packed batch, the segments of a class share a launch."""
+        return list(itertools.pairwise([0, *(limit for limit in cls.LIMITS if limit < width), width]))
 
     def num_chunks(self, n: int) -> int:
         return -(-n // self.block)
@@ -99,6 +112,19 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class MergeBackwardConfig:
+    block_n: int  # tokens of a program
+    block_d: int  # channels at a time
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, d: int) -> "MergeBackwardConfig":
+        # counted: 8 numbers a thread of each of three tensors, loads of 16 bytes, no spill
+        block_d = min(next_power_of_2(d), 256)
+        return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
+
+
+@dataclass(frozen=True)
 class FusedConfig:
     """What the flagship decides on top of its stages."""
 
@@ -113,6 +139,12 @@ class FusedConfig:
     @classmethod
     def for_shape(cls, n: int) -> "FusedConfig":
         return _chosen(cls(store_s=n <= MAX_STORED, width=-(-n // 16) * 16))
+
+    @classmethod
+    def for_packed(cls, num_tokens: int, max_seqlen: int) -> "FusedConfig":
+        width = -(-max_seqlen // 16) * 16
+        fits = max_seqlen <= MAX_STORED and num_tokens * width * 4 <= MAX_STORED_BYTES
+        return _chosen(cls(store_s=fits, width=width))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""What the Triton kernels share: exact powers of two, the float order on integers, and where to launch."""
+"""What the Triton kernels share: exact powers of two, the float order on integers, where an image of a batch is, and
+where to launch."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,8 +31,49 @@ def reject_float64(**tensors: torch.Tensor | None) -> None:
 
 
 def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
-    """Zeros for an argument that was left out; its pointer is then any tensor's, and never read."""
-    return (0,) * axes if tensor is None else tensor.stride()
+    """Of a packed tensor, which has no batch axis: the tokens' stride for that as well, see image_tokens.
+
+    Zeros for an argument that was left out; its pointer is then any tensor's, and never read.
+    """
+    return (0,) * axes if tensor is None else tensor.stride()[:1] * (axes - tensor.dim()) + tensor.stride()
+
+
+class Packed(NamedTuple):
+    """A packed batch as an argument of a kernel; None in its place is a dense one.
+
+    The sizes x come as 2 x + 1: for a multiple of 16, or for 1, Triton would compile every kernel again.
+    """
+
+    cu_seqlens: torch.Tensor  # [S + 1]
+    cu_anchors: torch.Tensor  # [S + 1]
+    cu_background: torch.Tensor  # [S + 1]
+    odd_segments: int
+    odd_tokens: int
+    odd_keep: int
+    odd_seqlen: int
+
+    @classmethod
+    def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
+        offsets = (cu.contiguous() for cu in (cu_seqlens, cu_anchors, cu_background))
+        sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen)
+        return cls(*offsets, *(2 * size + 1 for size in sizes))
+
+    @property
+    def num_segments(self) -> int:
+        return self.odd_segments // 2
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.odd_seqlen // 2
+
+    @property
+    def max_keep(self) -> int:
+        """At most so many rows has a segment."""
+        return min(self.odd_keep, self.odd_seqlen) // 2
+
+    def num_slots(self, block: int) -> int:
+        """How many programs reach every block of tokens of every segment, see first_block_of."""
+        return self.odd_tokens // 2 // block + self.num_segments
 
 
 @triton.jit
@@ -93,3 +136,126 @@ def narrow(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def sum_in_pairs(x):
+    """[BLOCK] sums of x [BLOCK, power of two], neighbours first.
+
+    The order in which tl.sum adds follows the layout that the compiler gives x, and that follows the strides of the
+    tensors that x comes from: the same keys, permuted in memory, would have other norms.
+    """
+    if x.shape[1] == 1:
+        return tl.reshape(x, [x.shape[0]])
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return sum_in_pairs(left + right)
+
+
+@triton.jit
+def first_token(packed, s):
+    """Offsets may be wrong, as nobody has looked at them: here they are cut to the tokens that exist."""
+    return tl.minimum(tl.maximum(tl.load(packed.cu_seqlens + s).to(tl.int64), 0), packed.odd_tokens >> 1)
+
+
+@triton.jit
+def first_row(packed, s):
+    row = tl.load(packed.cu_anchors + s).to(tl.int64) + tl.load(packed.cu_background + s).to(tl.int64)
+    return tl.minimum(tl.maximum(row, 0), packed.odd_keep >> 1)
+
+
+@triton.jit
+def image_tokens(packed, pid_b, N):
+    """Of an image: its place on the batch axis of a tensor of tokens, and how many it has.
+
+    A packed batch has no batch axis: an image is where its first token is, and the axis' stride is that of tokens.
+    """
+    if packed is None:
+        return pid_b, N
+    else:
+        start = first_token(packed, pid_b)
+        size = first_token(packed, pid_b + 1) - start
+        size = tl.where((size < 0) | (size > packed.odd_seqlen >> 1), 0, size)
+        return start, size.to(tl.int32)
+
+
+@triton.jit
+def tokens_before(packed, at_b, N):
+    """How many tokens all images before one have: where it begins in a contiguous tensor."""
+    if packed is None:
+        return at_b * N
+    else:
+        return at_b
+
+
+@triton.jit
+def image_rows(packed, pid_b, N, K, num_anchors):
+    """Of an image of N tokens: its first row of all, its rows, the anchors among them."""
+    if packed is None:
+        return pid_b * K, K, num_anchors
+    else:
+        row = first_row(packed, pid_b)
+        due = tl.minimum(tl.maximum(first_row(packed, pid_b + 1) - row, 0), N)
+        anchors = tl.load(packed.cu_anchors + pid_b + 1).to(tl.int64) - tl.load(packed.cu_anchors + pid_b)
+        return row, due.to(tl.int32), tl.minimum(tl.maximum(anchors, 0), due).to(tl.int32)
+
+
+@triton.jit
+def first_block_of(packed, pid_b, num_blocks, BLOCK: tl.constexpr):
+    """The number, among the blocks of all images, of an image's first. In a packed batch nobody has counted them, and
+    so many are reserved that they suffice: a segment of n tokens moves the next one's number by n // BLOCK + 1 or more.
+    """
+    if packed is None:
+        return pid_b * num_blocks
+    else:
+        return first_token(packed, pid_b) // BLOCK + pid_b
+
+
+@triton.jit
+def segment_of(packed, number, BLOCK: tl.constexpr):
+    """The last segment whose first block, or first row where BLOCK is 0, has at most this number; and how far it is."""
+    low = tl.zeros([], tl.int64)
+    high = low + (packed.odd_segments >> 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = first_row(packed, middle) if BLOCK == 0 else first_block_of(packed, middle, 0, BLOCK)
+        low = tl.where(first <= number, middle, low)
+        high = tl.where(first <= number, high, middle)
+    first = first_row(packed, low) if BLOCK == 0 else first_block_of(packed, low, 0, BLOCK)
+    return low, number - first
+
+
+@triton.jit
+def image_of_block(packed, pid, num_blocks, BLOCK: tl.constexpr):
+    """The image that a block of tokens is of, and the block's number there, which may not exist: see has_block."""
+    if packed is None:
+        return (pid // num_blocks).to(tl.int64), pid % num_blocks
+    else:
+        segment, block = segment_of(packed, pid, BLOCK)
+        return segment, block.to(tl.int32)
+
+
+@triton.jit
+def has_block(packed, N, block, BLOCK: tl.constexpr):
+    if packed is None:
+        return True
+    else:
+        return (block >= 0) & (block * BLOCK < N)
+
+
+@triton.jit
+def image_of_row(packed, pid, K):
+    """The image that a row of merged is of, and the row's number there."""
+    if packed is None:
+        return pid // K, pid % K
+    else:
+        return segment_of(packed, pid, 0)
+
+
+@triton.jit
+def inside(packed, token, N):
+    """A token that may come from memory that no program wrote, where a packed batch's offsets are wrong: in [0, N)."""
+    if packed is None:
+        return token
+    else:
+        return tl.minimum(tl.maximum(token, 0), N - 1)

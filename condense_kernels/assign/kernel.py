@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 
 from .._launch import AssignConfig
-from .._triton import FLOAT32_MAX, NOWHERE, is_finite, on_device_of, reject_float64, strides_of
+from .._triton import (
+    FLOAT32_MAX,
+    NOWHERE,
+    has_block,
+    image_of_block,
+    image_rows,
+    image_tokens,
+    is_finite,
+    on_device_of,
+    reject_float64,
+    strides_of,
+    tokens_before,
+)
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier
@@ -219,15 +231,23 @@ def assign_kernel(
     stride_index_b, stride_index_k,
     stride_tier_b, stride_tier_n,
     stride_where_b, stride_where_n, stride_where_p,
-    N, K, HEIGHT, WIDTH, num_parts,
+    N, K, HEIGHT, WIDTH, num_parts, packed,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    pid_b = (pid // num_parts).to(tl.int64)
-    offs_n = pid % num_parts * BLOCK_N + tl.arange(0, BLOCK_N)
-    tier_ptr += pid_b * stride_tier_b
-    where_ptr += pid_b * stride_where_b
+    pid_b, part = image_of_block(packed, pid, num_parts, BLOCK_N)
+    at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, part, BLOCK_N) == 0:
+        return
+    if packed is None:
+        indices_ptr += pid_b * stride_index_b
+    else:
+        first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
+        indices_ptr += first_k * stride_index_k
+    offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    tier_ptr += at_b * stride_tier_b
+    where_ptr += at_b * stride_where_b
     origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
         origin, shrink, shrink_again, factor = distance_frame(
@@ -235,7 +255,7 @@ def assign_kernel(
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
-        s_ptr + pid_b * stride_s_b, indices_ptr + pid_b * stride_index_b, tier_ptr, where_ptr, offs_n,
+        s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
         origin, shrink, shrink_again, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
@@ -244,23 +264,24 @@ def assign_kernel(
     if HAS_TIER:
         tier = tl.load(tier_ptr + offs_n.to(tl.int64) * stride_tier_n, mask=offs_n < N, other=MASKED)
         assigned = assigned & (tier != MASKED)
-    tl.store(assignment_ptr + pid_b * N + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
+    assignment_ptr += tokens_before(packed, at_b, N)
+    tl.store(assignment_ptr + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
 
 
-def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, sanitise):
-    """The kernel on s [B, N, >= N], into assignment [B, N]."""
-    b, n = assignment.shape
-    k = indices.shape[1]
-    if b == 0:
+def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, sanitise, packed=None):
+    """The kernel on s [B, N, >= N], into assignment [B, N]; packed: s [T, >= max_seqlen], into assignment [T]."""
+    if assignment.shape[0] == 0:
         return
+    n = assignment.shape[1] if packed is None else packed.max_seqlen
+    k = indices.shape[1] if packed is None else packed.max_keep
     config = AssignConfig.for_shape(k)
     axes = triton.next_power_of_2(space.axes)
     parts = triton.cdiv(n, config.block_n)
-    assign_kernel[(b * parts,)](
+    assign_kernel[(assignment.shape[0] * parts if packed is None else packed.num_slots(config.block_n),)](
         s, indices, s if tier is None else tier, s if space.tensor is None else space.tensor, assignment,
         float(spatial_weight),
-        *s.stride(), *indices.stride(), *strides_of(tier, 2), *space.strides,
-        n, k, space.height, space.width, parts,
+        *strides_of(s, 3), *strides_of(indices, 2), *strides_of(tier, 2), *space.strides,
+        n, k, space.height, space.width, parts, packed,
         P=space.axes, AXES=axes, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
         MODE=space.mode, HAS_TIER=tier is not None, SANITISE=sanitise,
         num_warps=config.num_warps, enable_fp_fusion=False,

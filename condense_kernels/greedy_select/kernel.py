@@ -131,10 +131,11 @@ def died_of(nu, reason: tl.constexpr):
 
 
 @triton.jit
-def lowest(t, offs):
+def lowest(t, offs, packed):
     """The token with the lowest negated score, the first of them on a tie.
 
     Chunks are compared as floats within a thread, and NaN loses; only the best of each place becomes an integer key.
+    Packed: behind a segment a row of s may hold anything, so a dead token's NaN may have any sign.
     """
     best = t[0]
     token = offs[0]
@@ -143,29 +144,34 @@ def lowest(t, offs):
         token = tl.where(lower != best, offs[c], token)
         best = lower
     key = order_key(best)
+    if packed is not None:
+        key = tl.where(best == best, key, NOWHERE)
     return tl.min(tl.where(key == tl.min(key, axis=0), token, NOWHERE), axis=0)
 
 
 @triton.jit
 def pick_greedily(
-    s_ptr, order_ptr, nu, offs, count, suppression, stride_s_i, stride_s_j, N, BLOCK: tl.constexpr,
-    SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
+    s_ptr, order_ptr, nu, offs, count, suppression, stride_s_i, stride_s_j, N, packed, num_tokens,
+    BLOCK: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
     t = fl(fl(suppression * m) + nu) is the score of the contract with the opposite sign, two roundings; never -0, as
-    nu is not. m is the largest cosine to a pick so far.
+    nu is not. m is the largest cosine to a pick so far. N is where the last chunk ends, at num_tokens or, where rows of
+    s are padded, behind.
     """
     CHUNKS: tl.constexpr = len(nu)
     m = ()
     for _ in tl.static_range(CHUNKS):
         m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
     first_ptrs = s_ptr + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
-    pick = lowest(nu, offs)  # the first pick has no suppression term
+    pick = lowest(nu, offs, None)  # the first pick has no suppression term
     i = tl.zeros([], tl.int32)
     while i < count:
         if WRITE_ORDER:
             tl.store(order_ptr + i, pick.to(tl.int64))
+        if packed is not None:  # where offsets are wrong, s may hold anything
+            pick = tl.minimum(pick, num_tokens - 1)
         row_ptrs = first_ptrs + pick * stride_s_i
         remaining = ()
         similar = ()
@@ -178,7 +184,7 @@ def pick_greedily(
             remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
             t = t + (suppression * similar[c] + remaining[c],)
         nu, m = remaining, similar
-        pick = lowest(t, offs)
+        pick = lowest(t, offs, packed)
         i += 1
     return nu
 
@@ -240,7 +246,7 @@ def greedy_select_kernel(
     place = tl.minimum(count_tokens(live), K)
     pick_greedily(
         s_ptr + pid_b * stride_s_b, order_ptr, nu, offs, place, suppression, tl.cast(stride_s_i, tl.int64), stride_s_j,
-        N, BLOCK, True, True,
+        N, None, N, BLOCK, True, True,
     )  # fmt: skip
     if HAS_TIER:  # K distinct tokens are due even where fewer are valid
         place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 1, BLOCK_FILL)

@@ -1,4 +1,5 @@
-"""The score-weighted mean of each cluster (Eq. 8), one program per row and block of channels.
+"""The score-weighted mean of each cluster (Eq. 8), one program per row and block of channels; and its gradient, one
+program per block of tokens.
 
 A gather in token order, not a matrix product over the whole image: there 0 * NaN would poison every row.
 """
@@ -7,8 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import MergeConfig
-from .._triton import NOWHERE, narrow, on_device_of, reject_float64
+from .._launch import MergeBackwardConfig, MergeConfig
+from .._triton import (
+    NOWHERE,
+    image_of_row,
+    image_tokens,
+    narrow,
+    on_device_of,
+    reject_float64,
+    strides_of,
+    sum_in_pairs,
+)
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
 
@@ -28,25 +38,29 @@ def merge_kernel(
     scores_ptr,  # [B, N]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
-    merged_ptr,  # [B, K, D]
-    mass_ptr,  # [B, K]
+    merged_ptr,  # [B, K, D], packed: [total_keep, D]
+    mass_ptr,  # [B, K], packed: [total_keep]
     stride_feature_b, stride_feature_n, stride_feature_d,
     stride_score_b, stride_score_n,
     stride_index_b, stride_index_k,
     stride_assignment_b, stride_assignment_n,
-    N, K, D,
+    N, K, D, packed,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    pid_b = pid // K
-    pid_k = pid % K
+    pid_b, pid_k = image_of_row(packed, pid, K)
+    at_b, N = image_tokens(packed, pid_b, N)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
-    features_ptr += pid_b * stride_feature_b
-    scores_ptr += pid_b * stride_score_b
-    assignment_ptr += pid_b * stride_assignment_b
+    features_ptr += at_b * stride_feature_b
+    scores_ptr += at_b * stride_score_b
+    assignment_ptr += at_b * stride_assignment_b
+    if packed is None:
+        indices_ptr += pid_b * stride_index_b + pid_k * stride_index_k
+    else:
+        indices_ptr += pid * stride_index_k
 
-    own = tl.load(indices_ptr + pid_b * stride_index_b + pid_k * stride_index_k)
+    own = tl.load(indices_ptr)
     exists = (own >= 0) & (own < N)
     acc = tl.zeros([BLOCK_D], tl.float32)
     mass = tl.zeros([], tl.float32)
@@ -93,16 +107,17 @@ def merge_kernel(
         tl.store(merged_ptr + offs_d, narrow(mean, merged_ptr.dtype.element_ty), mask=mask_d)
 
 
-def launch_merge(features, scores, indices, assignment, merged, mass):
-    """The kernel alone, into merged [B, K, D] and mass [B, K]."""
-    b, k, d = merged.shape
-    n = features.shape[1]
-    if b == 0 or k == 0:
+def launch_merge(features, scores, indices, assignment, merged, mass, packed=None):
+    """The kernel alone, into merged [B, K, D] and mass [B, K], packed: [total_keep, D] and [total_keep]."""
+    k, d = merged.shape[-2:]
+    n = features.shape[1] if packed is None else packed.max_seqlen
+    if mass.numel() == 0:
         return
     config = MergeConfig.for_shape(max(n, 1), d)
-    merge_kernel[(b * k, triton.cdiv(d, config.block_d))](
+    merge_kernel[(mass.numel(), triton.cdiv(d, config.block_d))](
         features, scores, indices, assignment, merged, mass,
-        *features.stride(), *scores.stride(), *indices.stride(), *assignment.stride(), n, k, d,
+        *strides_of(features, 3), *strides_of(scores, 2), *strides_of(indices, 2), *strides_of(assignment, 2),
+        n, k, d, packed,
         BLOCK_N=config.block_n, BLOCK_D=config.block_d,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -123,3 +138,118 @@ def merge(
     with on_device_of(features):
         launch_merge(features, scores, indices, assignment, merged, mass)
     return merged, mass
+
+
+@triton.jit
+def merge_backward_kernel(
+    grad_merged_ptr,  # [B, K, D]
+    grad_mass_ptr,  # [B, K]
+    features_ptr,  # [B, N, D]
+    scores_ptr,  # [B, N]
+    merged_ptr,  # [B, K, D]
+    mass_ptr,  # [B, K]
+    indices_ptr,  # [B, K]
+    assignment_ptr,  # [B, N]
+    grad_features_ptr,  # [B, N, D]
+    grad_scores_ptr,  # [B, N]
+    stride_grad_merged_b, stride_grad_merged_k, stride_grad_merged_d,
+    stride_grad_mass_b, stride_grad_mass_k,
+    stride_feature_b, stride_feature_n, stride_feature_d,
+    stride_score_b, stride_score_n,
+    stride_merged_b, stride_merged_k, stride_merged_d,
+    stride_mass_b, stride_mass_k,
+    stride_index_b, stride_index_k,
+    stride_assignment_b, stride_assignment_n,
+    N, K, D, num_parts,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OF_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of tokens, each from the row it went into.
+
+    OF_ROWS: of a block of rows, the kept tokens of those that have no mass and are not where their token went. Such a
+    token has a second gradient, and its first is computed again, as the sum is to be rounded once.
+    """
+    pid = tl.program_id(0)
+    pid_b = (pid // num_parts).to(tl.int64)
+    offs = (pid % num_parts * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    grad_merged_ptr += pid_b * stride_grad_merged_b
+    merged_ptr += pid_b * stride_merged_b
+    mass_ptr += pid_b * stride_mass_b
+    indices_ptr += pid_b * stride_index_b
+    assignment_ptr += pid_b * stride_assignment_b
+    token, mask_n = offs, offs < N
+    if OF_ROWS:
+        token = tl.load(indices_ptr + offs * stride_index_k, mask=offs < K, other=-1)
+        mask_n = (token >= 0) & (token < N)
+        mask_n = mask_n & (tl.load(mass_ptr + offs * stride_mass_k, mask=mask_n, other=1.0) == 0)
+        mask_n = mask_n & (tl.load(assignment_ptr + token * stride_assignment_n, mask=mask_n, other=0) != offs)
+        if tl.max(mask_n.to(tl.int32), axis=0) == 0:
+            return
+
+    row = tl.load(assignment_ptr + token * stride_assignment_n, mask=mask_n, other=-1)
+    member = (row >= 0) & (row < K)
+    own = tl.load(indices_ptr + row * stride_index_k, mask=member, other=-1)
+    member = member & (own >= 0) & (own < N)
+    mass = tl.load(mass_ptr + row * stride_mass_k, mask=member, other=1.0)
+    merges = member & (mass != 0)
+    copies = member & (mass == 0) & (own == token)
+    mass = tl.where(mass != 0, mass, 1.0)
+    score = tl.load(scores_ptr + pid_b * stride_score_b + token * stride_score_n, mask=merges, other=0.0)
+    weight = tl.where(copies, 1.0, tl.div_rn(score.to(tl.float32), mass))
+
+    features_ptr += pid_b * stride_feature_b + token[:, None] * stride_feature_n
+    merged_ptr += row[:, None] * stride_merged_k
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    start = tl.zeros([], tl.int32)
+    while start < D:
+        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        mask_d = offs_d < D
+        gradient_ptrs = grad_merged_ptr + offs_d * stride_grad_merged_d
+        from_row = tl.load(
+            gradient_ptrs + row[:, None] * stride_grad_merged_k, mask=(merges | copies)[:, None] & mask_d, other=0.0
+        ).to(tl.float32)
+        merging = merges[:, None] & mask_d
+        x = tl.load(features_ptr + offs_d * stride_feature_d, mask=merging, other=0.0).to(tl.float32)
+        mean = tl.load(merged_ptr + offs_d * stride_merged_d, mask=merging, other=0.0).to(tl.float32)
+        acc = tl.fma(x - mean, from_row, acc)
+        gradient = weight[:, None] * from_row
+        if OF_ROWS:
+            mask = mask_n[:, None] & mask_d
+            gradient += tl.load(gradient_ptrs + offs[:, None] * stride_grad_merged_k, mask=mask, other=0.0)
+        at = grad_features_ptr + (pid_b * N + token[:, None]) * D + offs_d
+        tl.store(at, narrow(gradient, grad_features_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d)
+        start += BLOCK_D
+
+    of_mass = tl.load(grad_mass_ptr + pid_b * stride_grad_mass_b + row * stride_grad_mass_k, mask=member, other=0.0)
+    gradient = tl.where(merges, tl.div_rn(sum_in_pairs(acc), mass), 0.0) + of_mass
+    at = grad_scores_ptr + pid_b * N + token
+    tl.store(at, narrow(gradient, grad_scores_ptr.dtype.element_ty), mask=mask_n)
+
+
+def merge_backward(
+    grad_merged: torch.Tensor,  # [B, K, D]
+    grad_mass: torch.Tensor,  # [B, K]
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    merged: torch.Tensor,  # [B, K, D]
+    mass: torch.Tensor,  # [B, K]
+    indices: torch.Tensor,  # [B, K] int64, distinct, -1 = no such row
+    assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of features [B, N, D] and of scores [B, N], in their dtypes."""
+    reject_float64(features=features, scores=scores)
+    b, n, d = features.shape
+    k = indices.shape[1]
+    grad_features, grad_scores = features.new_empty((b, n, d)), scores.new_empty((b, n))
+    config = MergeBackwardConfig.for_shape(d)
+    tensors = (grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)
+    strides = [stride for tensor in tensors for stride in tensor.stride()]
+    with on_device_of(features):
+        for count, of_rows in ((n, False), (k, True)):
+            parts = triton.cdiv(count, config.block_n)
+            if b * n * parts > 0:
+                merge_backward_kernel[(b * parts,)](
+                    *tensors, grad_features, grad_scores, *strides, n, k, d, parts,
+                    BLOCK_N=config.block_n, BLOCK_D=config.block_d, OF_ROWS=of_rows,
+                    num_warps=config.num_warps, enable_fp_fusion=False,
+                )  # fmt: skip
+    return grad_features, grad_scores

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FusedConfig, SelectConfig
-from .._triton import on_device_of, reject_float64
+from .._launch import FusedConfig, SelectConfig, SimilarityConfig
+from .._triton import image_rows, image_tokens, on_device_of, reject_float64, strides_of, tokens_before
 from .._workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
 from ..greedy_select.kernel import (
@@ -28,8 +28,18 @@ from ..greedy_select.kernel import (
     token_chunks,
 )
 from ..merge.kernel import launch_merge
-from ..similarity.kernel import global_similarity, launch_tiles, mean_similarity, num_blocks_of
+from ..similarity.kernel import (
+    blocks_of_image,
+    first_tile_of,
+    global_similarity,
+    launch_tiles,
+    mean_similarity,
+    num_blocks_of,
+    tiles_of_image,
+)
 from . import streamed
+
+BLOCK_S = tl.constexpr(SimilarityConfig.block)  # tokens of a tile of s
 
 
 @triton.jit
@@ -44,7 +54,7 @@ def with_first(kept, more, limit):
 
 @triton.jit
 def select_kernel(
-    s_ptr,  # [B, N, WIDTH]
+    s_ptr,  # [B, N, WIDTH], packed: [T, WIDTH]; likewise the rest
     scores_ptr,  # [B, N]
     tier_ptr,  # [B, N]
     row_sums_ptr,  # [B, blocks, N]
@@ -55,18 +65,29 @@ def select_kernel(
     suppression, spatial_weight,
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
-    N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH,
-    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, packed,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, LOW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, ASSIGN: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
-    s_ptr += pid_b * N * WIDTH
-    scores_ptr += pid_b * stride_score_b
-    tier_ptr += pid_b * N
-    row_sums_ptr += pid_b * num_blocks * N
-    indices_ptr += pid_b * K
-    offs, new = token_chunks(WIDTH, BLOCK, CHUNKS)
+    at_b, N = image_tokens(packed, pid_b, N)
+    first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
+    span = WIDTH  # tokens of all chunks
+    if packed is not None:
+        span = tl.minimum(WIDTH, BLOCK * CHUNKS)
+        if (N <= LOW) | (span < N) | (K == 0):  # of another size, so of another launch; or nothing to do
+            return
+    first = tokens_before(packed, at_b, N)
+    s_ptr += first * WIDTH
+    scores_ptr += at_b * stride_score_b
+    tier_ptr += first
+    row_sums_ptr += first * num_blocks
+    abs_sums_ptr += first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
+    num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
+    num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
+    indices_ptr += first_k
+    offs, new = token_chunks(span, BLOCK, CHUNKS)
     tier = ()
     valid = ()
     u = ()
@@ -77,7 +98,7 @@ def select_kernel(
         score = tl.load(scores_ptr + offs[c].to(tl.int64) * stride_score_n, mask=present, other=0.0)
         u = u + (score.to(tl.float32),)
     num_valid = count_tokens(valid)
-    sbar = mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, 256)
+    sbar = mean_similarity(abs_sums_ptr, num_valid, num_tiles, 256)
 
     # Anchors (Eq. 2)
     u = scaled_priors(u, valid, sbar)
@@ -85,7 +106,9 @@ def select_kernel(
     for c in tl.static_range(CHUNKS):
         nu = nu + (tl.where(valid[c], negated(u[c]), dead(tier[c])),)
     anchors = tl.minimum(num_anchors, num_valid)
-    nu = pick_greedily(s_ptr, indices_ptr, nu, offs, anchors, suppression, WIDTH, 1, WIDTH, BLOCK, False, False)
+    nu = pick_greedily(
+        s_ptr, indices_ptr, nu, offs, anchors, suppression, WIDTH, 1, span, packed, N, BLOCK, False, False
+    )
 
     # Background (Eq. 3, 4): the anchors are dead, but count in the mean.
     g = ()
@@ -98,7 +121,9 @@ def select_kernel(
     for c in tl.static_range(CHUNKS):
         rest = rest + (tl.where(nu[c] == nu[c], negated(v[c]), nu[c]),)
     background = tl.minimum(K - num_anchors, num_valid - anchors)
-    nu = pick_greedily(s_ptr, indices_ptr, rest, offs, background, suppression, WIDTH, 1, WIDTH, BLOCK, False, False)
+    nu = pick_greedily(
+        s_ptr, indices_ptr, rest, offs, background, suppression, WIDTH, 1, span, packed, N, BLOCK, False, False
+    )
 
     # The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
     kept = ()
@@ -119,8 +144,8 @@ def select_kernel(
 
     if ASSIGN:
         tl.debug_barrier()  # the indices are read back by other threads
-        assignment_ptr += pid_b * N
-        where_ptr += pid_b * stride_where_b
+        assignment_ptr += first
+        where_ptr += at_b * stride_where_b
         origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
         if MODE != NO_DISTANCE:
             origin, shrink, shrink_again, factor = distance_frame(
@@ -144,7 +169,7 @@ def pieces_of(b: int, n: int) -> Pieces:
     """What the launches of a call hand to each other."""
     config = FusedConfig.for_shape(n)
     if not config.store_s:
-        return streamed.pieces_of(b, n)
+        return streamed.pieces_of(b, b * n, b * num_blocks_of(n)[0])
     blocks, tiles = num_blocks_of(n)
     return {
         "s": ((b, n, config.width), torch.float32),
@@ -163,21 +188,26 @@ def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
     return bytes_of(pieces_of(b, n))
 
 
-def launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config):
-    """Selection, with the assignment or without, from what the similarity tiles left in w."""
-    b, n = scores.shape
-    select = SelectConfig.for_shape(config.width)
+def launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config, packed=None):
+    """Selection, with the assignment or without, from what the similarity tiles left in w.
+
+    Packed: one launch for each class of sizes, as a program for 16384 tokens would take too long for a hundred.
+    """
+    images, n = scores.shape if packed is None else (packed.num_segments, packed.max_seqlen)
+    blocks, tiles = num_blocks_of(n)
     axes = triton.next_power_of_2(space.axes)
-    select_kernel[(b,)](
-        w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
-        indices, assignment, float(suppression), float(spatial_weight), *scores.stride(), *space.strides,
-        n, config.width, indices.shape[1], num_anchors, w.row_sums.shape[1], w.abs_sums.shape[1],
-        space.height, space.width,
-        P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(config.width),
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
-        MODE=space.mode, ASSIGN=config.assign_in_select,
-        num_warps=select.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    classes = [(0, config.width)] if packed is None else SelectConfig.classes(config.width)
+    for low, span in classes:
+        select = SelectConfig.for_shape(span)
+        select_kernel[(images,)](
+            w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
+            indices, assignment, float(suppression), float(spatial_weight), *strides_of(scores, 2), *space.strides,
+            n, config.width, indices.shape[-1], num_anchors, blocks, tiles, space.height, space.width, packed,
+            P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span), LOW=low,
+            BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
+            MODE=space.mode, ASSIGN=config.assign_in_select,
+            num_warps=select.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def select_and_merge(

@@ -20,11 +20,31 @@ import triton
 import triton.language as tl
 
 from .._launch import SimilarityConfig, StreamConfig
-from .._triton import INTERPRETED, NOWHERE, downscale, order_key
+from .._triton import (
+    INTERPRETED,
+    NOWHERE,
+    downscale,
+    first_block_of,
+    has_block,
+    image_of_block,
+    image_rows,
+    image_tokens,
+    inside,
+    order_key,
+    strides_of,
+    tokens_before,
+)
 from .._workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
 from ..greedy_select.kernel import counted_fixed, counted_magnitude, dead, died_of, negated, prior_factor
-from ..similarity.kernel import can_overflow, cosine_tile, global_similarity, mean_similarity, num_blocks_of
+from ..similarity.kernel import (
+    blocks_of_image,
+    can_overflow,
+    cosine_tile,
+    global_similarity,
+    mean_similarity,
+    num_blocks_of,
+)
 
 BLOCK = SimilarityConfig.block  # tokens of a tile, so of a batch of picks, and of an update
 NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above the place of every token
@@ -59,7 +79,7 @@ def load_priors(
 
 @triton.jit
 def begin_kernel(
-    scores_ptr,  # [B, N]
+    scores_ptr,  # [B, N], packed: [T]; likewise the rest
     tier_ptr,  # [B, N]
     row_sums_ptr,  # [B, N] int64
     abs_sums_ptr,  # [B, blocks] int64
@@ -69,16 +89,21 @@ def begin_kernel(
     fresh_ptr,  # [B] how many they are
     due_ptr,  # [B] how many are still to come
     stride_score_b, stride_score_n,
-    N, K, num_anchors, num_blocks,
+    N, K, num_anchors, num_blocks, packed,
     CHUNK: tl.constexpr, BATCH: tl.constexpr, BACKGROUND: tl.constexpr,
 ):  # fmt: skip
     """The utilities of a loop (Eq. 2, or Eq. 3 and 4), and its first pick. One program per image."""
     pid_b = tl.program_id(0).to(tl.int64)
-    scores_ptr += pid_b * stride_score_b
-    tier_ptr += pid_b * N
-    row_sums_ptr += pid_b * N
-    nu_ptr += pid_b * N
-    m_ptr += pid_b * N
+    at_b, N = image_tokens(packed, pid_b, N)
+    _first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
+    abs_sums_ptr += first_block_of(packed, pid_b, num_blocks, BATCH)
+    num_blocks = blocks_of_image(packed, N, num_blocks, BATCH)
+    first = tokens_before(packed, at_b, N)
+    scores_ptr += at_b * stride_score_b
+    tier_ptr += first
+    row_sums_ptr += first
+    nu_ptr += first
+    m_ptr += first
     counts = tl.zeros([CHUNK], tl.int32)
     tops = tl.zeros([CHUNK], tl.int32)
     start = tl.zeros([], tl.int64)
@@ -88,15 +113,15 @@ def begin_kernel(
         tops = tl.maximum(tops, counted_magnitude(prior, tier == 0))
         start += CHUNK
     num_valid = tl.sum(counts, axis=0)
-    first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
+    shrink, shrink_again = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
 
     fixed = tl.zeros([CHUNK], tl.int64)
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, _, _ = load_priors(scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND)
-        fixed += counted_fixed(prior * first * second, tier == 0)
+        fixed += counted_fixed(prior * shrink * shrink_again, tier == 0)
         start += CHUNK
-    sbar = mean_similarity(abs_sums_ptr + pid_b * num_blocks, num_valid, num_blocks, CHUNK)
+    sbar = mean_similarity(abs_sums_ptr, num_valid, num_blocks, CHUNK)
     factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid)
 
     best = tl.full([CHUNK], NOBODY, tl.int64)
@@ -105,7 +130,7 @@ def begin_kernel(
         prior, tier, offs_n, mask_n = load_priors(
             scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND
         )
-        nu = negated(tl.where(positive, factor * (prior * first * second), 0.0))
+        nu = negated(tl.where(positive, factor * (prior * shrink * shrink_again), 0.0))
         if BACKGROUND:  # the anchors are dead, but counted in the mean
             before = tl.load(nu_ptr + offs_n, mask=mask_n, other=float("nan"))
             nu = tl.where(before == before, nu, before)
@@ -120,7 +145,7 @@ def begin_kernel(
     count = anchors
     if BACKGROUND:
         count = tl.minimum(K - num_anchors, num_valid - anchors)
-    first_pick = tl.min(best, axis=0).to(tl.int32)
+    first_pick = inside(packed, tl.min(best, axis=0).to(tl.int32), N)
     fresh = tl.minimum(count, 1)
     if fresh > 0:
         tl.debug_barrier()  # its utility was stored by another thread
@@ -158,14 +183,17 @@ def update_kernel(
     fresh_ptr,  # [B]
     suppression,
     stride_key_b, stride_key_n, stride_key_d,
-    N, num_blocks, num_channels,
+    N, num_blocks, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """m, scores and the best token of a block, given the last picks."""
     pid = tl.program_id(0)
-    pid_b = (pid // num_blocks).to(tl.int64)
-    pid_n = pid % num_blocks
+    pid_b, pid_n = image_of_block(packed, pid, num_blocks, BLOCK)
+    at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, pid_n, BLOCK) == 0:
+        return
+    first = tokens_before(packed, at_b, N)
     fresh = tl.load(fresh_ptr + pid_b)
     if fresh > 0:
         offs_k = tl.arange(0, BLOCK)
@@ -174,21 +202,21 @@ def update_kernel(
         mask_n = offs_n < N
         tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
         s = cosines_of(
-            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, tokens, picks,
+            keys_ptr + at_b * stride_key_b, scale_ptr + first, inverse_ptr + first, tokens, picks,
             stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
         )  # fmt: skip
         s = tl.where((offs_k < fresh)[None, :], s, float("-inf"))
-        at = pid_b * N + offs_n
+        at = first + offs_n
         nu = tl.load(nu_ptr + at, mask=mask_n, other=float("nan"))
         m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=1))
         key = live_key(suppression * m + nu, nu)
         tl.store(m_ptr + at, m, mask=mask_n)
         tl.store(key_ptr + at, key, mask=mask_n)
-        tl.store(best_ptr + pid_b * num_blocks + pid_n, tl.min(place_of(key, offs_n), axis=0))
+        tl.store(best_ptr + pid, tl.min(place_of(key, offs_n), axis=0))
 
 
 @triton.jit
-def best_tokens(key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def best_tokens(packed, key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """The BLOCK best tokens of an image, and the place of the best one outside. Beyond N are dead ones to fill up."""
     offs_c = tl.arange(0, BLOCK)
     blocks = tl.arange(0, BLOCKS)
@@ -196,7 +224,7 @@ def best_tokens(key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, BLOCKS: t
     candidates = tl.zeros([BLOCK], tl.int32)
     for c in range(BLOCK):
         place = tl.min(best, axis=0)
-        token = place.to(tl.int32)
+        token = inside(packed, place.to(tl.int32), num_blocks * BLOCK)
         candidates = tl.where(offs_c == c, token, candidates)
         offs_n = token // BLOCK * BLOCK + offs_c
         key = tl.load(key_ptr + offs_n, mask=offs_n < N, other=NOWHERE)
@@ -220,30 +248,32 @@ def pick_kernel(
     due_ptr,  # [B]
     suppression,
     stride_key_b, stride_key_n, stride_key_d,
-    N, num_blocks, num_channels,
+    N, num_blocks, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
     CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The next batch of picks of an image."""
     pid_b = tl.program_id(0).to(tl.int64)
+    at_b, N = image_tokens(packed, pid_b, N)
+    blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
+    first = tokens_before(packed, at_b, N)
     due = tl.load(due_ptr + pid_b)
     fresh = tl.zeros([], tl.int32)
     if due > 0:
-        nu_ptr += pid_b * N
+        nu_ptr += first
         batch_ptr += pid_b * BLOCK
-        candidates, outside = best_tokens(
-            key_ptr + pid_b * N, best_ptr + pid_b * num_blocks, N, num_blocks, BLOCK, BLOCKS
-        )
+        best_ptr += first_block_of(packed, pid_b, num_blocks, BLOCK)
+        candidates, outside = best_tokens(packed, key_ptr + first, best_ptr, N, blocks, BLOCK, BLOCKS)
         tokens = tl.minimum(candidates, N - 1).to(tl.int64)
         s = cosines_of(
-            keys_ptr + pid_b * stride_key_b, scale_ptr + pid_b * N, inverse_ptr + pid_b * N, tokens, tokens,
+            keys_ptr + at_b * stride_key_b, scale_ptr + first, inverse_ptr + first, tokens, tokens,
             stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
         )  # fmt: skip
         nu = tl.where(candidates < N, tl.load(nu_ptr + tokens), float("nan"))
-        m = tl.load(m_ptr + pid_b * N + tokens)
+        m = tl.load(m_ptr + first + tokens)
         place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
         while (fresh < due) & (fresh < BLOCK) & (place < outside):
-            pick = place.to(tl.int32)
+            pick = inside(packed, place.to(tl.int32), N)
             tl.store(nu_ptr + pick, dead(tl.zeros([], tl.int32)))
             tl.store(batch_ptr + fresh, pick)
             row = tl.max(tl.where((candidates == pick)[:, None], s, float("-inf")), axis=0)
@@ -259,13 +289,15 @@ def pick_kernel(
 def keep_kernel(
     nu_ptr,  # [B, N]
     indices_ptr,  # [B, K]
-    N, K,
+    N, K, packed,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2."""
     pid_b = tl.program_id(0).to(tl.int64)
-    nu_ptr += pid_b * N
-    indices_ptr += pid_b * K
+    at_b, N = image_tokens(packed, pid_b, N)
+    first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
+    nu_ptr += tokens_before(packed, at_b, N)
+    indices_ptr += first_k
     picked = tl.zeros([CHUNK], tl.int32)
     broken = tl.zeros([CHUNK], tl.int32)
     start = tl.zeros([], tl.int64)
@@ -289,6 +321,8 @@ def keep_kernel(
         kept = kept | ((broken != 0) & (tl.cumsum(broken, axis=0) <= broken_due))
         kept = kept | ((masked != 0) & (tl.cumsum(masked, axis=0) <= masked_due))
         rank = tl.cumsum(kept.to(tl.int32), axis=0)
+        if packed is not None:  # where segments overlap, another one may have picked here, too
+            kept = kept & (place + rank <= K)
         tl.store(indices_ptr + place + rank - 1, offs_n, mask=kept)
         place += tl.sum(kept.to(tl.int32), axis=0)
         broken_due -= tl.sum(broken, axis=0)
@@ -309,21 +343,26 @@ def assign_streamed_kernel(
     spatial_weight,
     stride_key_b, stride_key_n, stride_key_d,
     stride_where_b, stride_where_n, stride_where_p,
-    N, K, num_blocks, num_channels, HEIGHT, WIDTH,
+    N, K, num_blocks, num_channels, HEIGHT, WIDTH, packed,
     P: tl.constexpr, AXES: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Every token to the kept token that is most similar and near, a block of tokens per program."""
     pid = tl.program_id(0)
-    pid_b = (pid // num_blocks).to(tl.int64)
-    keys_ptr += pid_b * stride_key_b
-    scale_ptr += pid_b * N
-    inverse_ptr += pid_b * N
-    indices_ptr += pid_b * K
-    tier_ptr += pid_b * N
-    where_ptr += pid_b * stride_where_b
-    offs_n = pid % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    pid_b, pid_n = image_of_block(packed, pid, num_blocks, BLOCK)
+    at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, pid_n, BLOCK) == 0:
+        return
+    first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
+    first = tokens_before(packed, at_b, N)
+    keys_ptr += at_b * stride_key_b
+    scale_ptr += first
+    inverse_ptr += first
+    indices_ptr += first_k
+    tier_ptr += first
+    where_ptr += at_b * stride_where_b
+    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
     tier = tl.load(tier_ptr + tokens)
     origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
@@ -359,33 +398,36 @@ def assign_streamed_kernel(
         start += BLOCK
     row = tl.where(own != NOWHERE, own, row)
     assigned = (row != NOWHERE) & (tier != MASKED)
-    tl.store(assignment_ptr + pid_b * N + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
+    tl.store(assignment_ptr + first + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
 
 
-def pieces_of(b: int, n: int) -> Pieces:
-    blocks, _ = num_blocks_of(n)
+def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
+    """Tokens and blocks of all images together."""
     fp32, int32, int64 = torch.float32, torch.int32, torch.int64
     return {
-        "tier": ((b, n), int32),
-        "row_sums": ((b, n), int64),
-        "abs_sums": ((b, blocks), int64),
-        "scale": ((b, n), fp32),
-        "inverse": ((b, n), fp32),
-        "nu": ((b, n), fp32),
-        "m": ((b, n), fp32),
-        "key": ((b, n), int32),
-        "best": ((b, blocks), int64),
-        "batch": ((b, BLOCK), int32),
-        "fresh": ((b,), int32),
-        "due": ((b,), int32),
-        "tile": ((b, blocks, BLOCK, BLOCK), fp32),
+        "tier": ((tokens,), int32),
+        "row_sums": ((tokens,), int64),
+        "abs_sums": ((blocks,), int64),
+        "scale": ((tokens,), fp32),
+        "inverse": ((tokens,), fp32),
+        "nu": ((tokens,), fp32),
+        "m": ((tokens,), fp32),
+        "key": ((tokens,), int32),
+        "best": ((blocks,), int64),
+        "batch": ((images, BLOCK), int32),
+        "fresh": ((images,), int32),
+        "due": ((images,), int32),
+        "tile": ((blocks, BLOCK, BLOCK), fp32),
     }
 
 
-def launch_select(w, keys, scores, indices, num_anchors, suppression):
-    """The kept tokens into indices [B, K], from what the similarity tiles left in w."""
-    b, n, dk = keys.shape
-    k = indices.shape[1]
+def launch_select(w, keys, scores, indices, num_anchors, suppression, packed=None):
+    """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles left in w."""
+    n, dk = keys.shape[-2:]
+    images, k = w.due.numel(), indices.shape[-1]
+    picks = (num_anchors, k - num_anchors)
+    if packed is not None:
+        n, picks = packed.max_seqlen, (packed.max_keep,) * 2
     blocks, _ = num_blocks_of(n)
     similarity, config = SimilarityConfig.for_shape(keys.dtype), StreamConfig.for_shape()
     tile = {
@@ -393,31 +435,35 @@ def launch_select(w, keys, scores, indices, num_anchors, suppression):
         "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
     }  # fmt: skip
     factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
-    sizes = (float(suppression), *keys.stride(), n, blocks, dk)
-    for background, count in ((False, num_anchors), (True, k - num_anchors)):
-        begin_kernel[(b,)](
+    sizes = (float(suppression), *strides_of(keys, 3), n, blocks, dk, packed)
+    for background, count in zip((False, True), picks, strict=True):
+        begin_kernel[(images,)](
             scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
-            *scores.stride(), n, k, num_anchors, blocks,
+            *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         for _ in range(count - 1):
-            update_kernel[(b * blocks,)](*factors, *sizes, **tile, enable_fp_fusion=False)
-            pick_kernel[(b,)](
+            update_kernel[(w.best.numel(),)](*factors, *sizes, **tile, enable_fp_fusion=False)
+            pick_kernel[(images,)](
                 *factors, w.due, *sizes, **tile, BLOCKS=triton.next_power_of_2(blocks), enable_fp_fusion=False
             )
-    keep_kernel[(b,)](w.nu, indices, n, k, CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False)
+    keep_kernel[(images,)](
+        w.nu, indices, n, k, packed, CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False
+    )
 
 
-def launch_assign(w, keys, indices, space, spatial_weight, assignment):
-    b, n, dk = keys.shape
+def launch_assign(w, keys, indices, space, spatial_weight, assignment, packed=None):
+    n, dk = keys.shape[-2:]
+    if packed is not None:
+        n = packed.max_seqlen
     blocks, _ = num_blocks_of(n)
     similarity = SimilarityConfig.for_shape(keys.dtype)
     axes = triton.next_power_of_2(space.axes)
-    assign_streamed_kernel[(b * blocks,)](
+    assign_streamed_kernel[(w.best.numel(),)](
         keys, w.scale, w.inverse, indices, w.tier, w.tier if space.tensor is None else space.tensor, assignment,
-        w.tile, float(spatial_weight), *keys.stride(), *space.strides,
-        n, indices.shape[1], blocks, dk, space.height, space.width,
+        w.tile, float(spatial_weight), *strides_of(keys, 3), *space.strides,
+        n, indices.shape[-1], blocks, dk, space.height, space.width, packed,
         P=space.axes, AXES=axes, DK=dk, BLOCK=BLOCK, BLOCK_D=similarity.block_d,
         BLOCK_K=StreamConfig.for_shape().block_k, BLOCK_BOX=max(1024 // axes, 1),
         MODE=space.mode, CAN_OVERFLOW=can_overflow(keys), INTERPRETED=INTERPRETED,

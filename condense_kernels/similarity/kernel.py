@@ -8,12 +8,18 @@ from .._launch import SimilarityConfig
 from .._triton import (
     INFINITY_BITS,
     INTERPRETED,
+    first_block_of,
+    has_block,
+    image_of_block,
+    image_tokens,
     is_finite,
     magnitude_bits,
     on_device_of,
     power_of_two,
     reject_float64,
     strides_of,
+    sum_in_pairs,
+    tokens_before,
 )
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
@@ -26,20 +32,6 @@ def load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK: tl.constexpr, BLOCK_D
     if DK % BLOCK_D == 0:
         return tl.load(pointers)
     return tl.load(pointers, mask=offs_d[None, :] < DK, other=0.0)
-
-
-@triton.jit
-def sum_in_pairs(x):
-    """[BLOCK] sums of x [BLOCK, power of two], neighbours first.
-
-    The order in which tl.sum adds follows the layout that the compiler gives x, and that follows the strides of the
-    keys: the same keys, permuted in memory, would have other norms.
-    """
-    if x.shape[1] == 1:
-        return tl.reshape(x, [x.shape[0]])
-    else:
-        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        return sum_in_pairs(left + right)
 
 
 @triton.jit
@@ -147,11 +139,33 @@ def tile_of(pid, num_blocks):
 
 
 @triton.jit
+def blocks_of_image(packed, N, num_blocks, BLOCK: tl.constexpr):
+    """How many blocks of tokens an image has. Packed: num_blocks are those of the longest."""
+    return num_blocks if packed is None else tl.cdiv(N, BLOCK)
+
+
+@triton.jit
+def tiles_of_image(packed, blocks, num_tiles):
+    """How many tiles of the upper triangle an image of so many blocks has."""
+    return num_tiles if packed is None else blocks * (blocks + 1) // 2
+
+
+@triton.jit
+def first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK: tl.constexpr):
+    """The number, among the tiles of all images, of an image's first. In a packed batch, as many are reserved for each
+    block as the longest segment has for each of its own."""
+    if packed is None:
+        return pid_b * num_tiles
+    else:
+        return first_block_of(packed, pid_b, num_blocks, BLOCK) * (num_blocks // 2 + 1)
+
+
+@triton.jit
 def similarity_tile_kernel(
     keys_ptr,  # [B, N, Dk]
     scores_ptr,  # [B, N]
     mask_ptr,  # [B, N]
-    tier_ptr,  # [B, N]
+    tier_ptr,  # [B, N]; packed: [T], and likewise all that is written
     row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns; not STORE: [B, N] int64, over all
     abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal; not STORE: [B, blocks]
     s_ptr,  # STORE: [B, N, WIDTH], columns past N are zeros
@@ -160,17 +174,27 @@ def similarity_tile_kernel(
     stride_key_b, stride_key_n, stride_key_d,
     stride_score_b, stride_score_n,
     stride_mask_b, stride_mask_n,
-    N, WIDTH, num_blocks, num_tiles, num_channels,
+    N, WIDTH, num_blocks, num_tiles, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr, CAN_OVERFLOW: tl.constexpr, STORE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    pid_b = (pid // num_tiles).to(tl.int64)
-    pid_i, pid_j = tile_of(pid % num_tiles, num_blocks)
-    keys_ptr += pid_b * stride_key_b
-    scores_ptr += pid_b * stride_score_b
-    mask_ptr += pid_b * stride_mask_b
+    if packed is None:
+        pid_b = (pid // num_tiles).to(tl.int64)
+        pid_tile = pid % num_tiles
+    else:
+        pid_b, block = image_of_block(packed, pid, num_blocks, BLOCK)
+    at_b, N = image_tokens(packed, pid_b, N)
+    blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
+    if packed is not None:  # a program of each block takes every blocks-th tile, from that of its number on
+        pid_tile = tl.program_id(1) * blocks + block
+        if (pid_tile >= tiles_of_image(packed, blocks, num_tiles)) | (has_block(packed, N, block, BLOCK) == 0):
+            return
+    pid_i, pid_j = tile_of(pid_tile, blocks)
+    keys_ptr += at_b * stride_key_b
+    scores_ptr += at_b * stride_score_b
+    mask_ptr += at_b * stride_mask_b
 
     # Not the constant when compiled: the compiler would unroll every loop over the channels, all the way.
     channels = DK if INTERPRETED else num_channels
@@ -212,9 +236,10 @@ def similarity_tile_kernel(
         abs_sum *= 2
     offs_i64 = offs_i.to(tl.int64)
     offs_j64 = offs_j.to(tl.int64)
+    first = tokens_before(packed, at_b, N)
     if STORE:
-        s_ptr += pid_b * N * WIDTH
-        row_sums_ptr += pid_b * num_blocks * N
+        s_ptr += first * WIDTH
+        row_sums_ptr += first * num_blocks
         mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
         tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
         tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
@@ -222,18 +247,19 @@ def similarity_tile_kernel(
             mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
             tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
             tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
-        tl.store(abs_sums_ptr + pid_b * num_tiles + pid % num_tiles, abs_sum)
+        tl.store(abs_sums_ptr + first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK) + pid_tile, abs_sum)
     else:  # the sums of all tiles in place: integers, so in any order; [blocks, N] of them would be N * N / 64 again
-        row_sums_ptr += pid_b * N
+        row_sums_ptr += first
         tl.atomic_add(row_sums_ptr + offs_i64, tl.sum(fixed, axis=1).to(tl.int64), mask=offs_i < N, sem="relaxed")
         if apart:
             tl.atomic_add(row_sums_ptr + offs_j64, tl.sum(fixed, axis=0).to(tl.int64), mask=offs_j < N, sem="relaxed")
-        tl.atomic_add(abs_sums_ptr + pid_b * num_blocks + pid_i, abs_sum, sem="relaxed")
+        first_block = first_block_of(packed, pid_b, num_blocks, BLOCK)
+        tl.atomic_add(abs_sums_ptr + first_block + pid_i, abs_sum, sem="relaxed")
     if pid_i == pid_j:
-        tl.store(tier_ptr + pid_b * N + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=offs_i < N)
+        tl.store(tier_ptr + first + offs_i64, tier_i.to(tier_ptr.dtype.element_ty), mask=offs_i < N)
         if not STORE:
-            tl.store(scale_ptr + pid_b * N + offs_i64, scale_i, mask=offs_i < N)
-            tl.store(inverse_ptr + pid_b * N + offs_i64, inverse_i, mask=offs_i < N)
+            tl.store(scale_ptr + first + offs_i64, scale_i, mask=offs_i < N)
+            tl.store(inverse_ptr + first + offs_i64, inverse_i, mask=offs_i < N)
 
 
 @triton.jit
@@ -294,21 +320,22 @@ def num_blocks_of(n: int) -> tuple[int, int]:
     return blocks, blocks * (blocks + 1) // 2
 
 
-def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None):
+def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None, packed=None):
     """The tile kernel alone. Without s [B, N, >= N] to write to, it writes scale and inverse [B, N], from which any
-    cosine can be computed again."""
-    b, n, dk = keys.shape
+    cosine can be computed again. Packed: [T, >= max_seqlen] and [T]."""
+    b, n, dk = keys.shape if packed is None else (1, packed.max_seqlen, keys.shape[1])
     config = SimilarityConfig.for_shape(keys.dtype)
     blocks, tiles = num_blocks_of(n)
+    grid = (b * tiles,) if packed is None else (packed.num_slots(config.block), blocks // 2 + 1)
     if s is None:
         row_sums.zero_()
         abs_sums.zero_()
     if b > 0:
-        similarity_tile_kernel[(b * tiles,)](
+        similarity_tile_kernel[grid](
             keys, keys if scores is None else scores, keys if mask is None else mask, tier, row_sums, abs_sums,
             tier if s is None else s, tier if scale is None else scale, tier if inverse is None else inverse,
-            *keys.stride(), *strides_of(scores, 2), *strides_of(mask, 2),
-            n, n if s is None else s.shape[2], blocks, tiles, dk,
+            *strides_of(keys, 3), *strides_of(scores, 2), *strides_of(mask, 2),
+            n, n if s is None else s.shape[-1], blocks, tiles, dk, packed,
             DK=dk, BLOCK=config.block, BLOCK_D=config.block_d, STAGES=config.num_stages,
             HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
             CAN_OVERFLOW=can_overflow(keys), STORE=s is not None, INTERPRETED=INTERPRETED,

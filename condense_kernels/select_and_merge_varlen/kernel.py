@@ -1,0 +1,77 @@
+"""The flagship on a packed batch: the same kernels, which find the segment that a program works for by themselves.
+
+The host knows how many tokens, segments and rows there are at most, and launches enough programs for any offsets; a
+program that finds no work returns. Nothing waits for the device.
+"""
+
+import dataclasses
+
+import torch
+
+from .._launch import FusedConfig
+from .._triton import Packed, on_device_of, reject_float64, strides_of
+from .._workspace import Pieces, carve
+from ..assign.kernel import Space, launch_assign
+from ..merge.kernel import launch_merge
+from ..select_and_merge import streamed
+from ..select_and_merge.kernel import launch_select
+from ..similarity.kernel import launch_tiles, num_blocks_of
+
+
+def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
+    """What the launches of a call hand to each other."""
+    slots = packed.num_slots(streamed.BLOCK)
+    if not config.store_s:
+        return streamed.pieces_of(packed.num_segments, num_tokens, slots)
+    blocks, _ = num_blocks_of(packed.max_seqlen)
+    return {
+        "s": ((num_tokens, config.width), torch.float32),
+        "tier": ((num_tokens,), torch.int32),
+        "row_sums": ((num_tokens, blocks), torch.int32),
+        "abs_sums": ((slots, blocks // 2 + 1), torch.int64),
+    }
+
+
+def select_and_merge_varlen(
+    features: torch.Tensor,  # [T, D]
+    scores: torch.Tensor,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_anchors: torch.Tensor,  # [S + 1]
+    cu_background: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    keys: torch.Tensor | None = None,  # [T, Dk]
+    positions: torch.Tensor | None = None,  # [T, P]
+    suppression: float = 1.0,
+    spatial_weight: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
+    reject_float64(features=features, scores=scores, keys=keys)
+    num_tokens, d = features.shape
+    max_seqlen = min(max_seqlen, num_tokens)
+    if keys is None:
+        keys = features
+    merged = features.new_empty((total_keep, d))
+    indices = features.new_full((total_keep,), -1, dtype=torch.int64)  # and -1 it stays where there is no token,
+    assignment = features.new_full((num_tokens,), -1, dtype=torch.int64)  # or no row
+    mass = features.new_empty((total_keep,), dtype=torch.float32)
+    if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
+        return merged.zero_(), indices, assignment, mass.zero_()
+    packed = Packed.of(cu_seqlens, cu_anchors, cu_background, num_tokens, total_keep, max_seqlen)
+    config = FusedConfig.for_packed(num_tokens, max_seqlen)
+    space = dataclasses.replace(Space.of(None, positions, spatial_weight), strides=strides_of(positions, 3))
+    w = carve(pieces_of(num_tokens, packed, config), None, features.device)
+    with on_device_of(features):
+        sums = w.tier, w.row_sums, w.abs_sums
+        if config.store_s:
+            launch_tiles(keys, scores, None, *sums, w.s, packed=packed)
+            launch_select(w, scores, indices, assignment, 0, space, suppression, spatial_weight, config, packed)
+            if not config.assign_in_select:
+                launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=packed)
+        else:
+            launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppression, packed)
+            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
+        launch_merge(features, scores, indices, assignment, merged, mass, packed)
+    return merged, indices, assignment, mass

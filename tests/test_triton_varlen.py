@@ -1,0 +1,464 @@
+"""The Triton kernels of packed batches, and those of merge's gradient: on a GPU, or else in Triton's interpreter.
+
+A segment has the bits that the dense kernels give it alone. Offsets that are wrong lead nowhere outside the tensors.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from condense_kernels import Condensed, _backend
+from condense_kernels._launch import FusedConfig, MergeBackwardConfig, SelectConfig, trying
+from condense_kernels._triton import Packed
+from condense_kernels.merge import reference
+from condense_kernels.merge.kernel import merge, merge_backward
+from condense_kernels.select_and_merge.kernel import select_and_merge
+from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
+from condense_kernels.select_and_merge_varlen.reference import for_each_segment, segments_of
+from condense_kernels.testing import KINDS, Inputs, assert_same_bits, make_inputs, unit_roundoff
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
+INTERPRETED = _backend.triton_interprets()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+FLOAT16S = (torch.float16, torch.bfloat16)
+NAN = float("nan")
+# What is launched is the same for all of them.
+PACKED_KINDS = [kind for kind in KINDS if kind not in ("masked", "positions", "video")]
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks at what the interpreter does")
+
+
+def offsets(counts) -> torch.Tensor:
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A call of the launcher. ``dataclasses.replace(batch, cu_seqlens=...)`` gives a variant."""
+
+    features: torch.Tensor  # [T, D]
+    scores: torch.Tensor  # [T]
+    cu_seqlens: torch.Tensor  # [S + 1]
+    cu_anchors: torch.Tensor  # [S + 1]
+    cu_background: torch.Tensor  # [S + 1]
+    total_keep: int
+    max_seqlen: int
+    keys: torch.Tensor | None = None  # [T, Dk]
+    positions: torch.Tensor | None = None  # [T, P]
+    suppression: float = 1.0
+    spatial_weight: float = 1.0
+
+    def run(self) -> Condensed:
+        return Condensed(*select_and_merge_varlen(**vars(self)))
+
+    def segment_by_segment(self) -> Condensed:
+        """The reference's way through the offsets, with the dense kernels for each segment."""
+        return Condensed(*for_each_segment(select_and_merge)(**vars(self)))
+
+
+def batch_of(lengths, anchors, background, inputs: Inputs | None = None) -> Batch:
+    tokens = sum(lengths)
+    if inputs is None:
+        inputs = make_inputs("clustered", batch=1, num_tokens=max(tokens, 1), channels=8)
+    inputs = inputs.to(DEVICE)
+    generator = torch.Generator().manual_seed(tokens)
+    kept, longest = sum(anchors) + sum(background), max(lengths, default=0)
+    return Batch(
+        inputs.features[0, :tokens], inputs.scores[0, :tokens],
+        offsets(lengths), offsets(anchors), offsets(background), kept, longest,
+        keys=None if inputs.keys is None else inputs.keys[0, :tokens],
+        positions=None if inputs.grid is None else torch.rand(tokens, 2, generator=generator).to(DEVICE),
+        suppression=inputs.suppression, spatial_weight=inputs.spatial_weight,
+    )  # fmt: skip
+
+
+def streamed(batch: Batch) -> Condensed:
+    with trying(FusedConfig, store_s=False):
+        return batch.run()
+
+
+DTYPES = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(PACKED_KINDS, DTYPES, strict=False)), ids=str)
+def test_every_kind_of_input(kind, dtype):
+    """Two blocks, one, none: an empty segment, one that keeps nothing, one that keeps all."""
+    inputs = make_inputs(kind, batch=1, num_tokens=82, channels=12, dtype=dtype)
+    batch = batch_of([9, 0, 66, 4, 3], [3, 0, 5, 0, 2], [1, 0, 3, 0, 1], inputs)
+    assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "anchors", "background"),
+    [
+        ([], [], []),
+        ([0], [0], [0]),
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+        ([7, 5], [0, 0], [0, 0]),
+        ([1], [1], [0]),
+        ([1, 1, 1], [0, 1, 0], [1, 0, 0]),
+        ([64, 64], [2, 0], [0, 2]),  # whole blocks
+        ([65, 63, 1], [2, 2, 1], [1, 1, 0]),
+        ([0, 0, 30, 0], [0, 0, 20, 0], [0, 0, 10, 0]),
+        ([1, 2] * 12 + [130] + [3, 0] * 12, [1] * 24 + [9] + [1, 0] * 12, [0, 1] * 12 + [4] + [1, 0] * 12),
+    ],
+    ids=str,
+)
+def test_sizes(lengths, anchors, background):
+    batch = batch_of(lengths, anchors, background)
+    assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+@pytest.mark.parametrize("kind", ["clustered", "negative", "nan", "ties"])
+def test_without_s_stored(kind):
+    batch = batch_of([5, 0, 70, 3, 2], [2, 0, 4, 0, 2], [0, 0, 2, 0, 0], make_inputs(kind, batch=1, num_tokens=80))
+    assert_same_bits(streamed(batch), batch.run())
+
+
+def test_too_much_to_store():
+    """Rows of s are as long as the longest segment's, so a long one makes many short ones expensive."""
+    assert FusedConfig.for_packed(40_000, 8192).store_s
+    assert not FusedConfig.for_packed(80_000, 8192).store_s
+    assert not FusedConfig.for_packed(20_000, 16385).store_s
+
+
+def test_classes_of_sizes(monkeypatch):
+    """A launch of the selection for each; a segment belongs to one, at the limits as well."""
+    batch = batch_of([16, 17, 1, 64, 65, 0, 15], [5, 4, 1, 6, 7, 0, 3], [2, 2, 0, 3, 2, 0, 1])
+    expected = batch.segment_by_segment()
+    monkeypatch.setattr(SelectConfig, "LIMITS", (16, 64, 16384))
+    with trying(SelectConfig, block=16):
+        assert SelectConfig.classes(80) == [(0, 16), (16, 64), (64, 80)]
+        assert_same_bits(batch.run(), expected)
+
+
+def test_assignment_in_the_launch_of_the_selection():
+    batch = batch_of([16, 0, 70, 3], [5, 0, 4, 0], [2, 0, 2, 0])
+    with trying(FusedConfig, assign_in_select=True):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+def test_any_strides():
+    batch = batch_of([20, 13], [4, 3], [2, 1], make_inputs("keys", batch=1, num_tokens=33))
+
+    def strange(x):  # the first axis innermost, every second element of it
+        return x.movedim(0, -1).repeat_interleave(2, dim=-1)[..., ::2].movedim(-1, 0)
+
+    tensors = {name: strange(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert_same_bits(dataclasses.replace(batch, **tensors).run(), batch.run())
+
+
+TOP, LOW = 2**31 - 1, -(2**31)
+CUT = {  # wrong, but cut to what exists they still make sense: what comes out is known
+    "beyond T": {"cu_seqlens": [0, 30, 90, TOP]},
+    "negative": {"cu_seqlens": [LOW, -5, 66, 80]},
+    "from the middle on": {"cu_seqlens": [40, 50, 60, 70]},
+    "none": {"cu_seqlens": [TOP] * 4},
+    "too many rows": {"cu_anchors": [0, 40, 41, 2 * 10**9], "cu_background": [0, 1, 2, 2 * 10**9]},
+    "negative rows": {"cu_anchors": [LOW, LOW, 3, 8], "cu_background": [LOW, 0, 0, 0]},
+    "rows from the middle on": {"cu_anchors": [4, 6, 8, 9], "cu_background": [1, 1, 1, 1]},
+    "fewer anchors than none": {"cu_anchors": [0, -3, 2, 3], "cu_background": [0, 6, 7, 9]},
+    "more than max_seqlen": {"max_seqlen": 40},
+    "too few rows": {"total_keep": 7},
+    "nothing": {"total_keep": 0},
+    "no length": {"max_seqlen": 0},
+}
+TANGLED = {  # segments that overlap: nothing but to stay inside
+    "decreasing": {"cu_seqlens": [0, 70, 20, 80]},
+    "backwards": {"cu_seqlens": [80, 50, 20, 0]},
+    "there and back": {"cu_seqlens": [0, 80, 0, 80]},
+    "extremes": {"cu_seqlens": [TOP, LOW, TOP, LOW]},
+    "rows decreasing": {"cu_anchors": [0, 9, 2, 10]},
+    "rows backwards": {"cu_anchors": [9, 6, 3, 0], "cu_background": [5, 3, 2, 0]},
+    "rows of extremes": {"cu_anchors": [LOW, TOP, LOW, TOP], "cu_background": [LOW, TOP, LOW, TOP]},
+    "all": {"cu_seqlens": [0, 80, 0, 80], "cu_anchors": [0, TOP, 0, TOP], "cu_background": [TOP, 0, TOP, 0]},
+}
+
+
+def wrong(change: dict) -> Batch:
+    batch = batch_of([9, 66, 5], [3, 5, 2], [1, 3, 0])
+    values = {name: torch.tensor(v, device=DEVICE).int() if isinstance(v, list) else v for name, v in change.items()}
+    return dataclasses.replace(batch, **values)
+
+
+@pytest.fixture
+def bounded(monkeypatch):
+    """The interpreter, held to what the tensors of a launch span."""
+    from triton.runtime import interpreter
+
+    spans: list[tuple[int, int]] = []
+    launch, access = interpreter.GridExecutor.__call__, interpreter._interpreter
+
+    def note(value):
+        if isinstance(value, tuple):
+            for field in value:
+                note(field)
+        elif isinstance(value, torch.Tensor) and value.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            spans.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()))
+
+    def noted(self, *args, **kwargs):
+        spans.clear()
+        note((*args, *kwargs.values()))
+        return launch(self, *args, **kwargs)
+
+    def check(pointers, mask):
+        at = torch.from_numpy(pointers[mask].astype("int64"))
+        inside = torch.zeros(at.shape, dtype=torch.bool)
+        for start, stop in spans:
+            inside |= (at >= start) & (at < stop)
+        assert inside.all(), f"{int((~inside).sum())} accesses outside of the tensors"
+
+    class Checked:
+        def __getattr__(self, name):
+            return getattr(access, name)
+
+        def load(self, pointers, mask, *rest):
+            check(pointers, mask)
+            return access.load(pointers, mask, *rest)
+
+        def store(self, pointers, values, mask):
+            check(pointers, mask)
+            return access.store(pointers, values, mask)
+
+        def atomic_rmw(self, operation, pointers, values, mask, semantics):
+            check(pointers, mask)
+            return access.atomic_rmw(operation, pointers, values, mask, semantics)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    monkeypatch.setattr(interpreter, "_interpreter", Checked())
+
+
+@only_interpreted
+@pytest.mark.parametrize("name", CUT)
+def test_wrong_offsets_are_cut_to_what_exists(name, bounded):
+    batch = wrong(CUT[name])
+    assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+@only_interpreted
+@pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("name", TANGLED)
+def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
+    with trying(FusedConfig, store_s=store_s):
+        result = wrong(TANGLED[name]).run()
+    assert result.indices.ge(-1).all() and result.indices.lt(80).all()
+    assert result.assignment.ge(-1).all() and result.assignment.lt(14).all()
+
+
+@only_interpreted
+def test_bounds_are_looked_at(bounded):
+    batch = wrong({})
+    batch = dataclasses.replace(batch, scores=batch.scores[:-1])  # which the operator refuses
+    with pytest.raises(Exception, match="outside of the tensors"):
+        batch.run()
+
+
+def test_enough_programs_for_every_block():
+    """However the tokens are divided: numbers of blocks are reserved without having counted them."""
+    generator = torch.Generator().manual_seed(0)
+    for block in (1, 4, 64):
+        for segments in (1, 2, 17):
+            lengths = torch.randint(0, 200, (segments,), generator=generator)
+            cu = offsets(lengths.tolist()).cpu()
+            packed = Packed.of(cu, cu, cu, int(cu[-1]), 1, 200)
+            first = cu[:-1] // block + torch.arange(segments)
+            behind = first + (lengths + block - 1) // block
+            assert (behind[:-1] <= first[1:]).all() and behind[-1] <= packed.num_slots(block)
+
+
+@only_interpreted
+@pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])
+def test_the_host_reads_nothing(store_s, monkeypatch):
+    """Tensors without values: whatever would wait for a device raises."""
+    from triton.runtime import interpreter
+
+    launched = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    batch = batch_of([9, 66, 5], [3, 5, 2], [1, 3, 0])
+    on_meta = {name: value.to("meta") for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    batch = dataclasses.replace(batch, **on_meta)
+    with trying(FusedConfig, store_s=store_s):
+        result = batch.run()
+    assert [t.shape for t in result] == [(14, 8), (14,), (80,), (14,)]
+    assert launched[0] == "similarity_tile_kernel" and launched[-1] == "merge_kernel"
+    rows = [t[None] for t in (result.merged, result.mass, batch.features, batch.scores, result.merged, result.mass)]
+    merge_backward(*rows, result.indices[None], result.assignment[None])
+    assert launched[-1] == "merge_backward_kernel"
+    with pytest.raises((RuntimeError, NotImplementedError)):  # as the reference does
+        next(segments_of(batch.cu_seqlens, batch.cu_anchors, batch.cu_background, 80, 14, 66))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_nothing_waits_for_the_device():
+    batch = batch_of([9, 66, 5], [3, 5, 2], [1, 3, 0])
+    expected = batch.run()
+    gradients = [expected.merged[None], expected.mass[None]]
+    row = [*gradients, batch.features[None], batch.scores[None], *gradients]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result, without = batch.run(), streamed(batch)
+        merge_backward(*row, expected.indices[None], expected.assignment[None])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(result, expected)
+    assert_same_bits(without, expected)
+
+
+# The gradient of merge
+
+
+def clusters(dtype=torch.float32, channels: int = 20, tokens: int = 30) -> list[torch.Tensor]:
+    """Two images: [B, K, D], [B, K], [B, N, D], [B, N], [B, K, D], [B, K], [B, K], [B, N] as merge_backward takes them.
+
+    Row 1 of the first image has members and no mass, row 2 of both does not exist, row 4 of the second has no member.
+    """
+    generator = torch.Generator().manual_seed(channels)
+    features = torch.randn(2, tokens, channels, generator=generator).to(dtype)
+    scores = torch.rand(2, tokens, generator=generator).to(dtype)
+    indices = torch.tensor([[0, 7, -1, 9, 12], [3, 4, -1, 20, 21]])
+    assignment = torch.randint(-1, 5, (2, tokens), generator=generator)
+    assignment[0, [0, 7, 9, 12]] = torch.tensor([0, 1, 3, 4])
+    scores[0][assignment[0] == 1] = 0
+    assignment[1][assignment[1] == 4] = 3
+    merged, mass = merge(*(t.to(DEVICE) for t in (features, scores, indices, assignment)))
+    grad_merged = torch.randn(merged.shape, generator=generator).to(dtype)
+    grad_mass = torch.randn(mass.shape, generator=generator)
+    tensors = grad_merged, grad_mass, features, scores, merged, mass, indices, assignment
+    return [t.to(DEVICE) for t in tensors]
+
+
+def assert_is_gradient(tensors: list[torch.Tensor]) -> None:
+    """Against the formulas in fp64, on what the kernel is given.
+
+    grad_features: a quotient, a product, where two gradients meet a sum, and the rounding to the dtype. grad_scores: a
+    chain of one fused multiply-add for each block of channels and one sum for each halving of a block; before it a
+    difference, behind it a quotient, a sum and the rounding. All are bounded at their largest.
+    """
+    actual = [t.cpu() for t in merge_backward(*tensors)]
+    tensors = [t.cpu() for t in tensors]
+    grad_merged, _, features, scores, merged, mass, _, assignment = tensors
+    expected = reference.merge_backward(*tensors)
+    channels, eps = features.shape[2], unit_roundoff(torch.float32)
+    block = MergeBackwardConfig.for_shape(channels).block_d
+    terms = reference.merge_backward(grad_merged.abs(), *tensors[1:])[0]
+    row = assignment.clamp(min=0)[..., None].expand(features.shape)
+    step = (features.double() - merged.double().gather(1, row)).abs() * grad_merged.double().gather(1, row).abs()
+    of_row = mass.double().gather(1, assignment.clamp(min=0))
+    steps = torch.where(of_row > 0, step.sum(dim=-1) / of_row, 0.0)
+    chain = -(-channels // block) + block.bit_length() + 3
+    bounds = (4 * eps * terms, 1.01 * chain * eps * steps + 2 * eps * expected[1].abs())
+    for a, e, bound in zip(actual, expected, bounds, strict=True):
+        error = (a.double() - e).abs()
+        bound = bound + 1.01 * unit_roundoff(a.dtype) * e.abs() + torch.finfo(a.dtype).smallest_normal * eps
+        bound = bound + (2.0**-25 if a.dtype == torch.float16 else 0)  # fp16 is subnormal early
+        assert (error <= bound).all(), (float((error - bound).max()), a.dtype)
+    assert [t.dtype for t in actual] == [features.dtype, scores.dtype]
+
+
+@pytest.mark.parametrize("channels", [1, 20, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, *FLOAT16S], ids=str)
+def test_gradients(channels, dtype):
+    assert_is_gradient(clusters(dtype, channels))
+
+
+def test_gradients_of_many_tokens():
+    """Several blocks of tokens an image."""
+    assert_is_gradient(clusters(channels=250, tokens=41))
+
+
+def test_gradients_of_rows_without_mass():
+    """Their kept token alone gets one, also where it went elsewhere or nowhere; and the others' scores as well."""
+    tensors = clusters()
+    grad_merged, grad_mass, _, _, _, mass, _, assignment = tensors
+    assert mass[0, 1] == 0 and mass[1, 4] == 0 and not assignment[1].eq(4).any()
+    assignment[1, 21] = -1
+    grad_features, grad_scores = merge_backward(*tensors)
+    members = assignment[0].eq(1).nonzero().flatten().tolist()
+    assert len(members) > 1
+    for i in members:
+        assert torch.equal(grad_features[0, i], grad_merged[0, 1] if i == 7 else torch.zeros_like(grad_merged[0, 1]))
+        assert grad_scores[0, i] == grad_mass[0, 1]
+    assert torch.equal(grad_features[1, 21], grad_merged[1, 4]) and grad_scores[1, 21] == 0
+    assert_is_gradient(tensors)
+    assignment[1, 21] = 0  # a gradient from each of two rows
+    assert_is_gradient(tensors)
+
+
+def test_gradients_that_are_not():
+    """No row, no gradient: index -1, assignment -1, and on a GPU, which does not look, whatever is out of range."""
+    tensors = clusters()
+    *_, indices, assignment = tensors
+    expected = [t.clone() for t in merge_backward(*tensors)]
+    nowhere = assignment.eq(-1) | assignment.eq(2)
+    assert nowhere.any(dim=1).all()
+    assert all(t[nowhere].eq(0).all() for t in expected)
+    indices[:, 2] = torch.tensor([10**12, -9], device=DEVICE)
+    assignment[assignment.eq(-1)] = 2**40
+    for actual, same in zip(merge_backward(*tensors), expected, strict=True):
+        assert torch.equal(actual, same)
+    indices[:] = 7  # repeated, of which there is no right result
+    assert all(t.isfinite().all() for t in merge_backward(*tensors))
+
+
+def test_a_gradient_that_is_nan_stays_in_its_row():
+    tensors = clusters()
+    grad_merged, *_, assignment = tensors
+    grad_merged[0, 1] = NAN  # no mass: its kept token's
+    grad_merged[0, 2] = NAN  # no row
+    grad_merged[1, 3, 5] = NAN
+    grad_features, grad_scores = merge_backward(*tensors)
+    broken = torch.zeros_like(assignment, dtype=torch.bool)
+    broken[0, 7], broken[1] = True, assignment[1] == 3
+    assert torch.equal(grad_features.isnan().any(dim=-1), broken)
+    broken[0, 7] = False
+    assert torch.equal(grad_scores.isnan(), broken)
+
+
+def test_gradients_of_any_strides():
+    """Expanded ones among them, as sum().backward() makes them; and the bits do not follow the layout."""
+    tensors = clusters(channels=300)
+    tensors[0], tensors[1] = torch.ones_like(tensors[0]), torch.ones_like(tensors[1])
+    expected = merge_backward(*tensors)
+    one = torch.ones((), device=DEVICE)
+    expanded = [one.expand(tensors[0].shape), one.expand(tensors[1].shape), *tensors[2:]]
+    permuted = [t.movedim(0, -1).contiguous().movedim(-1, 0) for t in tensors]
+    for variant in (expanded, permuted):
+        for actual, same in zip(merge_backward(*variant), expected, strict=True):
+            assert torch.equal(actual, same)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)], ids=["B=0", "N=0", "K=0"])
+def test_no_gradients(shape):
+    b, n, k = shape
+    x = torch.rand(b, n, 4, device=DEVICE)
+    rows, mass = torch.rand(b, k, 4, device=DEVICE), torch.rand(b, k, device=DEVICE)
+    indices = torch.zeros(b, k, dtype=torch.int64, device=DEVICE)
+    assignment = torch.zeros(b, n, dtype=torch.int64, device=DEVICE)
+    grad_features, grad_scores = merge_backward(rows, mass, x, x[..., 0], rows, mass, indices, assignment)
+    assert grad_features.shape == x.shape and grad_features.eq(0).all() and grad_scores.eq(0).all()
+
+
+@only_interpreted
+def test_gradients_stay_inside(bounded):
+    tensors = clusters(channels=20)
+    tensors[-2][0, 1], tensors[-1][0, 3:6] = 2**40, torch.tensor([-(2**40), 5, 2**62])
+    merge_backward(*tensors)
+
+
+@pytest.mark.parametrize("argument", ["features", "scores"])
+def test_float64_is_refused_with_the_remedy(argument):
+    inputs = make_inputs(num_tokens=4, batch=1)
+    tensors = {"features": inputs.features, "scores": inputs.scores}
+    tensors[argument] = tensors[argument].double()
+    features, scores = tensors.values()
+    rows, mass, indices = features[:, :1], scores[:, :1].float(), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"{argument}: .*float64.*Remedy"):
+        merge_backward(rows, mass, features, scores, rows, mass, indices, torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"{argument}: .*float64.*Remedy"):
+        select_and_merge_varlen(features[0], scores[0], *[torch.tensor([0, 4]).int()] * 3, 1, 4, spatial_weight=0)
