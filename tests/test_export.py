@@ -45,6 +45,16 @@ class Packed(torch.nn.Module):
         return tuple(ck.select_and_merge_varlen(features, scores, *budget, positions=positions))
 
 
+class PackedThreeEach(torch.nn.Module):
+    """No ints among the arguments, which a package takes as tensors: they follow from shapes."""
+
+    def forward(self, features, scores, positions, *offsets):
+        total_keep, max_seqlen = 3 * (offsets[0].shape[0] - 1), features.shape[0]
+        return tuple(
+            ck.select_and_merge_varlen(features, scores, *offsets, total_keep, max_seqlen, positions=positions)
+        )
+
+
 def planes(batch: int, height: int, width: int) -> tuple:
     return torch.randn(batch, height, width, 8), torch.rand(batch, height, width)
 
@@ -58,14 +68,24 @@ def packed(*seqlens: int) -> tuple:
     return features[0], scores[0], positions, *ck.varlen_budget(seqlens, keep=3)
 
 
+def packed_three_each(*seqlens: int) -> tuple:
+    return packed(*seqlens)[:-2]
+
+
 OF_TOKENS = ({0: BATCH, 1: TOKENS}, {0: BATCH, 1: TOKENS}, {0: TOKENS})
 OF_PLANES = ({0: BATCH, 1: HEIGHT, 2: WIDTH},) * 2
-OF_SEGMENTS = ({0: TOKENS}, {0: TOKENS}, {0: TOKENS}, ({0: Dim("offsets")},) * 3 + (Dim.DYNAMIC, Dim.DYNAMIC))
+OFFSETS = ({0: Dim("offsets", min=2)},) * 3
+OF_SEGMENTS = ({0: TOKENS}, {0: TOKENS}, {0: TOKENS}, (*OFFSETS, Dim.DYNAMIC, Dim.DYNAMIC))
 CASES = {
     "grid": (OnGrid(), OF_PLANES, [planes(3, 5, 6), planes(1, 3, 3), planes(2, 9, 4)]),
     "positions": (OnPositions(), OF_TOKENS, [tokens(3, 30), tokens(1, 6), tokens(2, 31)]),
     "ratio": (Ratio(), OF_TOKENS, [tokens(3, 30), tokens(1, 6), tokens(2, 31)]),
     "packed": (Packed(), OF_SEGMENTS, [packed(10, 8, 13), packed(7, 0, 9), packed(11)]),
+    "packed, three each": (
+        PackedThreeEach(),
+        (*OF_SEGMENTS[:3], OFFSETS),
+        [packed_three_each(10, 8, 13), packed_three_each(7, 3, 9, 4), packed_three_each(11)],
+    ),
 }
 
 
@@ -82,7 +102,9 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 @pytest.mark.parametrize("strict", [False, True])
 def test_one_node_with_open_sizes(name, strict, cpp):
     program = exported(name, strict)
-    op = "condense.select_and_merge_varlen.default" if name == "packed" else "condense.select_and_merge.default"
+    op = (
+        "condense.select_and_merge_varlen.default" if name.startswith("packed") else "condense.select_and_merge.default"
+    )
     assert operators(program) == [op]
     assert operators(program.run_decompositions()) == [op]
     model, _, calls = CASES[name]
@@ -145,10 +167,11 @@ def program(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("aot") / "grid.pt2"
-    return torch._inductor.aoti_compile_and_package(exported("grid"), package_path=str(path))
+@pytest.fixture(scope="module", params=["grid", "packed, three each"])
+def package(request, tmp_path_factory) -> tuple[str, str]:
+    """What was compiled, and where to."""
+    path = tmp_path_factory.mktemp("aot") / "model.pt2"
+    return request.param, torch._inductor.aoti_compile_and_package(exported(request.param), package_path=str(path))
 
 
 def library() -> Path:
@@ -162,17 +185,17 @@ def run(*command) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_package_in_python(package, cpp):
-    model, _, calls = CASES["grid"]
-    compiled = torch._inductor.aoti_load_package(package)
+    model, _, calls = CASES[package[0]]
+    compiled = torch._inductor.aoti_load_package(package[1])
     for call in calls:
         assert_same_bits(compiled(*call), model(*call))
 
 
 @pytest.mark.slow
 def test_package_in_cpp(program, package, tmp_path, cpp):
-    model, _, calls = CASES["grid"]
+    model, _, calls = CASES[package[0]]
     torch.save([list(call) for call in calls], tmp_path / "inputs.pt")
-    done = run(program, library(), package, tmp_path / "inputs.pt", tmp_path / "results.pt")
+    done = run(program, library(), package[1], tmp_path / "inputs.pt", tmp_path / "results.pt")
     assert (done.returncode, done.stderr) == (0, "")
     for call, result in zip(calls, torch.load(tmp_path / "results.pt"), strict=True):
         assert_same_bits(result, model(*call))
@@ -193,15 +216,21 @@ def test_no_python_in_that_process(program, cpp):
 @pytest.mark.slow
 def test_what_a_user_sees_in_cpp(program, package, tmp_path, cpp):
     """Without the library, and with sizes that the operator refuses: a message, no crash."""
-    torch.save([list(planes(1, 3, 3))], tmp_path / "inputs.pt")
+    name, path = package
+    call = CASES[name][2][0]
+    torch.save([list(call)], tmp_path / "inputs.pt")
     results = tmp_path / "results.pt"
     other = TORCH / "lib" / "libc10.so"
     for where, says in [
         (other, "Could not find schema for condense::select_and_merge"),
         ("none.so", "none.so: cannot"),
     ]:
-        done = run(program, where, package, tmp_path / "inputs.pt", results)
+        done = run(program, where, path, tmp_path / "inputs.pt", results)
         assert done.returncode == 1 and done.stderr.startswith(f"condense_aot: {says}"), done.stderr
-    torch.save([list(planes(1, 1, 5))], tmp_path / "inputs.pt")
-    done = run(program, library(), package, tmp_path / "inputs.pt", results)
-    assert done.returncode == 1 and "expected 1 <= K <= N = 5 tokens" in done.stderr, done.stderr
+    wrong, message = {
+        "grid": (planes(1, 1, 5), "expected 1 <= K <= N = 5 tokens"),
+        "packed, three each": ((*call[:-1], call[-1][1:]), "cu_background: expected shape [S+1] = [4]"),
+    }[name]
+    torch.save([list(wrong)], tmp_path / "inputs.pt")
+    done = run(program, library(), path, tmp_path / "inputs.pt", results)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
