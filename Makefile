@@ -16,7 +16,7 @@ RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
-LINTED := $(CPP) $(wildcard tests/*.cpp)
+LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
 COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
 
 .DEFAULT_GOAL := help
