@@ -44,7 +44,12 @@ def varlen_budget(
         for n in seqlens
     ]
     anchors, background = [a for a, _ in budgets], [b for _, b in budgets]
-    sums = torch.tensor([[0, *accumulate(counts)] for counts in (seqlens, anchors, background)], dtype=torch.int32)
-    if device is not None and torch.device(device).type == "cuda":
-        sums = sums.pin_memory().to(device, non_blocking=True)
-    return VarlenBudget(*sums.to(device).unbind(), sum(anchors) + sum(background), max(seqlens, default=0))
+
+    def running_sums(counts: Sequence[int]) -> torch.Tensor:
+        sums = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        if device is not None and torch.device(device).type == "cuda":
+            sums = sums.pin_memory()
+        return sums.to(device, non_blocking=True)
+
+    offsets = (running_sums(counts) for counts in (seqlens, anchors, background))
+    return VarlenBudget(*offsets, sum(anchors) + sum(background), max(seqlens, default=0))
