@@ -104,16 +104,16 @@ def test_every_kind_of_input(kind, dtype):
         ([64, 64], [2, 0], [0, 2]),  # whole blocks
         ([65, 63, 1], [2, 2, 1], [1, 1, 0]),
         ([0, 0, 30, 0], [0, 0, 20, 0], [0, 0, 10, 0]),
-        ([1, 2] * 12 + [130] + [3, 0] * 12, [1] * 24 + [9] + [1, 0] * 12, [0, 1] * 12 + [4] + [1, 0] * 12),
+        ([1, 2] * 4 + [130] + [3, 0] * 4, [1] * 8 + [5] + [1, 0] * 4, [0, 1] * 4 + [2] + [1, 0] * 4),  # one giant
     ],
-    ids=str,
+    ids=lambda counts: "-".join(map(str, counts)) or "none",
 )
 def test_sizes(lengths, anchors, background):
     batch = batch_of(lengths, anchors, background)
     assert_same_bits(batch.run(), batch.segment_by_segment())
 
 
-@pytest.mark.parametrize("kind", ["clustered", "negative", "nan", "ties"])
+@pytest.mark.parametrize("kind", ["nan", "ties"])
 def test_without_s_stored(kind):
     batch = batch_of([5, 0, 70, 3, 2], [2, 0, 4, 0, 2], [0, 0, 2, 0, 0], make_inputs(kind, batch=1, num_tokens=80))
     assert_same_bits(streamed(batch), batch.run())
@@ -159,11 +159,11 @@ CUT = {  # wrong, but cut to what exists they still make sense: what comes out i
     "from the middle on": {"cu_seqlens": [40, 50, 60, 70]},
     "none": {"cu_seqlens": [TOP] * 4},
     "too many rows": {"cu_anchors": [0, 40, 41, 2 * 10**9], "cu_background": [0, 1, 2, 2 * 10**9]},
-    "negative rows": {"cu_anchors": [LOW, LOW, 3, 8], "cu_background": [LOW, 0, 0, 0]},
-    "rows from the middle on": {"cu_anchors": [4, 6, 8, 9], "cu_background": [1, 1, 1, 1]},
+    "negative rows": {"cu_anchors": [LOW, LOW, 3, 5], "cu_background": [LOW, 0, 0, 1]},
+    "rows from the middle on": {"cu_anchors": [1, 3, 4, 5], "cu_background": [1, 1, 1, 1]},
     "fewer anchors than none": {"cu_anchors": [0, -3, 2, 3], "cu_background": [0, 6, 7, 9]},
     "more than max_seqlen": {"max_seqlen": 40},
-    "too few rows": {"total_keep": 7},
+    "too few rows": {"total_keep": 4},
     "nothing": {"total_keep": 0},
     "no length": {"max_seqlen": 0},
 }
@@ -173,14 +173,14 @@ TANGLED = {  # segments that overlap: nothing but to stay inside
     "there and back": {"cu_seqlens": [0, 80, 0, 80]},
     "extremes": {"cu_seqlens": [TOP, LOW, TOP, LOW]},
     "rows decreasing": {"cu_anchors": [0, 9, 2, 10]},
-    "rows backwards": {"cu_anchors": [9, 6, 3, 0], "cu_background": [5, 3, 2, 0]},
+    "rows backwards": {"cu_anchors": [5, 3, 1, 0], "cu_background": [2, 1, 1, 0]},
     "rows of extremes": {"cu_anchors": [LOW, TOP, LOW, TOP], "cu_background": [LOW, TOP, LOW, TOP]},
     "all": {"cu_seqlens": [0, 80, 0, 80], "cu_anchors": [0, TOP, 0, TOP], "cu_background": [TOP, 0, TOP, 0]},
 }
 
 
 def wrong(change: dict) -> Batch:
-    batch = batch_of([9, 66, 5], [3, 5, 2], [1, 3, 0])
+    batch = batch_of([9, 66, 5], [2, 2, 1], [1, 1, 0])
     values = {name: torch.tensor(v, device=DEVICE).int() if isinstance(v, list) else v for name, v in change.items()}
     return dataclasses.replace(batch, **values)
 
@@ -247,7 +247,7 @@ def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
     with trying(FusedConfig, store_s=store_s):
         result = wrong(TANGLED[name]).run()
     assert result.indices.ge(-1).all() and result.indices.lt(80).all()
-    assert result.assignment.ge(-1).all() and result.assignment.lt(14).all()
+    assert result.assignment.ge(-1).all() and result.assignment.lt(7).all()
 
 
 @only_interpreted

@@ -66,17 +66,18 @@ def select_kernel(
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, packed,
-    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, LOW: tl.constexpr,
+    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    LOW: tl.constexpr, LONGEST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, ASSIGN: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
     at_b, N = image_tokens(packed, pid_b, N)
     first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
-    span = WIDTH  # tokens of all chunks
+    span = WIDTH if LONGEST else BLOCK * CHUNKS  # tokens of all chunks
     if packed is not None:
-        span = tl.minimum(WIDTH, BLOCK * CHUNKS)
-        if (N <= LOW) | (span < N) | (K == 0):  # of another size, so of another launch; or nothing to do
+        elsewhere = (N <= LOW) | (span < N)  # of another size, so of another launch
+        if elsewhere | (K == 0):
             return
     first = tokens_before(packed, at_b, N)
     s_ptr += first * WIDTH
@@ -203,7 +204,8 @@ def launch_select(w, scores, indices, assignment, num_anchors, space, suppressio
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
             indices, assignment, float(suppression), float(spatial_weight), *strides_of(scores, 2), *space.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, space.height, space.width, packed,
-            P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span), LOW=low,
+            P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span),
+            LOW=low, LONGEST=span == config.width,
             BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
             MODE=space.mode, ASSIGN=config.assign_in_select,
             num_warps=select.num_warps, enable_fp_fusion=False,
