@@ -150,7 +150,8 @@ class Constant(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*_vmap.listed(output))
+        tensors = (result for result in _vmap.listed(output) if isinstance(result, torch.Tensor))
+        ctx.mark_non_differentiable(*tensors)  # select_and_merge_out and workspace_bytes return none
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -175,11 +176,12 @@ class Merge(Operator):
 
     @staticmethod
     def backward(ctx, *gradients):
-        packed = len(ctx.saved_tensors) > len(MERGE)
-        results = ctx.saved_tensors[2:4]  # merged, mass; the others have no gradient
+        saved = ctx.saved_tensors  # once: each time would unpack them, which checkpoints refuse
+        packed = len(saved) > len(MERGE)
+        results = saved[2:4]  # merged, mass; the others have no gradient
         grads = (gradients[0], gradients[-1])
         grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
-        features, scores, *rest = as_one_image(*ctx.saved_tensors) if packed else ctx.saved_tensors
+        features, scores, *rest = as_one_image(*saved) if packed else saved
         if packed:
             grads = tuple(grad[None] for grad in grads)
         grads = differentiate(

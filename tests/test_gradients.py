@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import condense_kernels as ck
 from condense_kernels.testing import assert_same_bits, make_inputs
@@ -188,6 +189,14 @@ def test_vmap_folds_into_the_batch(cpp):
     assert_same_bits([part[1] for part in packed_twice], packed(FS[1], SS[1]))
 
 
+def test_vmap_of_no_call():
+    """As torch's own operators have it; jacrev of an empty batch is one."""
+    features, scores = FS[:0].movedim(0, 2), SS[:0].movedim(0, 2)
+    results = vmap(lambda x, t: ck.select_and_merge(x, t, A, B, grid=GRID), in_dims=(2, 2))(features, scores)
+    assert [list(part.shape) for part in results] == [[0, *part.shape] for part in KEPT]
+    assert jacrev(lambda x: condensed(x, S[:0])[0])(F[:0]).shape == (0, A + B, 5, 0, 12, 5)
+
+
 @pytest.mark.parametrize("call", [condensed, condensed_raw])
 def test_gradients_go_through_vmap(call):
     """autograd around vmap, where a raw operator stands below the mapped axis."""
@@ -208,6 +217,33 @@ def test_what_has_no_derivatives_says_so_inside_transforms():
         grad(lambda x: condensed_raw(x, S)[0].sum())(F)
     with pytest.raises(RuntimeError, match=r"^select_and_merge_out has no rule for torch.func.vmap. Remedy"):
         vmap(lambda x, t: ck.select_and_merge(x, t, A, B, grid=GRID, out=KEPT))(FS, SS)
+
+
+def test_transforms_that_do_not_concern_a_call_leave_it_alone():
+    """out=, workspace= and workspace_bytes return no tensors, so there is nothing to mark as a constant."""
+    workspace = torch.empty(ck.workspace_bytes(F, S, A, B, grid=GRID), dtype=torch.uint8)
+    out = ck.Condensed(*map(torch.empty_like, KEPT))
+
+    def of_constants(x):
+        ck.select_and_merge(F, S, A, B, grid=GRID, out=out, workspace=workspace)
+        return x.sum() * ck.workspace_bytes(F, S, A, B, grid=GRID)
+
+    assert torch.equal(grad(of_constants)(S), torch.full_like(S, workspace.numel()))
+    assert_same_bits(out, KEPT)
+
+
+@pytest.mark.parametrize("call", [condensed, packed, merged])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(call, use_reentrant):
+    """A checkpoint unpacks what was saved once, and recomputes it for that."""
+
+    def gradients(run):
+        inputs = F.clone().requires_grad_(), S.clone().requires_grad_()
+        rows, mass = run(*inputs)
+        (rows.square().sum() + mass.square().sum()).backward()
+        return [t.grad for t in inputs]
+
+    assert_same_bits(gradients(lambda *x: checkpoint(call, *x, use_reentrant=use_reentrant)), gradients(call))
 
 
 @pytest.mark.parametrize("call", [condensed, condensed_raw, packed, merged])
