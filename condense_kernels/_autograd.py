@@ -65,7 +65,14 @@ def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(is_tracked(tensor) or has_tangent(tensor) for tensor in tensors)
+    return any(is_tracked(tensor) or has_tangent(tensor) for tensor in map(without_vmap, tensors))
+
+
+def without_vmap(tensor: torch.Tensor) -> torch.Tensor:
+    """What vmap maps over: of a mapped tensor itself, torch cannot say whether it has a tangent."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:

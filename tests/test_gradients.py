@@ -89,6 +89,44 @@ def test_gradcheck_with_rows_of_every_kind(cpp):
     assert features.grad[0, [1, 4]].eq(0).all()
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens", "cu_anchors", "cu_background"),
+    [
+        pytest.param([-7, 4, 9, 99], [0, 2, 4, 6], [0, 0, 0, 0], id="tokens that are not"),
+        pytest.param([3, 6, 9, 12], [2, 3, 4, 6], [0, 0, 0, 0], id="not from 0"),
+        pytest.param([0, 1, 9, 24], [0, 4, 5, 6], [0, 0, 1, 2], id="more rows than tokens, and too long"),
+        pytest.param([0, 4, 9, 12], [0, *[2**31 - 1] * 3], [0, 1, 1, 2**31 - 1], id="sums beyond int32"),
+    ],
+)
+def test_gradcheck_with_wrong_offsets(cu_seqlens, cu_anchors, cu_background, cpp):
+    """Each row's gradient goes where the row came from."""
+    offsets = [torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, cu_anchors, cu_background)]
+
+    def call(features, scores):
+        return ck.select_and_merge_varlen(features, scores, *offsets, 9, 14, positions=POSITIONS)[::3]
+
+    inputs = F.reshape(24, -1).clone().requires_grad_(), S.reshape(24).clone().requires_grad_()
+    assert gradcheck(call, inputs, check_forward_ad=True)
+
+
+def test_second_order_where_the_first_is_zero(cpp):
+    """Row 0 has no mass, row 2 is not, and nobody's is token 6: no 0 / 0 on the way, and no part in anything."""
+    indices, assignment = torch.tensor([[0, 2, -1]]), torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
+    scores = torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    features = F[:1, :7].clone()
+    features[0, [1, 4, 6]] = torch.nan  # read by none of them
+
+    def of(features, scores):
+        rows, mass = ck.merge(features, scores, indices, assignment)
+        return rows.square().sum() + mass.square().sum()
+
+    for name, order in (("backward", jacrev(jacrev(of, argnums=1), argnums=1)), ("forward", jacfwd(jacfwd(of, 1), 1))):
+        curvature = order(features, scores)[0, :, 0]
+        assert curvature[:2, :2].eq(2).all() and curvature[2:4, 2:4].ne(0).all(), name  # that of the mass, squared
+        curvature[:2, :2] = curvature[2:4, 2:4] = 0
+        assert curvature.eq(0).all(), name
+
+
 def test_gradcheck_without_rows(cpp):
     """Nothing is kept: gradients, and theirs, are zeros."""
     offsets = [torch.tensor([0, n], dtype=torch.int32) for n in (24, 0, 0)]
@@ -211,6 +249,10 @@ def test_what_has_no_derivatives_says_so_inside_transforms():
         grad(lambda x: ck.similarity(x)[0].sum())(F)
     with pytest.raises(ValueError, match="^similarity has no derivatives"):
         grad(lambda x: vmap(lambda y: ck.similarity(y)[0])(x[None]).sum())(F)
+    with pytest.raises(ValueError, match="^similarity has no derivatives"):
+        jvp(lambda x: vmap(lambda y: ck.similarity(y)[0])(x[None]), (F,), (F,))
+    with forward_ad.dual_level():  # of constants
+        vmap(lambda y: ck.similarity(y)[0])(FS)
     with pytest.raises(RuntimeError, match="^similarity has no derivatives"):
         jvp(lambda x: torch.ops.condense.similarity(x)[0], (F,), (F,))
     with pytest.raises(RuntimeError, match=r"^torch.ops.condense.select_and_merge has no derivatives inside.*Remedy"):
