@@ -65,7 +65,14 @@ def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(is_tracked(tensor) or has_tangent(tensor) for tensor in tensors)
+    return any(is_tracked(tensor) or has_tangent(tensor) for tensor in map(without_vmap, tensors))
+
+
+def without_vmap(tensor: torch.Tensor) -> torch.Tensor:
+    """What vmap maps over: of a mapped tensor itself, torch cannot say whether it has a tangent."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:
@@ -150,7 +157,8 @@ class Constant(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*_vmap.listed(output))
+        tensors = (result for result in _vmap.listed(output) if isinstance(result, torch.Tensor))
+        ctx.mark_non_differentiable(*tensors)  # select_and_merge_out and workspace_bytes return none
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -175,11 +183,12 @@ class Merge(Operator):
 
     @staticmethod
     def backward(ctx, *gradients):
-        packed = len(ctx.saved_tensors) > len(MERGE)
-        results = ctx.saved_tensors[2:4]  # merged, mass; the others have no gradient
+        saved = ctx.saved_tensors  # once: each time would unpack them, which checkpoints refuse
+        packed = len(saved) > len(MERGE)
+        results = saved[2:4]  # merged, mass; the others have no gradient
         grads = (gradients[0], gradients[-1])
         grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
-        features, scores, *rest = as_one_image(*ctx.saved_tensors) if packed else ctx.saved_tensors
+        features, scores, *rest = as_one_image(*saved) if packed else saved
         if packed:
             grads = tuple(grad[None] for grad in grads)
         grads = differentiate(

@@ -28,8 +28,8 @@ def check_tensor(
         )
     axes = shape.split()
     if value.layout != torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else value.layout
-        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}. Remedy: {name}.to_dense(), or padding.")
+        layout, dense = ("nested", "values()") if value.is_nested else (value.layout, "to_dense()")
+        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}. Remedy: {name}.{dense}, or padding.")
     if value.dim() != len(axes):
         missing = f"{name}[None], the batch axis" if axes[0] == "B" else f"{name}[:, None], the coordinates' axis"
         hint = f" Remedy: add {missing}." if value.dim() == len(axes) - 1 else ""

@@ -37,8 +37,7 @@ def folded(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size
             value = value[:, None].expand(-1, batch, -1, -1)
         return value.flatten(0, 1)
 
-    first = values[0] if axes[0] is None else values[0].movedim(axes[0], 0)[0]  # [B, ...]
-    batch = first.shape[0]
+    batch = values[0].shape[0] if axes[0] is None else values[0].movedim(axes[0], 0).shape[1]  # also of no calls
     names = (argument.name for argument in schema_of(op).arguments)
     results = call(*map(fold, names, values, axes))
     return tuple(result.unflatten(0, (size, batch)) for result in listed(results))

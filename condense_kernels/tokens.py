@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check_tensor
+from ._checks import check_not_empty, check_tensor
 
 INTEGER = (torch.int64,)
 
@@ -26,6 +26,7 @@ def gather_tokens(
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, device or batch size, with the argument's name.
+        RuntimeError: on CPU, an index beyond the last token. In a packed batch such a row gets zeros.
     """
     packed = check_offsets(cu_seqlens, cu_kept, indices)
     check_tensor("indices", indices, "total_keep" if packed else "B K", {}, INTEGER)
@@ -33,6 +34,10 @@ def gather_tokens(
         check_plane(f"tensors[{number}]", tensor, indices, packed, "T" if packed else "B N")
     if packed:
         limit = tensors[0].shape[0] if tensors else 0
+        for number, tensor in enumerate(tensors):
+            if tensor.shape[0] != limit:
+                got = list(tensor.shape)
+                raise ValueError(f"tensors[{number}]: expected [T ...] with T = {limit}, as tensors[0], got {got}.")
         indices = over_all_segments(indices, cu_kept, cu_seqlens, limit)[None]
         tensors = tuple(tensor[None] for tensor in tensors)
     rows = tuple(take_rows(tensor, indices) for tensor in tensors)
@@ -60,6 +65,7 @@ def unmerge(
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, device or batch size, with the argument's name.
+        RuntimeError: on CPU, an assignment beyond the last row. In a packed batch such a token gets zeros.
     """
     packed = check_offsets(cu_seqlens, cu_kept, assignment)
     check_tensor("assignment", assignment, "T" if packed else "B N", {}, INTEGER)
@@ -74,7 +80,7 @@ def take_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     at = rows.reshape(*rows.shape, *[1] * (tensor.dim() - 2))
     if tensor.shape[1] == 0:  # then every row is -1
         return tensor.new_zeros(*rows.shape, *tensor.shape[2:])
-    taken = tensor.take_along_dim(at.clamp(min=0).expand(*rows.shape, *tensor.shape[2:]), dim=1)
+    taken = tensor.gather(1, at.clamp(min=0).expand(*rows.shape, *tensor.shape[2:]))
     return torch.where(at >= 0, taken, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
@@ -102,6 +108,7 @@ def check_offsets(cu_seqlens, cu_kept, like) -> bool:
         )
     sizes: dict[str, int] = {}
     check_tensor("cu_seqlens", cu_seqlens, "S+1", sizes, (torch.int32, torch.int64), like)
+    check_not_empty("cu_seqlens", cu_seqlens, 0, "offset")
     check_tensor("cu_kept", cu_kept, "S+1", sizes, (torch.int32, torch.int64), like)
     return True
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import condense_kernels as ck
 from condense_kernels.testing import assert_same_bits, make_inputs
@@ -86,6 +87,44 @@ def test_gradcheck_with_rows_of_every_kind(cpp):
     rows.sum().backward()
     assert features.grad[0, 2].eq(1).all() and features.grad[0, 5].eq(1).all()  # each is its row
     assert features.grad[0, [1, 4]].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "cu_anchors", "cu_background"),
+    [
+        pytest.param([-7, 4, 9, 99], [0, 2, 4, 6], [0, 0, 0, 0], id="tokens that are not"),
+        pytest.param([3, 6, 9, 12], [2, 3, 4, 6], [0, 0, 0, 0], id="not from 0"),
+        pytest.param([0, 1, 9, 24], [0, 4, 5, 6], [0, 0, 1, 2], id="more rows than tokens, and too long"),
+        pytest.param([0, 4, 9, 12], [0, *[2**31 - 1] * 3], [0, 1, 1, 2**31 - 1], id="sums beyond int32"),
+    ],
+)
+def test_gradcheck_with_wrong_offsets(cu_seqlens, cu_anchors, cu_background, cpp):
+    """Each row's gradient goes where the row came from."""
+    offsets = [torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, cu_anchors, cu_background)]
+
+    def call(features, scores):
+        return ck.select_and_merge_varlen(features, scores, *offsets, 9, 14, positions=POSITIONS)[::3]
+
+    inputs = F.reshape(24, -1).clone().requires_grad_(), S.reshape(24).clone().requires_grad_()
+    assert gradcheck(call, inputs, check_forward_ad=True)
+
+
+def test_second_order_where_the_first_is_zero(cpp):
+    """Row 0 has no mass, row 2 is not, and nobody's is token 6: no 0 / 0 on the way, and no part in anything."""
+    indices, assignment = torch.tensor([[0, 2, -1]]), torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
+    scores = torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    features = F[:1, :7].clone()
+    features[0, [1, 4, 6]] = torch.nan  # read by none of them
+
+    def of(features, scores):
+        rows, mass = ck.merge(features, scores, indices, assignment)
+        return rows.square().sum() + mass.square().sum()
+
+    for name, order in (("backward", jacrev(jacrev(of, argnums=1), argnums=1)), ("forward", jacfwd(jacfwd(of, 1), 1))):
+        curvature = order(features, scores)[0, :, 0]
+        assert curvature[:2, :2].eq(2).all() and curvature[2:4, 2:4].ne(0).all(), name  # that of the mass, squared
+        curvature[:2, :2] = curvature[2:4, 2:4] = 0
+        assert curvature.eq(0).all(), name
 
 
 def test_gradcheck_without_rows(cpp):
@@ -188,6 +227,14 @@ def test_vmap_folds_into_the_batch(cpp):
     assert_same_bits([part[1] for part in packed_twice], packed(FS[1], SS[1]))
 
 
+def test_vmap_of_no_call():
+    """As torch's own operators have it; jacrev of an empty batch is one."""
+    features, scores = FS[:0].movedim(0, 2), SS[:0].movedim(0, 2)
+    results = vmap(lambda x, t: ck.select_and_merge(x, t, A, B, grid=GRID), in_dims=(2, 2))(features, scores)
+    assert [list(part.shape) for part in results] == [[0, *part.shape] for part in KEPT]
+    assert jacrev(lambda x: condensed(x, S[:0])[0])(F[:0]).shape == (0, A + B, 5, 0, 12, 5)
+
+
 @pytest.mark.parametrize("call", [condensed, condensed_raw])
 def test_gradients_go_through_vmap(call):
     """autograd around vmap, where a raw operator stands below the mapped axis."""
@@ -202,12 +249,43 @@ def test_what_has_no_derivatives_says_so_inside_transforms():
         grad(lambda x: ck.similarity(x)[0].sum())(F)
     with pytest.raises(ValueError, match="^similarity has no derivatives"):
         grad(lambda x: vmap(lambda y: ck.similarity(y)[0])(x[None]).sum())(F)
+    with pytest.raises(ValueError, match="^similarity has no derivatives"):
+        jvp(lambda x: vmap(lambda y: ck.similarity(y)[0])(x[None]), (F,), (F,))
+    with forward_ad.dual_level():  # of constants
+        vmap(lambda y: ck.similarity(y)[0])(FS)
     with pytest.raises(RuntimeError, match="^similarity has no derivatives"):
         jvp(lambda x: torch.ops.condense.similarity(x)[0], (F,), (F,))
     with pytest.raises(RuntimeError, match=r"^torch.ops.condense.select_and_merge has no derivatives inside.*Remedy"):
         grad(lambda x: condensed_raw(x, S)[0].sum())(F)
     with pytest.raises(RuntimeError, match=r"^select_and_merge_out has no rule for torch.func.vmap. Remedy"):
         vmap(lambda x, t: ck.select_and_merge(x, t, A, B, grid=GRID, out=KEPT))(FS, SS)
+
+
+def test_transforms_that_do_not_concern_a_call_leave_it_alone():
+    """out=, workspace= and workspace_bytes return no tensors, so there is nothing to mark as a constant."""
+    workspace = torch.empty(ck.workspace_bytes(F, S, A, B, grid=GRID), dtype=torch.uint8)
+    out = ck.Condensed(*map(torch.empty_like, KEPT))
+
+    def of_constants(x):
+        ck.select_and_merge(F, S, A, B, grid=GRID, out=out, workspace=workspace)
+        return x.sum() * ck.workspace_bytes(F, S, A, B, grid=GRID)
+
+    assert torch.equal(grad(of_constants)(S), torch.full_like(S, workspace.numel()))
+    assert_same_bits(out, KEPT)
+
+
+@pytest.mark.parametrize("call", [condensed, packed, merged])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(call, use_reentrant):
+    """A checkpoint unpacks what was saved once, and recomputes it for that."""
+
+    def gradients(run):
+        inputs = F.clone().requires_grad_(), S.clone().requires_grad_()
+        rows, mass = run(*inputs)
+        (rows.square().sum() + mass.square().sum()).backward()
+        return [t.grad for t in inputs]
+
+    assert_same_bits(gradients(lambda *x: checkpoint(call, *x, use_reentrant=use_reentrant)), gradients(call))
 
 
 @pytest.mark.parametrize("call", [condensed, condensed_raw, packed, merged])

@@ -96,6 +96,13 @@ def test_nothing_is_zeros_and_has_zero_gradients():
     assert ck.gather_tokens(torch.full((2, 3), -1), features[:, :0]).shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize("call", [ck.gather_tokens, lambda rows, merged: ck.unmerge(merged, rows)])
+def test_beyond_the_last_token_there_is_nothing_to_take(call):
+    """Of another image's results, say. torch.take_along_dim would count modulo N, in silence."""
+    with pytest.raises(RuntimeError, match="index 12 is out of bounds"):
+        call(torch.tensor([[12], [0]]), INPUTS.features)
+
+
 def test_packed_planes():
     result = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P)
     offsets = {"cu_seqlens": BUDGET.cu_seqlens, "cu_kept": KEPT}
@@ -117,6 +124,14 @@ def test_packed_planes():
         (lambda: ck.gather_tokens(RESULT.indices, [1]), "tensors[0]: expected a torch.Tensor [B N ...], got list"),
         (lambda: ck.unmerge(RESULT.merged[:1], RESULT.assignment), "merged: expected [B K ...] with B = 2, got [1, "),
         (lambda: ck.unmerge(F, RESULT.assignment[0], cu_kept=KEPT), "cu_seqlens: expected a tensor [S+1]"),
+        (
+            lambda: ck.gather_tokens(RESULT.indices[0], F, S[:9], cu_seqlens=KEPT, cu_kept=KEPT),
+            "tensors[1]: expected [T ...] with T = 30, as tensors[0], got [9]",
+        ),
+        (
+            lambda: ck.gather_tokens(RESULT.indices[0], F, cu_seqlens=KEPT[:0], cu_kept=KEPT[:0]),
+            "cu_seqlens: expected at least one offset",
+        ),
         (lambda: ck.unmerge(F, S, cu_seqlens=KEPT, cu_kept=KEPT), "assignment: expected dtype int64"),
     ],
 )
@@ -132,9 +147,17 @@ def test_varlen_budget():
     assert all(cu.dtype == torch.int32 for cu in BUDGET[:3])
     assert ck.varlen_budget([10, 0, 2, 18], keep=4).cu_anchors.tolist() == [0, 3, 3, 4, 7]
     assert ck.varlen_budget([], keep=4)[3:] == (0, 0)
+    assert ck.varlen_budget(iter([10, 0, 2, 18]), keep=0.3)[3:] == (9, 18)
     for wrong in ([3, -1], [3.0], torch.tensor([3])):
         with pytest.raises(ValueError, match="^seqlens: expected ints >= 0"):
             ck.varlen_budget(wrong)
+
+
+def test_varlen_budget_on_devices():
+    """Computed on the host, wherever torch would put tensors by default; that is where they go, unless told."""
+    with torch.device("meta"):
+        assert ck.varlen_budget([10]).cu_seqlens.device.type == "meta"
+        assert ck.varlen_budget([10], keep=4, device="cpu").cu_seqlens.tolist() == [0, 10]
 
 
 def test_nested_tensors(backend):
@@ -154,6 +177,22 @@ def test_nested_tensors(backend):
     assert values.grad.sum().isclose(torch.tensor(9.0 * 4))  # the weights of every row sum to one
 
 
+def test_nested_tensors_whose_values_are_no_packed_batch():
+    """Five tokens of five channels: transposed, the values would pass for tokens."""
+    features = nested_tensor_from_jagged(torch.rand(5, 5), torch.tensor([0, 2, 5]))
+    holes = nested_tensor_from_jagged(torch.rand(5, 5), torch.tensor([0, 2, 5]), lengths=torch.tensor([1, 3]))
+    strided = torch.nested.nested_tensor([torch.rand(2, 5), torch.rand(3, 5)], layout=torch.strided)
+    scores = nested_tensor_from_jagged(torch.rand(5), features.offsets())
+    budget = ck.varlen_budget([2, 3], keep=1)
+    for wrong, got in (
+        (features.transpose(1, 2), "one whose axis 2 is jagged"),
+        (holes, "one with holes"),
+        (strided, "layout torch.strided"),
+    ):
+        with pytest.raises(TypeError, match=f"^features: expected a contiguous jagged nested tensor.*got {got}"):
+            ck.select_and_merge_varlen(wrong, scores, None, *budget[1:4], spatial_weight=0.0)
+
+
 @pytest.mark.parametrize("name", ["scores", "positions"])
 def test_nested_and_plain_tensors_do_not_mix(name):
     features = nested_tensor_from_jagged(F, BUDGET.cu_seqlens.long())
@@ -169,5 +208,7 @@ def test_nested_and_plain_tensors_do_not_mix(name):
     other = torch.tensor([0, 9, 9, 12, 30])
     with pytest.raises(ValueError, match=f"^{name}: expected the offsets of features, got others"):
         call(**{**others, name: nested_tensor_from_jagged({"scores": S, "positions": P}[name], other)})
-    with pytest.raises(TypeError, match="^scores: expected a dense tensor, got layout nested"):
+    with pytest.raises(
+        TypeError, match=r"^scores: expected a dense tensor, got layout nested. Remedy: scores.values\(\)"
+    ):
         ck.select_and_merge_varlen(F, others["scores"], *BUDGET, positions=P)

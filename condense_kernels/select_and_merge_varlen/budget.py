@@ -32,22 +32,24 @@ def varlen_budget(
         keep: a count of tokens an image, which a shorter image keeps all of, or a ratio in (0, 1), as
             :func:`split_budget` has it.
         background_ratio: the share of background tokens among the kept, in [0, 1].
-        device: where features are; the copy there does not wait.
+        device: where features are; the copy there does not wait. None: torch's default device.
 
     Raises:
         TypeError, ValueError: as :func:`split_budget`.
     """
+    seqlens = list(seqlens)  # an iterator would be used up by the check
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in seqlens):
-        raise ValueError(f"seqlens: expected ints >= 0, got {list(seqlens)}. Remedy: lengths.tolist().")
+        raise ValueError(f"seqlens: expected ints >= 0, got {seqlens}. Remedy: lengths.tolist().")
     budgets = [
         split_budget(n, min(keep, n) if isinstance(keep, int) else keep, background_ratio) if n > 0 else (0, 0)
         for n in seqlens
     ]
     anchors, background = [a for a, _ in budgets], [b for _, b in budgets]
+    device = torch.get_default_device() if device is None else torch.device(device)
 
     def running_sums(counts: Sequence[int]) -> torch.Tensor:
-        sums = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
-        if device is not None and torch.device(device).type == "cuda":
+        sums = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cpu")
+        if device.type == "cuda":
             sums = sums.pin_memory()
         return sums.to(device, non_blocking=True)
 

@@ -9,6 +9,19 @@ def is_nested(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_nested
 
 
+def unfit(value) -> str | None:
+    """What is wrong with a nested tensor: its values have to be the packed batch [T, ...]."""
+    if not is_nested(value):
+        return type(value).__name__
+    if value.layout != torch.jagged:
+        return f"layout {value.layout}"
+    if value.lengths() is not None:
+        return "one with holes"
+    if value._ragged_idx != 1:
+        return f"one whose axis {value._ragged_idx} is jagged"
+    return None
+
+
 def unpack(
     features: torch.Tensor,  # [S, j, D] jagged
     cu_seqlens: torch.Tensor | None,
@@ -19,10 +32,10 @@ def unpack(
     for name, value in {"features": features, **others}.items():
         if value is None:
             continue
-        if not is_nested(value) or value.layout != torch.jagged or value.lengths() is not None:
+        found = unfit(value)
+        if found is not None:
             raise TypeError(
-                f"{name}: expected a contiguous jagged nested tensor, as features is nested, got "
-                f"{'one with holes' if is_nested(value) and value.layout == torch.jagged else type(value).__name__}. "
+                f"{name}: expected a contiguous jagged nested tensor, as features is nested, got {found}. "
                 "Remedy: torch.nested.nested_tensor_from_jagged(values, features.offsets())."
             )
         if value.offsets() is not features.offsets() and value.shape[1] != features.shape[1]:
