@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import condense_kernels as ck
 
@@ -95,6 +96,7 @@ CASES = [
         "mask: expected at least K = 3 valid tokens an image, got 2",
     ),
     ("varlen", "features", (0, 3, 1), NAN, "features: expected finite numbers, got nan at image 1, token 1, channel 1"),
+    ("varlen", "features", (0, 2, 1), INF, "features: expected finite numbers, got inf at image 1, token 0, channel 1"),
     ("varlen", "scores", (0, 1), -1.0, "scores: expected numbers >= 0, got -1.0 at image 0, token 1"),
     ("varlen", "cu_seqlens", (1,), 7, "cu_seqlens: expected running sums, got 6 at offset 2"),
     ("varlen", "cu_seqlens", (2,), 5, "cu_seqlens: expected running sums from 0 up to T = 6, got 0 ... 5"),
@@ -140,8 +142,31 @@ def test_padding_may_hold_anything():
     t = tensors()
     t["mask"][0, 5] = False
     t["features"][0, 5], t["keys"][0, 5], t["scores"][0, 5], t["positions"][0, 5] = NAN, INF, -1.0, NAN
+    t["assignment"][0, 5], t["tier"][0, 5] = -1, 2
+    t["indices"][0] = torch.tensor([0, 1, 2])
     with ck.debug():
         CALLS["select_and_merge"](t)
+        CALLS["assign"](t)
+        CALLS["merge"](t)
+        CALLS["greedy_select"](t)
+
+
+def test_results_of_the_caller_are_no_way_around_it():
+    t = tensors()
+    t["scores"][1, 2] = -1.0
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    with ck.debug(), pytest.raises(ValueError, match="^scores: .* at image 1, token 2"):
+        ck.select_and_merge(t["features"], t["scores"], 2, 1, grid=GRID, workspace=workspace)
+
+
+def test_tensors_without_values_pass():
+    t = tensors()
+    with ck.debug():
+        for mode in (torch.device("meta"), FakeTensorMode()):
+            with mode:
+                features, scores = torch.empty(B, N, D), torch.empty(B, N)
+                assert ck.select_and_merge(features, scores, 2, 1, grid=GRID).merged.shape == (B, K, D)
+        ck.merge(*(t[name].to("meta") for name in ("features", "scores", "indices", "assignment")))
 
 
 def test_it_is_off_by_default_and_can_be_switched_within():
