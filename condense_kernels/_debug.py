@@ -13,7 +13,7 @@ import torch
 
 ENVIRONMENT = "CONDENSE_DEBUG"
 
-_debugging: ContextVar[bool] = ContextVar("debugging", default=os.environ.get(ENVIRONMENT, "0") not in ("", "0"))
+_debugging: ContextVar[bool] = ContextVar("debugging", default=os.environ.get(ENVIRONMENT) == "1")
 
 
 @contextlib.contextmanager

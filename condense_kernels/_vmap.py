@@ -47,6 +47,8 @@ def looped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size
     def pick(value, axis: Axis, i: int):
         return value if axis is None else value.select(axis, i)
 
+    if size == 0:
+        raise RuntimeError(f"{op}: expected a mapped axis of at least one call, got 0. Remedy: {op} of no segments.")
     results = [
         listed(call(*(pick(value, axis, i) for value, axis in zip(values, axes, strict=True)))) for i in range(size)
     ]
