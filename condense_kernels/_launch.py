@@ -72,7 +72,7 @@ class SelectConfig:
         # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack.
         # One warp, which needs no barrier: N = 576 168, in chunks of 128 183, of 32 175 and spills before the loop.
         # 4 warps: N = 2880 228 in each; in each of 8, 129 (two a scheduler), and spills before the loop.
-        # 16 warps: N = 8192 162, N = 16384 294 and 143 spills before and after the loop.
+        # 16 warps: N = 8192 162, N = 16384 294 and 134 spills before and after the loop.
         if n <= cls.LIMITS[0]:
             return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
         if n <= cls.LIMITS[1]:

@@ -159,6 +159,7 @@ CUT = {  # wrong, but cut to what exists they still make sense: what comes out i
     "from the middle on": {"cu_seqlens": [40, 50, 60, 70]},
     "none": {"cu_seqlens": [TOP] * 4},
     "too many rows": {"cu_anchors": [0, 40, 41, 2 * 10**9], "cu_background": [0, 1, 2, 2 * 10**9]},
+    "rows that overflow": {"cu_anchors": [0, 2, TOP, TOP], "cu_background": [0, 1, TOP, TOP]},
     "negative rows": {"cu_anchors": [LOW, LOW, 3, 5], "cu_background": [LOW, 0, 0, 1]},
     "rows from the middle on": {"cu_anchors": [1, 3, 4, 5], "cu_background": [1, 1, 1, 1]},
     "fewer anchors than none": {"cu_anchors": [0, -3, 2, 3], "cu_background": [0, 6, 7, 9]},
@@ -248,6 +249,24 @@ def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
         result = wrong(TANGLED[name]).run()
     assert result.indices.ge(-1).all() and result.indices.lt(80).all()
     assert result.assignment.ge(-1).all() and result.assignment.lt(7).all()
+
+
+@only_interpreted
+@pytest.mark.parametrize(("store_s", "kept"), [(True, 70), (False, 3)], ids=["stored", "streamed"])
+def test_what_no_program_computed_leads_nowhere(store_s, kept, bounded):
+    """The second block of tokens 100 to 200 has the number where segment 2 begins, which wrongly is token 0.
+
+    Picks from the first block are as ever. Then scores are NaN, or candidates those of memory that nobody wrote.
+    """
+    batch = dataclasses.replace(
+        batch_of([100, 100], [0, kept], [0, 0]),
+        cu_seqlens=torch.tensor([100, 200, 0, 0, 0]).int(),
+        cu_anchors=torch.tensor([0, kept, kept, kept, kept]).int(), cu_background=torch.zeros(5).int(),
+        max_seqlen=200, suppression=0.0, spatial_weight=0.0,
+    )  # fmt: skip
+    with trying(FusedConfig, store_s=store_s):
+        result = batch.run()
+    assert result.indices.lt(100).all() and result.assignment[:100].eq(-1).all()
 
 
 @only_interpreted
