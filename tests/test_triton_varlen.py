@@ -119,6 +119,16 @@ def test_without_s_stored(kind):
     assert_same_bits(streamed(batch), batch.run())
 
 
+def test_without_s_stored_batches_of_one_pick():
+    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed."""
+    inputs = Inputs(
+        torch.eye(3).repeat_interleave(70, dim=0)[None], torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None],
+        0, 0, grid=(1, 210),
+    )  # fmt: skip
+    batch = batch_of([205, 5], [3, 0], [0, 0], inputs)
+    assert_same_bits(streamed(batch), batch.run())
+
+
 def test_too_much_to_store():
     """Rows of s are as long as the longest segment's, so a long one makes many short ones expensive."""
     assert FusedConfig.for_packed(40_000, 8192).store_s
@@ -172,6 +182,12 @@ TANGLED = {  # segments that overlap: nothing but to stay inside
     "decreasing": {"cu_seqlens": [0, 70, 20, 80]},
     "backwards": {"cu_seqlens": [80, 50, 20, 0]},
     "there and back": {"cu_seqlens": [0, 80, 0, 80]},
+    "a large budget over a small one": {
+        "cu_seqlens": [0, 80, 0, 80],
+        "cu_anchors": [0, 5, 5, 6],
+        "cu_background": [0, 0, 0, 0],
+        "total_keep": 6,
+    },
     "extremes": {"cu_seqlens": [TOP, LOW, TOP, LOW]},
     "rows decreasing": {"cu_anchors": [0, 9, 2, 10]},
     "rows backwards": {"cu_anchors": [5, 3, 1, 0], "cu_background": [2, 1, 1, 0]},
@@ -246,27 +262,31 @@ def test_wrong_offsets_are_cut_to_what_exists(name, bounded):
 @pytest.mark.parametrize("name", TANGLED)
 def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
     with trying(FusedConfig, store_s=store_s):
-        result = wrong(TANGLED[name]).run()
+        result = wrong({"max_seqlen": 80, **TANGLED[name]}).run()
     assert result.indices.ge(-1).all() and result.indices.lt(80).all()
     assert result.assignment.ge(-1).all() and result.assignment.lt(7).all()
 
 
 @only_interpreted
-@pytest.mark.parametrize(("store_s", "kept"), [(True, 70), (False, 3)], ids=["stored", "streamed"])
-def test_what_no_program_computed_leads_nowhere(store_s, kept, bounded):
-    """The second block of tokens 100 to 200 has the number where segment 2 begins, which wrongly is token 0.
+@pytest.mark.parametrize(
+    ("store_s", "start", "kept", "suppression"),
+    [(True, 100, 70, 0.0), (False, 0, 3, 1.0)],  # 0 * infinity: the scores of those without a cosine are NaN
+    ids=["stored", "streamed"],
+)
+def test_what_no_program_computed_leads_nowhere(store_s, start, kept, suppression, bounded):
+    """The last blocks of the first segment have numbers from where segment 2 begins, which wrongly is token 0.
 
-    Picks from the first block are as ever. Then scores are NaN, or candidates those of memory that nobody wrote.
+    Of the others all is as ever. Then every score is NaN; or a candidate is one that nobody wrote.
     """
     batch = dataclasses.replace(
-        batch_of([100, 100], [0, kept], [0, 0]),
-        cu_seqlens=torch.tensor([100, 200, 0, 0, 0]).int(),
+        batch_of([100, 100], [0, kept], [0, 0], make_inputs("ties", batch=1, num_tokens=200, channels=8)),
+        cu_seqlens=torch.tensor([start, 200, 0, 0, 0]).int(),
         cu_anchors=torch.tensor([0, kept, kept, kept, kept]).int(), cu_background=torch.zeros(5).int(),
-        max_seqlen=200, suppression=0.0, spatial_weight=0.0,
+        max_seqlen=200, suppression=suppression, spatial_weight=0.0,
     )  # fmt: skip
     with trying(FusedConfig, store_s=store_s):
         result = batch.run()
-    assert result.indices.lt(100).all() and result.assignment[:100].eq(-1).all()
+    assert result.indices.lt(200 - start).all() and result.assignment[:start].eq(-1).all()
 
 
 @only_interpreted
