@@ -48,7 +48,8 @@ step 60 "what is here" "$python" -m condense_kernels env
 
 step 90 "the suite itself: gates, baselines, rows" "${pytest[@]}" tests/test_benchmarks.py \
   -k "not memory and not pictures and not make_bench"
-step 150 "results against the reference, compiled kernels" "${pytest[@]}" tests/test_gpu.py
+step 150 "results against the reference, compiled kernels" "${pytest[@]}" -m gpu tests/test_gpu.py \
+  tests/test_triton_varlen.py
 
 if [ "$gpu" = 1 ] && command -v compute-sanitizer > /dev/null; then
   if compute-sanitizer --tool memcheck "$python" -c 'import torch; torch.ones(1).cuda()' > /dev/null 2>&1; then
@@ -69,7 +70,7 @@ else
 fi
 csv=$results/times.csv
 cut_off=fine
-for op in similarity greedy_select assign merge; do
+for op in similarity greedy_select assign merge merge_backward; do
   step 60 "time $op" "$python" benchmarks/bench_$op.py --shapes llava15-192 --rounds $rounds --csv "$csv"
 done
 shapes=(overhead llava15-64 llava15-192)
@@ -77,6 +78,8 @@ shapes=(overhead llava15-64 llava15-192)
   llava-next-crops llava-next-global onevision video-128 long-16384)
 step 150 "time select_and_merge" "$python" benchmarks/bench_select_and_merge.py --shapes "${shapes[@]}" \
   --rounds $rounds --csv "$csv"
+step 60 "time select_and_merge_varlen" "$python" benchmarks/bench_select_and_merge_varlen.py \
+  --shapes llava-next-crops tiny-4096 --rounds $rounds --csv "$csv"
 if [ "$gpu" = 1 ]; then
   step 100 "sweeps of N, K and B" "$python" benchmarks/bench_select_and_merge.py --sweeps --rounds 11 --csv "$csv"
 fi
