@@ -237,13 +237,15 @@ def check_visionzip(result: tuple, features: torch.Tensor, scores: torch.Tensor,
 def check_gradients(  # of one image, each argument but the first two [1, ...]
     grad_features, grad_scores, grad_merged, grad_mass, features, scores, merged, mass, indices, assignment
 ) -> None:
-    """Relative to the sum of magnitudes, with merged taken as it is, then one rounding."""
+    """Relative to the sum of magnitudes, with merged taken as it is and a mass that was summed in fp32, then one
+    rounding."""
     arguments = [t.cpu() for t in (grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)]
     of_features, of_scores = (grad[0] for grad in merge_backward(*arguments))
     gradient, moved, x, _, mean, total, _, rows = (t[0].double() for t in arguments)
     rows = rows.long()
     magnitude = ((x.abs() + mean.abs()[rows]) * gradient.abs()[rows]).sum(dim=-1) / total[rows] + moved.abs()[rows]
-    unit = unit_roundoff(features.dtype)
-    hold("grad_features", (grad_features.cpu() - of_features).abs(), (unit + 4 * EPS) * of_features.abs())
-    bound = (x.shape[-1] + 8) * EPS * magnitude + unit * of_scores.abs()
+    unit, members = unit_roundoff(features.dtype), rows.bincount(minlength=len(total)).double()[rows]
+    bound = (unit + (members + 4) * EPS)[:, None] * of_features.abs()
+    hold("grad_features", (grad_features.cpu() - of_features).abs(), bound)
+    bound = (members + x.shape[-1] + 8) * EPS * magnitude + unit * of_scores.abs()
     hold("grad_scores", (grad_scores.cpu() - of_scores).abs(), bound)
