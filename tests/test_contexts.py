@@ -89,13 +89,14 @@ def test_inference_tensors(cpp):
 
 def test_threads_that_train_at_the_same_time(cpp):
     """Forward and backward of several callers; the debug switch of one is not that of another."""
+    inputs = make_inputs("clustered", batch=2, num_tokens=200, channels=64)  # each call has threads of its own
 
     def train():
-        features, scores = INPUTS.features.clone().requires_grad_(), INPUTS.scores.clone().requires_grad_()
-        merged, _, _, mass = ck.select_and_merge(features, scores, *INPUTS.args[2:], **INPUTS.options)
+        features, scores = inputs.features.clone().requires_grad_(), inputs.scores.clone().requires_grad_()
+        merged, _, _, mass = ck.select_and_merge(features, scores, *inputs.args[2:], **inputs.options)
         return torch.autograd.grad(merged.square().sum() + mass.sum(), (features, scores))
 
-    expected, results, wrong = train(), [None] * 4, INPUTS.scores.clone()
+    expected, results, wrong = train(), [None] * 4, inputs.scores.clone()
     wrong[0, 0] = -1
 
     def work(i):
@@ -103,7 +104,7 @@ def test_threads_that_train_at_the_same_time(cpp):
             ck.debug(i % 2 == 0),
             pytest.raises(ValueError, match="^scores") if i % 2 == 0 else contextlib.nullcontext(),
         ):
-            ck.select_and_merge(INPUTS.features, wrong, 3, 1, **INPUTS.options)
+            ck.select_and_merge(inputs.features, wrong, 3, 1, **inputs.options)
         for _ in range(20):
             results[i] = train()
 

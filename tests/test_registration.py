@@ -113,22 +113,6 @@ def test_the_gil_is_released(cpp):
     assert len(ticks) >= 5
 
 
-def test_callers_in_several_threads_get_the_same_bits(cpp):
-    inputs = make_inputs("clustered", batch=2, num_tokens=200, channels=64)
-    expected, results = inputs.run(), [None] * 4
-
-    def work(i):
-        results[i] = inputs.run()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        assert_same_bits(result, expected)
-
-
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)

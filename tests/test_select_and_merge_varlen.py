@@ -1,7 +1,6 @@
 """Packed batches: each segment gets the dense operator's bits, and wrong offsets harm nothing."""
 
 import dataclasses
-import functools
 import os
 import re
 import subprocess
@@ -15,8 +14,7 @@ from hypothesis import strategies as st
 
 import condense_kernels as ck
 from condense_kernels import Condensed
-from condense_kernels.select_and_merge_varlen.reference import for_each_segment
-from condense_kernels.testing import KINDS, Inputs, assert_same_bits, make_inputs
+from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 UNMASKED = [kind for kind in KINDS if kind != "masked"]  # a packed batch has no padding
@@ -26,31 +24,6 @@ def offsets(counts) -> torch.Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """One call. ``dataclasses.replace(packed, cu_seqlens=...)`` gives a variant."""
-
-    features: torch.Tensor  # [T, D]
-    scores: torch.Tensor  # [T]
-    cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor  # [S + 1]
-    cu_background: torch.Tensor  # [S + 1]
-    total_keep: int
-    max_seqlen: int
-    keys: torch.Tensor | None = None  # [T, Dk]
-    positions: torch.Tensor | None = None  # [T, P]
-    suppression: float = 1.0
-    spatial_weight: float = 1.0
-
-    def run(self, backend: str) -> Condensed:
-        return ck.select_and_merge_varlen(**vars(self), backend=backend)
-
-    def segment_by_segment(self, backend: str) -> Condensed:
-        """What the reference says of these offsets, with the dense operator of ``backend``."""
-        dense = functools.partial(ck.select_and_merge, backend=backend)
-        return Condensed(*for_each_segment(dense)(**vars(self)))
-
-
 def placed(image: Inputs) -> Inputs:
     """The grid as positions, which is the same bit for bit."""
     if image.grid is None:
@@ -58,7 +31,7 @@ def placed(image: Inputs) -> Inputs:
     return dataclasses.replace(image, grid=None, positions=torch.cartesian_prod(*map(torch.arange, image.grid))[None])
 
 
-def pack(images: list[Inputs]) -> Packed:
+def pack(images: list[Inputs]) -> PackedInputs:
     """Images, each a batch of one, one after the other."""
     joined = {
         name: None if getattr(images[0], name) is None else torch.cat([getattr(image, name)[0] for image in images])
@@ -66,7 +39,7 @@ def pack(images: list[Inputs]) -> Packed:
     }
     lengths = [image.scores.shape[1] for image in images]
     anchors, background = ([getattr(i, name) for i in images] for name in ("num_anchors", "num_background"))
-    return Packed(
+    return PackedInputs(
         **joined,
         cu_seqlens=offsets(lengths),
         cu_anchors=offsets(anchors),
@@ -78,11 +51,11 @@ def pack(images: list[Inputs]) -> Packed:
     )
 
 
-def tokens(lengths, anchors, background, channels=8, dtype=torch.float32, seed=0) -> Packed:
+def tokens(lengths, anchors, background, channels=8, dtype=torch.float32, seed=0) -> PackedInputs:
     """Random tokens at scattered positions."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
-    return Packed(
+    return PackedInputs(
         torch.randn(total, channels, generator=generator).to(dtype),
         torch.rand(total, generator=generator).to(dtype),
         offsets(lengths),
@@ -324,7 +297,7 @@ WRONG = {
 }
 
 
-def wrong(**fields) -> Packed:
+def wrong(**fields) -> PackedInputs:
     """4, 5 and 6 tokens, of which 2, 1 and 3 are kept, but for ``fields``."""
     made = {name: torch.tensor(value).int() if isinstance(value, list) else value for name, value in fields.items()}
     return dataclasses.replace(tokens([4, 5, 6], [1, 1, 2], [1, 0, 1]), **made)
@@ -339,7 +312,7 @@ def test_wrong_offsets(case, backend):
     assert (result.merged[result.indices == -1] == 0).all()
 
 
-def assert_in_range(result: Condensed, packed: Packed) -> None:
+def assert_in_range(result: Condensed, packed: PackedInputs) -> None:
     """Every element is written (outputs start as NaN and the largest integer), with something that can be used."""
     assert result.merged.isfinite().all()
     assert result.mass.isfinite().all()

@@ -17,7 +17,7 @@ from condense_kernels.merge.kernel import merge, merge_backward
 from condense_kernels.select_and_merge.kernel import select_and_merge
 from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.select_and_merge_varlen.reference import for_each_segment, segments_of
-from condense_kernels.testing import KINDS, Inputs, assert_same_bits, make_inputs, unit_roundoff
+from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs, unit_roundoff
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
 INTERPRETED = _backend.triton_interprets()
@@ -36,21 +36,8 @@ def offsets(counts) -> torch.Tensor:
     return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A call of the launcher. ``dataclasses.replace(batch, cu_seqlens=...)`` gives a variant."""
-
-    features: torch.Tensor  # [T, D]
-    scores: torch.Tensor  # [T]
-    cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor  # [S + 1]
-    cu_background: torch.Tensor  # [S + 1]
-    total_keep: int
-    max_seqlen: int
-    keys: torch.Tensor | None = None  # [T, Dk]
-    positions: torch.Tensor | None = None  # [T, P]
-    suppression: float = 1.0
-    spatial_weight: float = 1.0
+class Batch(PackedInputs):
+    """A call of the launcher itself, which takes meta tensors as well."""
 
     def run(self) -> Condensed:
         return Condensed(*select_and_merge_varlen(**vars(self)))

@@ -20,12 +20,13 @@ from .compare import (
     similarity_bound,
     unit_roundoff,
 )
-from .inputs import KINDS, Inputs, Stages, make_inputs, near_square
+from .inputs import KINDS, Inputs, PackedInputs, Stages, make_inputs, near_square
 
 __all__ = [
     "KINDS",
     "Finding",
     "Inputs",
+    "PackedInputs",
     "Stages",
     "assert_matches_reference",
     "assert_same_bits",

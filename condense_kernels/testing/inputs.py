@@ -1,14 +1,16 @@
 """Inputs of named kinds, and how a backend runs them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .. import assign, greedy_select, merge, select_and_merge, similarity
+from .. import assign, greedy_select, merge, select_and_merge, select_and_merge_varlen, similarity
 from ..select_and_merge import Condensed
+from ..select_and_merge_varlen.reference import for_each_segment
 from ..similarity.reference import TAKEN
 
 
@@ -78,6 +80,31 @@ class Inputs:
         assignment = assign(s, indices, tier=tier, **where, backend=backend)
         merged, mass = merge(self.features, self.scores, indices, assignment, backend=backend)
         return Stages(s, sbar, g, tier, anchors, background, Condensed(merged, indices, assignment, mass))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInputs:
+    """One call of select_and_merge_varlen. ``dataclasses.replace(inputs, cu_seqlens=...)`` gives a variant."""
+
+    features: torch.Tensor  # [T, D]
+    scores: torch.Tensor  # [T]
+    cu_seqlens: torch.Tensor  # [S + 1]
+    cu_anchors: torch.Tensor  # [S + 1]
+    cu_background: torch.Tensor  # [S + 1]
+    total_keep: int
+    max_seqlen: int
+    keys: torch.Tensor | None = None  # [T, Dk]
+    positions: torch.Tensor | None = None  # [T, P]
+    suppression: float = 1.0
+    spatial_weight: float = 1.0
+
+    def run(self, backend: str = "auto") -> Condensed:
+        return select_and_merge_varlen(**vars(self), backend=backend)
+
+    def segment_by_segment(self, backend: str = "auto") -> Condensed:
+        """What the reference says of these offsets, with the dense operator of ``backend``."""
+        dense = functools.partial(select_and_merge, backend=backend)
+        return Condensed(*for_each_segment(dense)(**vars(self)))
 
 
 def near_square(num_tokens: int) -> tuple[int, int]:
