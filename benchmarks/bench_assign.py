@@ -7,7 +7,7 @@ from harness import Side, Work, main
 from shapes import Shape
 
 from condense_kernels import select_and_merge, similarity
-from condense_kernels.assign.reference import grid_positions
+from condense_kernels.ops.assign.reference import grid_positions
 
 SHAPES = ("llava15-192", "llava-next-global")
 

@@ -10,7 +10,7 @@ from bench_similarity import half_matmul_side, matmul_side
 from harness import Side, Work, main
 from shapes import Shape
 
-from condense_kernels.assign.reference import grid_positions
+from condense_kernels.ops.assign.reference import grid_positions
 
 SHAPES = (
     "overhead",

@@ -9,7 +9,7 @@ from harness import Side, Work, main
 from shapes import Shape
 
 from condense_kernels import Condensed, varlen_budget
-from condense_kernels.assign.reference import grid_positions
+from condense_kernels.ops.assign.reference import grid_positions
 
 SHAPES = ("llava-next-crops", "llava15-64-batch8", "tiny-4096")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from condense_kernels.assign.reference import grid_positions, relative_distance
-from condense_kernels.merge.reference import merge, merge_backward
+from condense_kernels.ops.assign.reference import grid_positions, relative_distance
+from condense_kernels.ops.merge.reference import merge, merge_backward
 from condense_kernels.testing import similarity_bound, unit_roundoff
 
 ROWS = 2048  # of S at a time, so that long inputs fit

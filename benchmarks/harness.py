@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rows import Row, case_table, comparison_table, provenance, read_commit, results_file, write
 from shapes import ALL, SHAPES, SWEPT, Shape, make
 
-from condense_kernels import _backend
+from condense_kernels._dispatch import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 31
@@ -286,7 +286,7 @@ def progress() -> Progress:
 
 def require_kernels() -> None:
     """The reference would answer in place of a library that was not built, and be timed as ours."""
-    reason = _backend.unavailable("triton" if DEVICE == "cuda" else "cpp", torch.device(DEVICE))
+    reason = backends.unavailable("triton" if DEVICE == "cuda" else "cpp", torch.device(DEVICE))
     if reason is not None:
         raise SystemExit(f"no kernels to time on {DEVICE}: {reason}")
 

@@ -37,13 +37,13 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from condense_kernels._launch import FusedConfig, trying
-from condense_kernels.assign.kernel import assign
-from condense_kernels.greedy_select.kernel import greedy_select
-from condense_kernels.merge.kernel import merge, merge_backward
-from condense_kernels.select_and_merge.kernel import select_and_merge
-from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
-from condense_kernels.similarity.kernel import similarity
+from condense_kernels._triton.tables import FusedConfig, trying
+from condense_kernels.ops.assign.kernel import assign
+from condense_kernels.ops.greedy_select.kernel import greedy_select
+from condense_kernels.ops.merge.kernel import merge, merge_backward
+from condense_kernels.ops.select_and_merge.kernel import select_and_merge
+from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
+from condense_kernels.ops.similarity.kernel import similarity
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,4 +1,5 @@
-"""Launch choices worth measuring, one against another: run it on a GPU, and condense_kernels/_launch.py can cite times.
+"""Launch choices worth measuring, one against another: run it on a GPU, and condense_kernels/_triton/tables.py can cite
+times.
 
 Each variant is the flagship with some fields of a launch config changed. Its results must be those of the default, bit
 for bit. On a GPU every variant is timed by replaying a CUDA graph, all of them in turn, so that a drifting clock harms
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from condense_kernels._launch import (
+from condense_kernels._triton.tables import (
     AssignConfig,
     FusedConfig,
     MergeConfig,
@@ -40,7 +41,7 @@ from condense_kernels._launch import (
     next_power_of_2,
     trying,
 )
-from condense_kernels.select_and_merge.kernel import select_and_merge, workspace_bytes
+from condense_kernels.ops.select_and_merge.kernel import select_and_merge, workspace_bytes
 
 SHAPES = {"N=576 K=192": (576, 144, 48), "N=2880 K=320": (2880, 240, 80)}  # N, num_anchors, num_background
 CHANNELS = 1024

@@ -3,16 +3,22 @@
 similarity -> greedy_select -> assign -> merge, and select_and_merge, which is all of them in a row.
 """
 
-from . import _library
-from ._debug import debug
+from ._dispatch import library as _library  # noqa: F401  first: its warning names who imports this package
+from ._dispatch import sharding as _sharding
+from ._dispatch.debug import debug
 from ._version import __version__
-from .assign import assign
-from .greedy_select import greedy_select
-from .merge import merge
+from .budget import VarlenBudget, condense, split_budget, varlen_budget
 from .modules import Condense
-from .select_and_merge import Condensed, condense, select_and_merge, split_budget, workspace_bytes
-from .select_and_merge_varlen import VarlenBudget, select_and_merge_varlen, varlen_budget
-from .similarity import similarity
+from .ops import (
+    Condensed,
+    assign,
+    greedy_select,
+    merge,
+    select_and_merge,
+    select_and_merge_varlen,
+    similarity,
+    workspace_bytes,
+)
 from .tokens import gather_tokens, unmerge
 
 __all__ = [
@@ -35,4 +41,4 @@ __all__ = [
     "workspace_bytes",
 ]
 
-_library.sharding()  # where DTensor has been imported before this package
+_sharding.rules()  # where DTensor has been imported before this package

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ._backend import check_backend
-from ._checks import MAX_TOKENS, check_budget, check_grid, check_weight
-from .select_and_merge import Condensed, select_and_merge
+from ._dispatch.backends import check_backend
+from ._dispatch.checks import MAX_TOKENS, check_budget, check_grid, check_weight
+from .ops.select_and_merge import Condensed, select_and_merge
 
 
 class Condense(torch.nn.Module):

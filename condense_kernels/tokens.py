@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check_not_empty, check_tensor
+from ._dispatch.checks import check_not_empty, check_tensor
 
 INTEGER = (torch.int64,)
 

@@ -8,7 +8,7 @@ if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for
 
 import triton  # noqa: F401  the test extra brings it: without it half of the tests would be skipped
 
-from condense_kernels import _backend
+from condense_kernels._dispatch import backends
 
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
@@ -16,7 +16,7 @@ FAST = ("cpp", "triton")
 
 def _or_skip(backend: str):
     """Skips only for what a machine may lack (a compiler); the test extra brings the rest."""
-    reason = _backend.unavailable(backend, CPU)
+    reason = backends.unavailable(backend, CPU)
     return pytest.param(backend, marks=pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}"))
 
 
@@ -34,7 +34,7 @@ def backend(request) -> str:
 
 @pytest.fixture
 def cpp() -> str:
-    reason = _backend.unavailable("cpp", CPU)
+    reason = backends.unavailable("cpp", CPU)
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
     return "cpp"

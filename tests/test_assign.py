@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condense_kernels import _backend, assign
-from condense_kernels.assign import reference
+from condense_kernels import assign
+from condense_kernels._dispatch import backends
+from condense_kernels.ops.assign import reference
 
-FAST = [b for b in ("cpp", "triton") if _backend.unavailable(b, torch.device("cpu")) is None]
+FAST = [b for b in ("cpp", "triton") if backends.unavailable(b, torch.device("cpu")) is None]
 
 
 def symmetric(n, seed=0, batch=1):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from condense_kernels import __main__, __version__, _backend, testing
+from condense_kernels import __main__, __version__, testing
+from condense_kernels._dispatch import backends
 from condense_kernels.cli import check, demo, env, methods, patches, tables
 from condense_kernels.testing import inputs
 
-CPP_OR_REFERENCE = "reference" if _backend.unavailable("cpp", torch.device("cpu")) else "cpp"
+CPP_OR_REFERENCE = "reference" if backends.unavailable("cpp", torch.device("cpu")) else "cpp"
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -285,13 +286,13 @@ def test_env_describes_the_machine(capsys):
     for words in (__version__, torch.__version__, "compiled library", "simd", "gpu driver"):
         assert words in out
     rows = dict(env.facts())
-    for backend in _backend.BACKENDS[1:]:
-        reason = _backend.unavailable(backend, torch.device("cpu"))
+    for backend in backends.BACKENDS[1:]:
+        reason = backends.unavailable(backend, torch.device("cpu"))
         assert rows[f"{backend} on cpu"] == ("available" if reason is None else f"no: {reason}")
 
 
 def test_env_says_why_there_is_no_library(monkeypatch):
-    monkeypatch.setattr(env._library, "cpp_unavailable", lambda: "it was not built")
+    monkeypatch.setattr(env.library, "cpp_unavailable", lambda: "it was not built")
     rows = dict(env.facts())
     assert rows["compiled library"] == "none: it was not built"
     assert "it was not built" in rows["cpp on cpu"]

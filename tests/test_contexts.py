@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import condense_kernels as ck
-from condense_kernels import _library
+from condense_kernels._dispatch import library
 from condense_kernels.testing import assert_same_bits, make_inputs
 
 INPUTS = make_inputs("clustered", batch=2, num_tokens=30, channels=24)
@@ -58,7 +58,7 @@ def test_the_contexts_do_change_torch():
 
 def test_autocast_is_passed_over_on_cpu_and_gpu_alike():
     """No operator has a kernel at an autocast key, so torch falls through to the operator itself, in its dtypes."""
-    for op in _library.SCHEMAS:
+    for op in library.SCHEMAS:
         for key in ("AutocastCPU", "AutocastCUDA"):
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"condense::{op}", key)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import condense_kernels as ck
-from condense_kernels import _backend, _library
+from condense_kernels._dispatch import backends, library
 
 F, S = torch.rand(2, 6, 4), torch.rand(2, 6)  # features [B, N, D], scores [B, N]
 S3 = torch.rand(2, 6, 6)  # similarities [B, N, N]
@@ -243,21 +243,21 @@ def test_raw_operators_raise_runtime_errors_from_their_launchers_too():
         raise ValueError("keys: expected fp32")
 
     with pytest.raises(RuntimeError, match="^keys: expected fp32"):
-        _backend.raw(lambda keys: None, launch)(F)
+        backends.raw(lambda keys: None, launch)(F)
 
 
 def test_unavailable_backend_says_why_and_what_to_do(monkeypatch):
-    monkeypatch.setattr(_backend, "triton_interprets", lambda: False)
+    monkeypatch.setattr(backends, "triton_interprets", lambda: False)
     with pytest.raises(ValueError, match=r"backend='triton' is not available here: .*Remedy: .*TRITON_INTERPRET=1"):
         ck.similarity(F, backend="triton")
-    monkeypatch.setattr(_library, "cpp_unavailable", lambda: "it was not built")
+    monkeypatch.setattr(library, "cpp_unavailable", lambda: "it was not built")
     with pytest.raises(ValueError, match=r"backend='cpp' is not available here: .* it was not built"):
         ck.similarity(F, backend="cpp")
 
 
 @pytest.mark.parametrize("op", ["similarity", "select_and_merge"])
 def test_fp64_on_triton_is_refused(op):
-    if _backend.unavailable("triton", torch.device("cpu")) is not None:
+    if backends.unavailable("triton", torch.device("cpu")) is not None:
         pytest.skip("triton does not interpret here")
     args = (F.double(),) if op == "similarity" else (F.double(), S, 2, 1)
     options = {} if op == "similarity" else {"grid": GRID}

@@ -13,7 +13,6 @@ import torch
 from torch.export import Dim
 
 import condense_kernels as ck
-from condense_kernels import _library
 from condense_kernels.testing import assert_same_bits
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +174,7 @@ def package(request, tmp_path_factory) -> tuple[str, str]:
 
 
 def library() -> Path:
-    return Path(_library.__file__).with_name("_C.abi3.so")
+    return Path(ck.__file__).with_name("_C.abi3.so")
 
 
 def run(*command) -> subprocess.CompletedProcess:

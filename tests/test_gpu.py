@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 from condense_kernels import Condensed, select_and_merge, similarity
-from condense_kernels._launch import FusedConfig, trying
+from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
 
 pytestmark = [
@@ -108,7 +108,7 @@ def test_long_inputs_take_memory_in_proportion():
 
 
 def test_memory_of_the_caller():
-    from condense_kernels.select_and_merge.kernel import select_and_merge, workspace_bytes
+    from condense_kernels.ops.select_and_merge.kernel import select_and_merge, workspace_bytes
 
     inputs = make_inputs("masked", num_tokens=200, channels=64, dtype=torch.bfloat16, device="cuda")
     expected = inputs.run()

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from condense_kernels import _backend, greedy_select
-from condense_kernels.greedy_select import reference
+from condense_kernels import greedy_select
+from condense_kernels._dispatch import backends
+from condense_kernels.ops.greedy_select import reference
 
-FAST = [b for b in ("cpp", "triton") if _backend.unavailable(b, torch.device("cpu")) is None]
+FAST = [b for b in ("cpp", "triton") if backends.unavailable(b, torch.device("cpu")) is None]
 
 
 def sequential_greedy(s, utility, k, suppression):

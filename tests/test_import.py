@@ -91,7 +91,7 @@ def assert_works_like(package, other) -> None:
         assert torch.equal(result, expected)
     assert condensed(package, "meta").merged.shape == (2, 5, 8)
     assert torch.equal(gradient(package.select_and_merge), gradient(torch.ops.condense.select_and_merge))
-    for op in package._library.SCHEMAS:
+    for op in package._dispatch.library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"condense::{op}", "CUDA")
 
 
@@ -133,7 +133,7 @@ def test_the_exit_is_quiet(tmp_path):
     code = """
         import importlib, sys, torch
         import condense_kernels as ck, engine._vendor.condense_kernels as theirs
-        importlib.reload(ck._library)
+        importlib.reload(ck._dispatch.library)
         ck.similarity(torch.rand(1, 4, 2)), theirs.similarity(torch.rand(1, 4, 2))
         """
     done = python("-W", "ignore", "-c", textwrap.dedent(code), PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
@@ -142,8 +142,10 @@ def test_the_exit_is_quiet(tmp_path):
 
 OURS, THEIRS = "condense_kernels", "engine._vendor.condense_kernels"
 NEWER = {"_version": (VERSION, "9.8.7")}
-OTHER_SCHEMA = {"_library": ("Tensor? tier=None, float suppression=1.0", "Tensor? tier=None, float suppression=2.0")}
-ONE_MORE = {"_library": ("SCHEMAS = {", 'SCHEMAS = {\n    "pool": "(Tensor features) -> Tensor",')}
+OTHER_SCHEMA = {
+    "_dispatch/library": ("Tensor? tier=None, float suppression=1.0", "Tensor? tier=None, float suppression=2.0")
+}
+ONE_MORE = {"_dispatch/library": ("SCHEMAS = {", 'SCHEMAS = {\n    "pool": "(Tensor features) -> Tensor",')}
 
 
 def imports_newer_second(folder: Path, first: str, second: str):
@@ -195,7 +197,7 @@ def loads_the_library_by_hand():
     torch.ops.load_library(str(LIBRARY))
     import condense_kernels as ck
 
-    assert ck._library.cpp_unavailable() is None
+    assert ck._dispatch.library.cpp_unavailable() is None
     assert_works_like(ck, ck)
 
 
@@ -257,7 +259,7 @@ BROKEN = {
 
 
 def reason_for(library: Path) -> str | None:
-    from condense_kernels import _library
+    from condense_kernels._dispatch import library as _library
 
     return _library._load_file(library)
 
@@ -378,15 +380,15 @@ def meets_triton(folder: Path, text: str) -> tuple[str, str]:
     (folder / "triton" / "__init__.py").write_text(text)
     sys.path.insert(0, str(folder))
     import condense_kernels as ck
-    from condense_kernels import _backend
-    from condense_kernels.merge import op
+    from condense_kernels._dispatch import backends
+    from condense_kernels.ops.merge import op
 
     features, scores = torch.rand(1, 4, 2), torch.rand(1, 4)
     rows = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="triton") as of_the_function:
         ck.merge(features, scores, rows[:, :1], rows, backend="triton")
     with pytest.raises(RuntimeError, match="triton") as of_the_operator:  # as on a GPU
-        _backend.raw(op.check, op.on_triton)(features, scores, rows[:, :1], rows)
+        backends.raw(op.check, op.on_triton)(features, scores, rows[:, :1], rows)
     return str(of_the_function.value), str(of_the_operator.value)
 
 
@@ -433,7 +435,7 @@ def test_an_older_torch_is_an_error_that_names_both_versions():
 def imports_from_a_zip(archive: Path):
     ck = import_from(archive)
     assert ck.__file__.startswith(str(archive))
-    assert (ck._library.cpp_unavailable() is None) == HAS_LIBRARY
+    assert (ck._dispatch.library.cpp_unavailable() is None) == HAS_LIBRARY
     assert_works_like(ck, ck)
 
 
@@ -516,15 +518,15 @@ TARGET = re.search(r"-DTORCH_TARGET_VERSION=\w+", SETUP)[0]
 
 
 def test_the_oldest_versions_are_the_same_everywhere():
-    from condense_kernels import _backend, _library
+    from condense_kernels._dispatch import backends, library
 
     project = (ROOT / "pyproject.toml").read_text()
-    needed, triton = (f"{major}.{minor}" for major, minor in (_library.OLDEST_TORCH, _backend.OLDEST_TRITON))
+    needed, triton = (f"{major}.{minor}" for major, minor in (library.OLDEST_TORCH, backends.OLDEST_TRITON))
     assert f'dependencies = ["torch>={needed}"]' in project
     assert f'triton = ["triton>={triton};' in project
-    assert f"OLDEST_TORCH = {_library.OLDEST_TORCH}" in SETUP
+    assert f"OLDEST_TORCH = {library.OLDEST_TORCH}" in SETUP
     target = int(TARGET.partition("=")[2], 16)
-    assert (target >> 56, target >> 48 & 0xFF) == _library.OLDEST_TORCH
+    assert (target >> 56, target >> 48 & 0xFF) == library.OLDEST_TORCH
     assert 'requires-python = ">=3.10"' in project
     assert '"py_limited_api": "cp310"' in SETUP
 

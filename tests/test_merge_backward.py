@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from condense_kernels import _backend
-from condense_kernels.merge import reference
-from condense_kernels.similarity.op import compute_dtype
+from condense_kernels._dispatch import backends
+from condense_kernels.ops.merge import reference
+from condense_kernels.ops.similarity.op import compute_dtype
 from condense_kernels.testing import assert_same_bits, unit_roundoff
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -32,7 +32,7 @@ class Call:
     assignment: torch.Tensor  # [B, N]
 
     def run(self, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return _backend.kernel_of("merge_backward", backend, CPU)(*vars(self).values())
+        return backends.kernel_of("merge_backward", backend, CPU)(*vars(self).values())
 
     def image(self, b: int) -> "Call":
         return Call(*(t[b : b + 1] for t in vars(self).values()))

@@ -12,7 +12,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import condense_kernels as ck
-from condense_kernels import _library
+from condense_kernels._dispatch import library
 from condense_kernels.testing import assert_same_bits, make_inputs
 
 OPS = torch.ops.condense
@@ -80,7 +80,7 @@ def test_fake_agrees_in_shape_dtype_and_strides(op, args, options):
 
 
 def test_every_operator_of_the_library_has_its_schema_here_too():
-    for op, schema in _library.SCHEMAS.items():
+    for op, schema in library.SCHEMAS.items():
         assert str(getattr(OPS, op).default._schema) == str(torch._C.parse_schema(f"condense::{op}{schema}"))
 
 

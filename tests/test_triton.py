@@ -9,22 +9,22 @@ import itertools
 import pytest
 import torch
 
-from condense_kernels import _backend
-from condense_kernels.select_and_merge.pipeline import Stages, compose
+from condense_kernels._dispatch import backends
+from condense_kernels.ops.select_and_merge.pipeline import Stages, compose
 
-if not _backend.triton_interprets():
+if not backends.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
-from condense_kernels._launch import FusedConfig, trying
-from condense_kernels.assign import kernel as assign
-from condense_kernels.assign import reference as assign_reference
-from condense_kernels.greedy_select import kernel as greedy_select
-from condense_kernels.greedy_select import reference as greedy_reference
-from condense_kernels.merge import kernel as merge
-from condense_kernels.select_and_merge import kernel as select_and_merge
-from condense_kernels.select_and_merge import streamed
-from condense_kernels.similarity import kernel as similarity
-from condense_kernels.similarity import reference as similarity_reference
+from condense_kernels._triton.tables import FusedConfig, trying
+from condense_kernels.ops.assign import kernel as assign
+from condense_kernels.ops.assign import reference as assign_reference
+from condense_kernels.ops.greedy_select import kernel as greedy_select
+from condense_kernels.ops.greedy_select import reference as greedy_reference
+from condense_kernels.ops.merge import kernel as merge
+from condense_kernels.ops.select_and_merge import kernel as select_and_merge
+from condense_kernels.ops.select_and_merge import streamed
+from condense_kernels.ops.similarity import kernel as similarity
+from condense_kernels.ops.similarity import reference as similarity_reference
 from condense_kernels.testing import KINDS, Inputs, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be

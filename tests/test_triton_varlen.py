@@ -9,18 +9,19 @@ import itertools
 import pytest
 import torch
 
-from condense_kernels import Condensed, _backend
-from condense_kernels._launch import FusedConfig, MergeBackwardConfig, SelectConfig, trying
-from condense_kernels._triton import Packed
-from condense_kernels.merge import reference
-from condense_kernels.merge.kernel import merge, merge_backward
-from condense_kernels.select_and_merge.kernel import select_and_merge
-from condense_kernels.select_and_merge_varlen.kernel import select_and_merge_varlen
-from condense_kernels.select_and_merge_varlen.reference import for_each_segment, segments_of
+from condense_kernels import Condensed
+from condense_kernels._dispatch import backends
+from condense_kernels._triton.device import Packed
+from condense_kernels._triton.tables import FusedConfig, MergeBackwardConfig, SelectConfig, trying
+from condense_kernels.ops.merge import reference
+from condense_kernels.ops.merge.kernel import merge, merge_backward
+from condense_kernels.ops.select_and_merge.kernel import select_and_merge
+from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
+from condense_kernels.ops.select_and_merge_varlen.reference import for_each_segment, segments_of
 from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs, unit_roundoff
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
-INTERPRETED = _backend.triton_interprets()
+INTERPRETED = backends.triton_interprets()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FLOAT16S = (torch.float16, torch.bfloat16)
 NAN = float("nan")

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _backend
-from ..greedy_select import reference as greedy_reference
-from ..similarity.reference import TAKEN
+from .._dispatch import backends
+from ..ops.greedy_select import reference as greedy_reference
+from ..ops.similarity.reference import TAKEN
 from ..testing import KINDS, Finding, Inputs, compare, compare_alone, exact_similarity, make_inputs
 from . import make_console, make_progress, need
 
@@ -94,7 +94,7 @@ def find_backends() -> tuple[list[Backend], list[str]]:
     gpu = torch.cuda.is_available()
     found, reasons = [], []
     for name, device in (("cpp", "cpu"), ("triton", "cuda" if gpu else "cpu")):
-        reason = _backend.unavailable(name, torch.device(device))
+        reason = backends.unavailable(name, torch.device(device))
         if reason is None:
             found.append(Backend(name, device))
         else:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .. import _backend, split_budget
-from ..select_and_merge.budget import DEFAULT_BACKGROUND_RATIO
+from .. import split_budget
+from .._dispatch import backends
+from ..budget import DEFAULT_BACKGROUND_RATIO
 from . import CommandError, make_console, make_progress, need
 from .methods import METHOD_STEPS, compare_methods
 from .patches import PATCH, make_inputs, open_picture
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=int, default=SIDE, metavar="G", help="cut into G x G patches (default: 24)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where it runs (default here: %(default)s)")  # fmt: skip
-    parser.add_argument("--backend", choices=_backend.BACKENDS, default="auto", help="which kernels (default: auto)")
+    parser.add_argument("--backend", choices=backends.BACKENDS, default="auto", help="which kernels (default: auto)")
 
 
 def default_picture() -> Path:
@@ -79,7 +80,7 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {arguments.device} is not available here: {reason}") from None
-    reason = _backend.unavailable(arguments.backend, torch.device(arguments.device))
+    reason = backends.unavailable(arguments.backend, torch.device(arguments.device))
     if reason is not None:
         raise CommandError(f"--backend {arguments.backend} is not available here: {reason}")
     return budget

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, _backend, _library
+from .. import __version__
+from .._dispatch import backends, library
 
 SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 VARIABLES = (
@@ -71,21 +72,21 @@ def driver() -> str:
     return lines[0].removeprefix("NVRM version: ").strip() if lines else "none found"
 
 
-def library() -> str:
-    reason = _library.cpp_unavailable()
+def compiled_library() -> str:
+    reason = library.cpp_unavailable()
     if reason is not None:
         return f"none: {reason}"
-    source = _library.source().removeprefix("the compiled library of ")
+    source = library.source().removeprefix("the compiled library of ")
     return f"{source}, runs with {torch.ops.condense.cpu_capability()}"
 
 
-def backends() -> list[tuple[str, str]]:
+def backends_here() -> list[tuple[str, str]]:
     rows = []
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        for backend in _backend.BACKENDS[1:]:
-            reason = _backend.unavailable(backend, torch.device(device))
+        for backend in backends.BACKENDS[1:]:
+            reason = backends.unavailable(backend, torch.device(device))
             rows.append((f"{backend} on {device}", "available" if reason is None else f"no: {reason}"))
-    if _backend.triton_interprets():
+    if backends.triton_interprets():
         rows.append(("triton on cpu runs in", "Triton's interpreter (TRITON_INTERPRET)"))
     return rows
 
@@ -106,8 +107,8 @@ def facts() -> list[tuple[str, str]]:
         ("threads", threads()),
         *((f"gpu {i}", name) for i, name in enumerate(gpus())),
         ("gpu driver", driver()),
-        ("compiled library", library()),
-        *backends(),
+        ("compiled library", compiled_library()),
+        *backends_here(),
         *((name, os.environ[name]) for name in VARIABLES if name in os.environ),
     ]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _backend
+from .._dispatch import backends
 from ..testing import Inputs, compare
 
 MAX_RUNS, SECONDS = 30, 2.0  # of one backend: whichever comes first
@@ -48,7 +48,7 @@ def measure_times(run: Callable[[], object], device: str) -> list[float]:
 def time_backend(backend: str, inputs: Inputs) -> Timing:
     """No time without a correct result: the comparison with the fp64 reference comes first."""
     device = devices()[backend]
-    reason = _backend.unavailable(backend, torch.device(device))
+    reason = backends.unavailable(backend, torch.device(device))
     if reason is not None:
         return Timing(backend, device, None, None, 0, f"not here: {reason}")
     if backend == "triton" and device == "cpu":

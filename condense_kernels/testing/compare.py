@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..assign import reference as assign_reference
-from ..greedy_select import reference as greedy_reference
-from ..merge import reference as merge_reference
-from ..select_and_merge import Condensed
-from ..similarity import reference as similarity_reference
-from ..similarity.op import compute_dtype
-from ..similarity.reference import MASKED, NON_FINITE, TAKEN, VALID
+from ..ops.assign import reference as assign_reference
+from ..ops.greedy_select import reference as greedy_reference
+from ..ops.merge import reference as merge_reference
+from ..ops.select_and_merge import Condensed
+from ..ops.similarity import reference as similarity_reference
+from ..ops.similarity.op import compute_dtype
+from ..ops.similarity.reference import MASKED, NON_FINITE, TAKEN, VALID
 from .inputs import Inputs, Stages
 
 

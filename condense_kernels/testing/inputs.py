@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from .. import assign, greedy_select, merge, select_and_merge, select_and_merge_varlen, similarity
-from ..select_and_merge import Condensed
-from ..select_and_merge_varlen.reference import for_each_segment
-from ..similarity.reference import TAKEN
+from ..ops.select_and_merge import Condensed
+from ..ops.select_and_merge_varlen.reference import for_each_segment
+from ..ops.similarity.reference import TAKEN
 
 
 class Stages(NamedTuple):

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import MAX_STORED, SelectConfig
-from .._triton import (
+from ..._triton.device import (
     FLOAT32_MAX,
     NOWHERE,
     bits_of,
@@ -28,6 +27,7 @@ from .._triton import (
     reject_float64,
     strides_of,
 )
+from ..._triton.tables import MAX_STORED, SelectConfig
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
 TAKEN = tl.constexpr(3)  # the tier that is never picked

@@ -7,8 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import AssignConfig
-from .._triton import (
+from ..._triton.device import (
     FLOAT32_MAX,
     NOWHERE,
     has_block,
@@ -21,6 +20,7 @@ from .._triton import (
     strides_of,
     tokens_before,
 )
+from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier

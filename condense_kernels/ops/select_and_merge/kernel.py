@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FusedConfig, SelectConfig, SimilarityConfig
-from .._triton import image_rows, image_tokens, on_device_of, reject_float64, strides_of, tokens_before
-from .._workspace import Pieces, bytes_of, carve
+from ..._triton.device import image_rows, image_tokens, on_device_of, reject_float64, strides_of, tokens_before
+from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
+from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
 from ..greedy_select.kernel import (
     DUPLICATE,

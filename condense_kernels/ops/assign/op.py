@@ -2,8 +2,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _backend
-from .._checks import check_tensor, check_values, check_weight, check_where
+from ..._dispatch import backends
+from ..._dispatch.checks import check_tensor, check_values, check_weight, check_where
 from . import reference
 
 
@@ -32,7 +32,7 @@ def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weigh
     return launch(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
 
 
-_backend.register("assign", check=check, reference=on_reference, triton=on_triton, fake=fake)
+backends.register("assign", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def assign(
@@ -72,4 +72,4 @@ def assign(
     if not torch.compiler.is_compiling():
         check(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
     options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
-    return _backend.run("assign", backend, (s, indices), options)
+    return backends.run("assign", backend, (s, indices), options)

@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import SimilarityConfig, StreamConfig
-from .._triton import (
+from ..._triton.device import (
     INTERPRETED,
     NOWHERE,
     downscale,
@@ -34,7 +33,8 @@ from .._triton import (
     strides_of,
     tokens_before,
 )
-from .._workspace import Pieces
+from ..._triton.tables import SimilarityConfig, StreamConfig
+from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
 from ..greedy_select.kernel import counted_fixed, counted_magnitude, dead, died_of, negated, prior_factor
 from ..similarity.kernel import (

@@ -11,14 +11,12 @@ import functools
 import importlib.resources
 import os
 import struct
-import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-from ._version import __version__
+from .._version import __version__
 
 NAMESPACE = "condense"
 OLDEST_TORCH = (2, 10)
@@ -94,7 +92,8 @@ class _Owner:
     library: torch.library.Library | None = None  # torch takes back what it registered once nobody holds it
 
 
-THIS_COPY = f"condense_kernels {__version__} in {Path(__file__).parent}"
+PACKAGE = __package__.rpartition(".")[0]
+THIS_COPY = f"condense_kernels {__version__} in {Path(__file__).parent.parent}"
 OUR_LIBRARY = f"the compiled library of {THIS_COPY}"
 
 _owner: _Owner = vars(getattr(torch.ops, NAMESPACE)).setdefault("_owner", _Owner())  # of two threads, one sets it
@@ -136,7 +135,7 @@ def _load() -> str | None:
     """
     if os.environ.get("CONDENSE_DISABLE_CPP") == "1":
         return "CONDENSE_DISABLE_CPP=1 is set"
-    resource = importlib.resources.files(__package__) / "_C.abi3.so"
+    resource = importlib.resources.files(PACKAGE) / "_C.abi3.so"
     if not resource.is_file():
         return (
             f"{resource} was not built; install g++ (or clang++) and reinstall with CONDENSE_BUILD_EXT=1 to see the "
@@ -201,21 +200,13 @@ def schema_of(op: str) -> torch.FunctionSchema:
     return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
 
 
-def sharding() -> ModuleType | None:
-    """condense_kernels.distributed, whose import puts in the rules for DTensors; None while there can be no DTensor.
-
-    torch.distributed.tensor takes half a second to import, so it has to be somebody else who wants it.
-    """
-    if "torch.distributed.tensor" not in sys.modules:
-        return None
-    from . import distributed
-
-    return distributed
+def listed(results) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
-def on_shards(op: str, kernel: Callable) -> Callable:
-    """``kernel`` of ``op``, also for DTensors."""
-    return kernel if sharding() is None else sharding().on_shards(op, kernel)
+def as_returned(op: str, results: tuple[torch.Tensor, ...]):
+    """One result is no tuple."""
+    return results if len(schema_of(op).returns) > 1 else results[0]
 
 
 def cpp_unavailable() -> str | None:
@@ -235,7 +226,7 @@ def _has_kernel(op: str, key: str) -> bool:
 def register_kernel(op: str, kernel: Callable, key: str) -> None:
     """Give ``op`` a kernel at a dispatch key, unless the compiled library, or another copy of the package, has."""
     if not _has_kernel(op, key):
-        _library.impl(op, kernel, key)
+        registry.impl(op, kernel, key)
 
 
 def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable | None) -> None:
@@ -243,7 +234,7 @@ def register(op: str, *, cpu_fallback: Callable, cuda: Callable, fake: Callable 
     register_kernel(op, cpu_fallback, "CPU")
     register_kernel(op, cuda, "CUDA")
     if fake is not None and not _has_kernel(op, "Meta"):
-        torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(fake), lib=registry)
 
 
 def _on_one_device(fake: Callable) -> Callable:
@@ -262,4 +253,4 @@ def _on_one_device(fake: Callable) -> Callable:
 
 with _owner.lock:
     _claim()
-_library = _owner.library
+registry = _owner.library

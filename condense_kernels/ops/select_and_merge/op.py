@@ -3,8 +3,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _backend
-from .._checks import (
+from ..._dispatch import backends
+from ..._dispatch.checks import (
     FLOATS,
     check_budget,
     check_not_empty,
@@ -131,11 +131,11 @@ def count_bytes(backend: str, args: tuple, options: dict) -> int:
     """As workspace_bytes, of arguments that are checked."""
     if args[0].device.type == "meta":
         return 0  # nothing will run
-    return _backend.run("workspace_bytes", backend, args, options)
+    return backends.run("workspace_bytes", backend, args, options)
 
 
-_backend.register("select_and_merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
-_backend.register(
+backends.register("select_and_merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+backends.register(
     "select_and_merge_out",
     check=check_raw_out,
     reference=on_reference_out,
@@ -143,7 +143,7 @@ _backend.register(
     fake=lambda *args, **kwargs: None,
     no_derivatives="it writes into tensors of the caller",
 )
-_backend.register("workspace_bytes", check=check, reference=bytes_on_reference, triton=bytes_on_triton, fake=None)
+backends.register("workspace_bytes", check=check, reference=bytes_on_reference, triton=bytes_on_triton, fake=None)
 
 
 def select_and_merge(
@@ -208,7 +208,7 @@ def select_and_merge(
     if not torch.compiler.is_compiling():
         check(*args, **options)
     if out is None and workspace is None:
-        return Condensed(*_backend.run("select_and_merge", backend, args, options))
+        return Condensed(*backends.run("select_and_merge", backend, args, options))
     if out is not None and not (isinstance(out, tuple) and len(out) == 4):
         raise TypeError(
             f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of an "
@@ -220,7 +220,7 @@ def select_and_merge(
         if workspace is not None:
             check_workspace(workspace, features, count_bytes(backend, args, options))
     options |= {"workspace": workspace, **out._asdict()}
-    _backend.run("select_and_merge_out", backend, args, options)
+    backends.run("select_and_merge_out", backend, args, options)
     if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
         torch.autograd.graph.increment_version(out)
     return out

@@ -9,7 +9,7 @@ import torch
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from ._library import register_kernel, schema_of
+from .library import as_returned, listed, register_kernel, schema_of
 
 LOOPED = ("select_and_merge_varlen",)  # no batch axis to fold into
 BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
@@ -53,15 +53,6 @@ def looped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size
         listed(call(*(pick(value, axis, i) for value, axis in zip(values, axes, strict=True)))) for i in range(size)
     ]
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
-
-
-def listed(results) -> tuple[torch.Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def as_returned(op: str, results: tuple[torch.Tensor, ...]):
-    """One result is no tuple."""
-    return results if len(schema_of(op).returns) > 1 else results[0]
 
 
 def register(op: str, call: Callable) -> None:

@@ -8,9 +8,9 @@ import dataclasses
 
 import torch
 
-from .._launch import FusedConfig
-from .._triton import Packed, on_device_of, reject_float64, strides_of
-from .._workspace import Pieces, carve
+from ..._triton.device import Packed, on_device_of, reject_float64, strides_of
+from ..._triton.tables import FusedConfig
+from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign
 from ..merge.kernel import launch_merge
 from ..select_and_merge import streamed

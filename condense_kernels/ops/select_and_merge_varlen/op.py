@@ -1,7 +1,7 @@
 import torch
 
-from .. import _backend
-from .._checks import (
+from ..._dispatch import backends
+from ..._dispatch.checks import (
     FLOATS,
     INTEGERS,
     MAX_TOKENS,
@@ -74,7 +74,7 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
-_backend.register("select_and_merge_varlen", check=check, reference=on_reference, triton=on_triton, fake=fake)
+backends.register("select_and_merge_varlen", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def select_and_merge_varlen(
@@ -150,4 +150,4 @@ def select_and_merge_varlen(
     options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
     if not torch.compiler.is_compiling():
         check(*args, **options)
-    return Condensed(*_backend.run("select_and_merge_varlen", backend, args, options))
+    return Condensed(*backends.run("select_and_merge_varlen", backend, args, options))

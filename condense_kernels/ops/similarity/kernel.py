@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import SimilarityConfig
-from .._triton import (
+from ..._triton.device import (
     INFINITY_BITS,
     INTERPRETED,
     first_block_of,
@@ -21,6 +20,7 @@ from .._triton import (
     sum_in_pairs,
     tokens_before,
 )
+from ..._triton.tables import SimilarityConfig
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
 

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import MergeBackwardConfig, MergeConfig
-from .._triton import (
+from ..._triton.device import (
     NOWHERE,
     image_of_row,
     image_tokens,
@@ -19,6 +18,7 @@ from .._triton import (
     strides_of,
     sum_in_pairs,
 )
+from ..._triton.tables import MergeBackwardConfig, MergeConfig
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
 

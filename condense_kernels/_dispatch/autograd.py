@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from . import _library, _vmap
-from ._library import schema_of
-from .tokens import over_all_segments, take_rows
+from ..tokens import over_all_segments, take_rows
+from . import library, sharding, vmap
+from .library import schema_of
 
 
 def flatten(op: str, args: Sequence, kwargs: dict) -> list:
@@ -148,8 +148,8 @@ class Operator(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, call: Call, *values):
         axes = [axis if isinstance(v, torch.Tensor) else None for v, axis in zip(values, in_dims[1:], strict=True)]
-        results = _vmap.mapped(call.op, lambda *v: differentiate(call, *v), values, axes, info.batch_size)
-        return _vmap.as_returned(call.op, results), _vmap.as_returned(call.op, (0,) * len(results))
+        results = vmap.mapped(call.op, lambda *v: differentiate(call, *v), values, axes, info.batch_size)
+        return library.as_returned(call.op, results), library.as_returned(call.op, (0,) * len(results))
 
 
 class Constant(Operator):
@@ -157,7 +157,7 @@ class Constant(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors = (result for result in _vmap.listed(output) if isinstance(result, torch.Tensor))
+        tensors = (result for result in library.listed(output) if isinstance(result, torch.Tensor))
         ctx.mark_non_differentiable(*tensors)  # select_and_merge_out and workspace_bytes return none
 
     @staticmethod
@@ -310,7 +310,7 @@ def register(op: str) -> None:
     """The raw operator at the dispatcher's Autograd key."""
 
     def kernel(*args, **kwargs):
-        _library.sharding()
+        sharding.rules()
         if not concerned(op, args):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)
@@ -322,4 +322,4 @@ def register(op: str) -> None:
             raise RuntimeError(str(error)) from error
 
     overload = getattr(torch.ops.condense, op).default
-    _library.register_kernel(op, kernel, "Autograd")
+    library.register_kernel(op, kernel, "Autograd")

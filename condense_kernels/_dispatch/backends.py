@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _autograd, _debug, _library, _vmap
+from . import autograd, debug, library, sharding, vmap
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 OLDEST_TRITON = (3, 6)
@@ -42,8 +42,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "cpp":
         if device.type != "cpu":
             return f"the C++ kernels take CPU tensors, got {device}. Remedy: backend='auto', or .cpu()"
-        if _library.cpp_unavailable() is not None:
-            return f"the compiled library is not in use: {_library.cpp_unavailable()}"
+        if library.cpp_unavailable() is not None:
+            return f"the compiled library is not in use: {library.cpp_unavailable()}"
     if backend == "triton":
         if (reason := triton_unavailable()) is not None:
             return reason
@@ -66,12 +66,12 @@ def register(
 ) -> None:
     """Everything of an operator but its C++ kernel, which registers itself."""
     KERNELS[op] = {"reference": reference, "triton": triton}
-    _library.register(op, cpu_fallback=raw(check, reference), cuda=raw(check, triton), fake=fake)
+    library.register(op, cpu_fallback=raw(check, reference), cuda=raw(check, triton), fake=fake)
     if no_derivatives is not None:
-        _autograd.NO_DERIVATIVES[op] = no_derivatives
-    if op in _autograd.FUNCTIONS or op in _autograd.NO_DERIVATIVES:
-        _autograd.register(op)
-    _vmap.register(op, functools.partial(_autograd.dispatch, op))
+        autograd.NO_DERIVATIVES[op] = no_derivatives
+    if op in autograd.FUNCTIONS or op in autograd.NO_DERIVATIVES:
+        autograd.register(op)
+    vmap.register(op, functools.partial(autograd.dispatch, op))
 
 
 def check_backend(backend: str) -> None:
@@ -98,12 +98,12 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
     kernel = kernel_of(op, backend, args[0].device)
     if torch.compiler.is_compiling():
         return kernel(*args, **kwargs)
-    if _debug.is_on():
-        kernel = _debug.checked(op, kernel)
-    kernel = _library.on_shards(op, kernel)
-    if torch._C._are_functorch_transforms_active() or _autograd.concerned(op, args):
-        backward = _library.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
-        return _autograd.differentiate(_autograd.Call(op, kernel, backward), *_autograd.flatten(op, args, kwargs))
+    if debug.is_on():
+        kernel = debug.checked(op, kernel)
+    kernel = sharding.on_shards(op, kernel)
+    if torch._C._are_functorch_transforms_active() or autograd.concerned(op, args):
+        backward = sharding.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
+        return autograd.differentiate(autograd.Call(op, kernel, backward), *autograd.flatten(op, args, kwargs))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(*args, **kwargs)
 

@@ -1,12 +1,14 @@
-"""For callers who think in a budget: how many tokens to keep, of which a share is background."""
+"""For callers who think in a budget: how many tokens to keep, of which a share is background; dense and packed."""
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
-from .._checks import FLOATS, check_tensor
-from .op import Condensed, select_and_merge
+from ._dispatch.checks import FLOATS, check_tensor
+from .ops.select_and_merge import Condensed, select_and_merge
 
 DEFAULT_BACKGROUND_RATIO = 0.25
 
@@ -83,3 +85,51 @@ def condense(
     options = {"keys": keys, "grid": grid, "positions": positions, "mask": mask, "backend": backend}
     weights = {"suppression": suppression, "spatial_weight": spatial_weight}
     return select_and_merge(features, scores, num_anchors, num_background, **options, **weights)
+
+
+class VarlenBudget(NamedTuple):
+    """The arguments of select_and_merge_varlen after features and scores, in its order."""
+
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+    cu_anchors: torch.Tensor  # [S + 1] int32
+    cu_background: torch.Tensor  # [S + 1] int32
+    total_keep: int
+    max_seqlen: int
+
+
+def varlen_budget(
+    seqlens: Sequence[int],
+    keep: int | float = 64,
+    background_ratio: float = DEFAULT_BACKGROUND_RATIO,
+    device: torch.device | str | None = None,
+) -> VarlenBudget:
+    """Offsets for images of these lengths: ``select_and_merge_varlen(features, scores, *varlen_budget([576, 1200]))``.
+
+    Args:
+        seqlens: tokens of each image, ints >= 0.
+        keep: a count of tokens an image, which a shorter image keeps all of, or a ratio in (0, 1), as
+            :func:`split_budget` has it.
+        background_ratio: the share of background tokens among the kept, in [0, 1].
+        device: where features are; the copy there does not wait. None: torch's default device.
+
+    Raises:
+        TypeError, ValueError: as :func:`split_budget`.
+    """
+    seqlens = list(seqlens)  # an iterator would be used up by the check
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in seqlens):
+        raise ValueError(f"seqlens: expected ints >= 0, got {seqlens}. Remedy: lengths.tolist().")
+    budgets = [
+        split_budget(n, min(keep, n) if isinstance(keep, int) else keep, background_ratio) if n > 0 else (0, 0)
+        for n in seqlens
+    ]
+    anchors, background = [a for a, _ in budgets], [b for _, b in budgets]
+    device = torch.get_default_device() if device is None else torch.device(device)
+
+    def running_sums(counts: Sequence[int]) -> torch.Tensor:
+        sums = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cpu")
+        if device.type == "cuda":
+            sums = sums.pin_memory()
+        return sums.to(device, non_blocking=True)
+
+    offsets = (running_sums(counts) for counts in (seqlens, anchors, background))
+    return VarlenBudget(*offsets, sum(anchors) + sum(background), max(seqlens, default=0))

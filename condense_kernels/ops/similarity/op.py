@@ -1,7 +1,7 @@
 import torch
 
-from .. import _backend
-from .._checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
+from ..._dispatch import backends
+from ..._dispatch.checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
 from . import reference
 
 
@@ -45,7 +45,7 @@ def on_triton(keys, scores=None, mask=None):
     return launch(keys, scores, mask)
 
 
-_backend.register(
+backends.register(
     "similarity",
     check=check,
     reference=on_reference,
@@ -83,4 +83,4 @@ def similarity(
     """
     if not torch.compiler.is_compiling():
         check(keys, scores, mask)
-    return _backend.run("similarity", backend, (keys, scores, mask), {})
+    return backends.run("similarity", backend, (keys, scores, mask), {})

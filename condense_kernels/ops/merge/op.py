@@ -1,7 +1,7 @@
 import torch
 
-from .. import _backend
-from .._checks import FLOATS, check_not_empty, check_tensor, check_values
+from ..._dispatch import backends
+from ..._dispatch.checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..similarity.op import compute_dtype
 from . import reference
 
@@ -61,8 +61,8 @@ def backward_on_triton(*args):
     return launch(*args)
 
 
-_backend.register("merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
-_backend.register(
+backends.register("merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+backends.register(
     "merge_backward",
     check=check_backward,
     reference=backward_on_reference,
@@ -104,4 +104,4 @@ def merge(
     """
     if not torch.compiler.is_compiling():
         check(features, scores, indices, assignment)
-    return _backend.run("merge", backend, (features, scores, indices, assignment), {})
+    return backends.run("merge", backend, (features, scores, indices, assignment), {})

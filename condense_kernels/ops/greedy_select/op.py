@@ -1,7 +1,7 @@
 import torch
 
-from .. import _backend
-from .._checks import FLOATS, check_count, check_tensor, check_weight
+from ..._dispatch import backends
+from ..._dispatch.checks import FLOATS, check_count, check_tensor, check_weight
 from . import reference
 
 
@@ -31,7 +31,7 @@ def on_triton(s, prior, k, *, sbar=None, tier=None, suppression=1.0):
     return launch(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
 
 
-_backend.register("greedy_select", check=check, reference=on_reference, triton=on_triton, fake=fake)
+backends.register("greedy_select", check=check, reference=on_reference, triton=on_triton, fake=fake)
 
 
 def greedy_select(
@@ -71,4 +71,4 @@ def greedy_select(
     if not torch.compiler.is_compiling():
         check(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
     options = {"sbar": sbar, "tier": tier, "suppression": suppression}
-    return _backend.run("greedy_select", backend, (s, prior, k), options)
+    return backends.run("greedy_select", backend, (s, prior, k), options)

@@ -1,0 +1,30 @@
+"""The operators, a folder each: op.py is the contract, reference.py the definition, kernel.py the Triton kernels.
+
+The data's way, with the equations of CondenseVLM (section 3):
+
+    keys      similarity     cosines s of all pairs, their mean, each token's sum        Eq. 3
+    scores    greedy_select  anchors by score, then background by that sum               Eq. 2, 4
+    grid      assign         every other token to the kept one most similar and near     Eq. 6, 7
+    features  merge          each cluster into its score-weighted mean                   Eq. 8
+
+select_and_merge is all of them in a row, select_and_merge_varlen the same for images of different sizes. Their C++
+kernels are in csrc/, under the same names.
+"""
+
+from .assign import assign
+from .greedy_select import greedy_select
+from .merge import merge
+from .select_and_merge import Condensed, select_and_merge, workspace_bytes
+from .select_and_merge_varlen import select_and_merge_varlen
+from .similarity import similarity
+
+__all__ = [
+    "Condensed",
+    "assign",
+    "greedy_select",
+    "merge",
+    "select_and_merge",
+    "select_and_merge_varlen",
+    "similarity",
+    "workspace_bytes",
+]

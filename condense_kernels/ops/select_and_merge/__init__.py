@@ -1,0 +1,3 @@
+from .op import Condensed, select_and_merge, workspace_bytes
+
+__all__ = ["Condensed", "select_and_merge", "workspace_bytes"]

@@ -1,0 +1,3 @@
+from .op import select_and_merge_varlen
+
+__all__ = ["select_and_merge_varlen"]
