@@ -16,6 +16,7 @@ RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
+SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
 COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
 
@@ -80,7 +81,7 @@ $(VENV)/torch: $(VENV)/created force
 	fi
 
 # Editable, so that Python files need no reinstallation; the C++ files do, and are compiled in this step.
-$(VENV)/installed: $(VENV)/torch $(CPP) setup.py pyproject.toml condense_kernels/_version.py
+$(VENV)/installed: $(VENV)/torch $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
 	@echo "installing condense_kernels with what the demo and the tests need; compiling csrc/"
 	@$(PIP) install --quiet 'setuptools>=77.0.3'
 	@$(PIP) install --quiet --no-build-isolation --editable '.[test]'

@@ -11,6 +11,7 @@ and its reference serves CPU tensors.
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ COMPILE_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 OLDEST_TORCH = (2, 10)
+SCHEMAS = glob("condense_kernels/ops/*/schema.txt")
 
 PROBE = """
 import json, os, torch
@@ -87,11 +89,19 @@ def run(command: list[str]) -> None:
         raise CannotBuild(f"{command[0]} failed with status {done.returncode}; its messages are above")
 
 
+def write_schemas(header: Path) -> None:
+    read = runpy.run_path("condense_kernels/_dispatch/schemas.py")["read"]
+    lines = (f'    R"({name}{schema})",' for name, schema in read(Path("condense_kernels/ops")).items())
+    text = "\n".join(["namespace condense {", "constexpr const char* kSchemas[] = {", *lines, "};", "}", ""])
+    header.write_text(text, encoding="utf-8")
+
+
 def compile_library(sources: list[str], objects: Path, library: Path) -> None:
     torch, compiler = find_torch(), find_compiler()
     print(f"condense_kernels: building against torch {torch['version']} in {torch['lib']}", flush=True)
     objects.mkdir(parents=True, exist_ok=True)
-    flags = shlex.split(os.environ.get("CXXFLAGS", "")) + COMPILE_FLAGS + ["-isystem", torch["include"]]
+    write_schemas(objects / "schemas.h")
+    flags = shlex.split(os.environ.get("CXXFLAGS", "")) + COMPILE_FLAGS + [f"-I{objects}", "-isystem", torch["include"]]
     outputs = [str(objects / f"{Path(source).stem}.o") for source in sources]
     commands = [[*compiler, *flags, "-c", s, "-o", o] for s, o in zip(sources, outputs, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -152,7 +162,7 @@ setup(
         Extension(
             "condense_kernels._C",
             sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            depends=sorted(glob("csrc/*.h") + SCHEMAS),
             py_limited_api=True,
         )
     ],

@@ -48,15 +48,15 @@ def python(*arguments: str, interpreter: str = sys.executable, **environment: st
 
 
 def copy_package(parent: Path, *, library: bytes | None = None, **edits: tuple[str, str]) -> Path:
-    """Another installed copy: with the built library, or these bytes, and a text replaced in a module."""
+    """Another installed copy: with the built library, or these bytes, and a text replaced in a file."""
     copy = parent / "condense_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     if library is not None:
         (copy / LIBRARY.name).write_bytes(library)
-    for module, (old, new) in edits.items():
-        text = (copy / f"{module}.py").read_text()
+    for file, (old, new) in edits.items():
+        text = (copy / file).read_text()
         assert old in text
-        (copy / f"{module}.py").write_text(text.replace(old, new))
+        (copy / file).write_text(text.replace(old, new))
     return copy
 
 
@@ -141,11 +141,9 @@ def test_the_exit_is_quiet(tmp_path):
 
 
 OURS, THEIRS = "condense_kernels", "engine._vendor.condense_kernels"
-NEWER = {"_version": (VERSION, "9.8.7")}
-OTHER_SCHEMA = {
-    "_dispatch/library": ("Tensor? tier=None, float suppression=1.0", "Tensor? tier=None, float suppression=2.0")
-}
-ONE_MORE = {"_dispatch/library": ("SCHEMAS = {", 'SCHEMAS = {\n    "pool": "(Tensor features) -> Tensor",')}
+NEWER = {"_version.py": (VERSION, "9.8.7")}
+OTHER_SCHEMA = {"ops/greedy_select/schema.txt": ("suppression=1.0", "suppression=2.0")}
+ONE_MORE = {"ops/merge/schema.txt": ("merge(Tensor", "pool(Tensor features) -> Tensor\n\nmerge(Tensor")}
 
 
 def imports_newer_second(folder: Path, first: str, second: str):

@@ -1,8 +1,8 @@
 """Owns the operator namespace ``condense``: loads the compiled library, or defines what it would have brought.
 
-The operators of a process come from one source, never from a mixture. The schemas live in csrc/library.cpp. Where that
-library cannot be loaded, the same schemas are defined here and the reference serves CPU tensors, with one warning. The
-copy of the package that is imported first owns the namespace; another one uses what is there, if it means the same.
+The operators of a process come from one source, never from a mixture. The compiled library brings the schemas that it
+was built with. Where it cannot be loaded, they are defined here and the reference serves CPU tensors, with one warning.
+The copy of the package that is imported first owns the namespace; another one uses what is there, if it means the same.
 What happens when: docs/installing.md.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .._version import __version__
+from . import schemas
 
 NAMESPACE = "condense"
 OLDEST_TORCH = (2, 10)
@@ -38,46 +39,8 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         f"{Path(torch.__file__).parent}. Remedy: pip install 'torch>=2.10'."
     )
 
-# The list in csrc/library.cpp, word for word; tests/test_registration.py holds the two together.
-SCHEMAS = {
-    "similarity": (
-        "(Tensor keys, Tensor? scores=None, Tensor? mask=None) -> (Tensor s, Tensor sbar, Tensor g, Tensor tier)"
-    ),
-    "greedy_select": (
-        "(Tensor s, Tensor prior, SymInt k, *, Tensor? sbar=None, Tensor? tier=None, float suppression=1.0)"
-        " -> Tensor order"
-    ),
-    "assign": (
-        "(Tensor s, Tensor indices, *, Tensor? tier=None, SymInt[]? grid=None, Tensor? positions=None,"
-        " float spatial_weight=1.0) -> Tensor assignment"
-    ),
-    "merge": "(Tensor features, Tensor scores, Tensor indices, Tensor assignment) -> (Tensor merged, Tensor mass)",
-    "merge_backward": (
-        "(Tensor grad_merged, Tensor grad_mass, Tensor features, Tensor scores, Tensor merged, Tensor mass,"
-        " Tensor indices, Tensor assignment) -> (Tensor grad_features, Tensor grad_scores)"
-    ),
-    "select_and_merge": (
-        "(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, Tensor? keys=None,"
-        " SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
-        " float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)"
-    ),
-    "select_and_merge_varlen": (
-        "(Tensor features, Tensor scores, Tensor cu_seqlens, Tensor cu_anchors, Tensor cu_background,"
-        " SymInt total_keep, SymInt max_seqlen, *, Tensor? keys=None, Tensor? positions=None, float suppression=1.0,"
-        " float spatial_weight=1.0) -> (Tensor merged, Tensor indices, Tensor assignment, Tensor mass)"
-    ),
-    "select_and_merge_out": (
-        "(Tensor features, Tensor scores, SymInt num_anchors, SymInt num_background, *, Tensor? keys=None,"
-        " SymInt[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
-        " float spatial_weight=1.0, Tensor(a!)? workspace=None, Tensor(b!) merged, Tensor(c!) indices,"
-        " Tensor(d!) assignment, Tensor(e!) mass) -> ()"
-    ),
-    "workspace_bytes": (
-        "(Tensor features, Tensor scores, int num_anchors, int num_background, *, Tensor? keys=None,"
-        " int[]? grid=None, Tensor? positions=None, Tensor? mask=None, float suppression=1.0,"
-        " float spatial_weight=1.0) -> int"
-    ),
-}
+PACKAGE = __package__.rpartition(".")[0]
+SCHEMAS = schemas.read(importlib.resources.files(PACKAGE) / "ops")
 
 
 @dataclasses.dataclass
@@ -92,7 +55,6 @@ class _Owner:
     library: torch.library.Library | None = None  # torch takes back what it registered once nobody holds it
 
 
-PACKAGE = __package__.rpartition(".")[0]
 THIS_COPY = f"condense_kernels {__version__} in {Path(__file__).parent.parent}"
 OUR_LIBRARY = f"the compiled library of {THIS_COPY}"
 
