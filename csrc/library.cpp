@@ -1,5 +1,5 @@
-// Every operator of the library. What they compute: docs/. Their schemas: condense_kernels/ops/<op>/schema.txt, of which
-// setup.py makes schemas.h.
+// Every operator of the library. What they compute: docs/. Their schemas: condense_kernels/ops/<op>/schema.txt, of
+// which setup.py makes schemas.h.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
