@@ -3,6 +3,7 @@
 similarity -> greedy_select -> assign -> merge, and select_and_merge, which is all of them in a row.
 """
 
+from ._dispatch import flops as _flops
 from ._dispatch import library as _library  # noqa: F401  first: its warning names who imports this package
 from ._dispatch import sharding as _sharding
 from ._dispatch.debug import debug
@@ -41,4 +42,5 @@ __all__ = [
     "workspace_bytes",
 ]
 
+_flops.register_when_imported()
 _sharding.rules()  # where DTensor has been imported before this package

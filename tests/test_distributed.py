@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_mo
 
 import condense_kernels as ck
 import condense_kernels.distributed
+from condense_kernels._dispatch.declaration import OPERATORS
 from condense_kernels.testing import assert_same_bits, make_inputs
 
 OPS = torch.ops.condense
@@ -112,6 +113,13 @@ def calls(batch: int) -> dict[str, tuple[tuple, dict]]:
     }
 
 
+def declared(batch: int) -> dict[str, tuple[tuple, dict]]:
+    """What every operator that runs on shards declares, the same on all ranks."""
+    torch.manual_seed(0)
+    operators = [operator for operator in OPERATORS.values() if operator.no_shards is None]
+    return {f"{o.name}, declared {i}": tuple(e) for o in operators for i, e in enumerate(o.examples(batch))}
+
+
 def listed(results) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
@@ -148,20 +156,20 @@ def by_image(mesh, *placements):
 @case(batch=1)  # an empty shard
 @case(batch=0)
 def shards_go_through_without_communication(mesh, batch):
-    for name, (args, kwargs) in calls(batch).items():
+    for name, (args, kwargs) in (calls(batch) | declared(batch)).items():
         check_call(mesh, name, args, kwargs, by_image(mesh), results=[Shard(0)], collectives=0)
 
 
 @case
 def replicas_stay_replicas(mesh):
-    for name, (args, kwargs) in calls(3).items():
+    for name, (args, kwargs) in (calls(3) | declared(3)).items():
         check_call(mesh, name, args, kwargs, by_image(mesh, Replicate()), results=[Replicate()], collectives=0)
 
 
 @case
 def replicas_beside_a_shard_are_cut(mesh):
     """Also those given by keyword, which the rules of register_sharding leave as they are."""
-    for name, (args, kwargs) in calls(3).items():
+    for name, (args, kwargs) in (calls(3) | declared(3)).items():
         sharded = iter([Shard(0)])
         place = lambda whole, n, sharded=sharded: by_image(mesh, next(sharded, Replicate()))(whole, n)  # noqa: E731
         check_call(mesh, name, args, kwargs, place, results=[Shard(0)], collectives=0)

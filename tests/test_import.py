@@ -516,15 +516,16 @@ TARGET = re.search(r"-DTORCH_TARGET_VERSION=\w+", SETUP)[0]
 
 
 def test_the_oldest_versions_are_the_same_everywhere():
-    from condense_kernels._dispatch import backends, library
+    from condense_kernels import _dispatch
+    from condense_kernels._dispatch import backends
 
     project = (ROOT / "pyproject.toml").read_text()
-    needed, triton = (f"{major}.{minor}" for major, minor in (library.OLDEST_TORCH, backends.OLDEST_TRITON))
+    needed, triton = (f"{major}.{minor}" for major, minor in (_dispatch.OLDEST_TORCH, backends.OLDEST_TRITON))
     assert f'dependencies = ["torch>={needed}"]' in project
     assert f'triton = ["triton>={triton};' in project
-    assert f"OLDEST_TORCH = {library.OLDEST_TORCH}" in SETUP
+    assert f"OLDEST_TORCH = {_dispatch.OLDEST_TORCH}" in SETUP
     target = int(TARGET.partition("=")[2], 16)
-    assert (target >> 56, target >> 48 & 0xFF) == library.OLDEST_TORCH
+    assert (target >> 56, target >> 48 & 0xFF) == _dispatch.OLDEST_TORCH
     assert 'requires-python = ">=3.10"' in project
     assert '"py_limited_api": "cp310"' in SETUP
 

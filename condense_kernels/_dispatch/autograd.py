@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ..tokens import over_all_segments, take_rows
 from . import library, sharding, vmap
+from .declaration import OPERATORS
 from .library import schema_of
 
 
@@ -36,7 +37,7 @@ class Call:
 
     op: str
     kernel: Callable
-    backward: Callable  # the kernel of merge_backward
+    backward: Callable  # the kernel of backward_of(op)
 
     def __call__(self, *values):
         positional, keywords = unflatten(self.op, values)
@@ -51,7 +52,14 @@ class Call:
 
 def call_of(op: str) -> Call:
     """The registered operator, by device."""
-    return Call(op, getattr(torch.ops.condense, op).default, torch.ops.condense.merge_backward.default)
+    kernel, backward = (getattr(torch.ops.condense, name).default for name in (op, backward_of(op)))
+    return Call(op, kernel, backward)
+
+
+def backward_of(op: str) -> str:
+    """The operator that the backward of ``op`` runs."""
+    derivatives = OPERATORS[op].derivatives
+    return op if derivatives is None or not derivatives.backward else derivatives.backward
 
 
 def dispatch(op: str, *values):
@@ -264,30 +272,24 @@ class MergeBackward(Operator):
             return torch.func.vjp(MergeBackward.pullback(saved), zeros)[1](tangents)[0]
 
 
-FUNCTIONS = {
-    "merge": Merge,
-    "select_and_merge": Merge,
-    "select_and_merge_varlen": Merge,
-    "merge_backward": MergeBackward,
-}
-NO_DERIVATIVES: dict[str, str] = {}  # why; of operators whose results a derivative would be expected of
-
-
 def differentiate(call: Call, *values):
     """call(*values), all of them in the schema's order, for autograd and the transforms of torch.func."""
-    if call.op in NO_DERIVATIVES and needs_derivative([v for v in values if isinstance(v, torch.Tensor)]):
+    operator = OPERATORS[call.op]
+    if operator.no_derivatives and needs_derivative([v for v in values if isinstance(v, torch.Tensor)]):
         raise ValueError(
-            f"{call.op} has no derivatives: {NO_DERIVATIVES[call.op]}, and an argument requires grad or has a tangent. "
+            f"{call.op} has no derivatives: {operator.no_derivatives}, and an argument requires grad or has a tangent. "
             "Remedy: call it under torch.no_grad(), or pass tensor.detach()."
         )
-    return FUNCTIONS.get(call.op, Constant).apply(call, *values)
+    function = Constant if operator.derivatives is None else operator.derivatives.function
+    return function.apply(call, *values)
 
 
 def concerned(op: str, values: Sequence) -> bool:
     """Whether a call has to go through autograd: torch itself would drop a gradient or a tangent in silence."""
-    if op in FUNCTIONS:
-        values = values[: MergeBackward.NUM_DIFFERENTIABLE if op == "merge_backward" else 2]
-    elif op not in NO_DERIVATIVES:
+    operator = OPERATORS[op]
+    if operator.derivatives is not None:
+        values = values[: operator.derivatives.of]
+    elif operator.no_derivatives is None:
         return False
     return needs_derivative([value for value in values if isinstance(value, torch.Tensor)])
 
@@ -314,7 +316,7 @@ def register(op: str) -> None:
         if not concerned(op, args):
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args, **kwargs)
-        if op in FUNCTIONS:
+        if OPERATORS[op].derivatives is not None:
             refuse_what_would_get_lost(op, args)
         try:
             return differentiate(call_of(op), *flatten(op, args, kwargs))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 
 from . import autograd, debug, library, sharding, vmap
+from .declaration import OPERATORS, Operator
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 OLDEST_TRITON = (3, 6)
-KERNELS: dict[str, dict[str, Callable]] = {}  # of an operator, by backend, where they are Python functions
 
 
 def triton_unavailable() -> str | None:
@@ -55,21 +55,13 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def register(
-    op: str,
-    *,
-    check: Callable,  # raises TypeError or ValueError
-    reference: Callable,
-    triton: Callable,
-    fake: Callable | None,  # None: returns no tensor, so there is nothing to trace
-    no_derivatives: str | None = None,  # why
-) -> None:
+def register(operator: Operator) -> None:
     """Everything of an operator but its C++ kernel, which registers itself."""
-    KERNELS[op] = {"reference": reference, "triton": triton}
-    library.register(op, cpu_fallback=raw(check, reference), cuda=raw(check, triton), fake=fake)
-    if no_derivatives is not None:
-        autograd.NO_DERIVATIVES[op] = no_derivatives
-    if op in autograd.FUNCTIONS or op in autograd.NO_DERIVATIVES:
+    op = operator.name
+    OPERATORS[op] = operator
+    cpu_fallback, cuda = (raw(operator.check, kernel) for kernel in (operator.reference, operator.triton))
+    library.register(op, cpu_fallback=cpu_fallback, cuda=cuda, fake=operator.fake)
+    if operator.derivatives is not None or operator.no_derivatives is not None:
         autograd.register(op)
     vmap.register(op, functools.partial(autograd.dispatch, op))
 
@@ -85,7 +77,7 @@ def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
     if backend == "reference" or (backend == "triton" and device.type == "cpu"):
-        return KERNELS[op][backend]
+        return getattr(OPERATORS[op], backend)
     return getattr(torch.ops.condense, op).default
 
 
@@ -102,7 +94,8 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         kernel = debug.checked(op, kernel)
     kernel = sharding.on_shards(op, kernel)
     if torch._C._are_functorch_transforms_active() or autograd.concerned(op, args):
-        backward = sharding.on_shards("merge_backward", kernel_of("merge_backward", backend, args[0].device))
+        backward = autograd.backward_of(op)
+        backward = sharding.on_shards(backward, kernel_of(backward, backend, args[0].device))
         return autograd.differentiate(autograd.Call(op, kernel, backward), *autograd.flatten(op, args, kwargs))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(*args, **kwargs)

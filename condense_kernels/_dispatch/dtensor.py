@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from . import library
+from .declaration import OPERATORS
 
 try:
     from torch.distributed.tensor import DTensor, Replicate
@@ -23,12 +24,6 @@ except ImportError as error:
         f"condense_kernels.distributed: torch {torch.__version__} has no torch.distributed.tensor ({error}). "
         "Remedy: a torch built with distributed. Without DTensors nothing here is needed."
     ) from error
-
-REFUSED = {  # why
-    "select_and_merge_varlen": "its offsets count the tokens of all images, and a shard holds only some of them",
-    "select_and_merge_out": "out= and workspace= are memory of one rank",
-    "workspace_bytes": "a workspace is memory of one rank",
-}
 
 
 def on_shards(op: str, kernel: Callable) -> Callable:
@@ -44,7 +39,8 @@ def on_shards(op: str, kernel: Callable) -> Callable:
         positional = [argument.name for argument in library.schema_of(op).arguments[: len(args)]]
         arguments = dict(zip(positional, args, strict=True)) | kwargs
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        shared = {name for name, t in tensors.items() if name == "positions" and t.dim() == 2}  # [N, P], no batch axis
+        without_batch = OPERATORS[op].shared
+        shared = {name for name, t in tensors.items() if without_batch.get(name) == t.dim()}
         check(op, tensors, shared)
         first = next(iter(tensors.values()))  # [B, ...], as all others but shared
         mesh = first.device_mesh
@@ -68,10 +64,11 @@ def on_shards(op: str, kernel: Callable) -> Callable:
 
 def check(op: str, tensors: dict[str, torch.Tensor], shared: set[str]) -> None:
     """What a rank's own part would not show, so that all ranks raise the same error before they communicate."""
-    if op in REFUSED:
+    reason = OPERATORS[op].no_shards
+    if reason is not None:
         raise RuntimeError(
-            f"{op}: expected plain tensors, got DTensors: {REFUSED[op]}. Remedy: call it on tensor.to_local(), each "
-            "rank on images of its own."
+            f"{op}: expected plain tensors, got DTensors: {reason}. Remedy: call it on tensor.to_local(), each rank on "
+            "images of its own."
         )
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
@@ -104,5 +101,5 @@ def register(op: str) -> None:
         torch.library.register_torch_dispatch(f"condense::{op}", DTensor, rule, lib=library.registry)
 
 
-for _op in library.SCHEMAS:
+for _op in OPERATORS:
     register(_op)

@@ -9,34 +9,32 @@ import torch
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from .declaration import OPERATORS
 from .library import as_returned, listed, register_kernel, schema_of
 
-LOOPED = ("select_and_merge_varlen",)  # no batch axis to fold into
 BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
-REFUSED = ("select_and_merge_out", "workspace_bytes")
 
 Axis = int | None  # where the mapped axis of a tensor is
 
 
 def mapped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:
     """Results with the mapped axis in front; call takes the values in the schema's order."""
-    if op in REFUSED:
-        raise RuntimeError(
-            f"{op} has no rule for torch.func.vmap. Remedy: condense_kernels.select_and_merge without out= and "
-            "workspace=."
-        )
-    return (looped if op in LOOPED else folded)(op, call, values, axes, size)
+    operator = OPERATORS[op]
+    if operator.no_vmap:
+        raise RuntimeError(f"{op} has no rule for torch.func.vmap. Remedy: {operator.no_vmap}.")
+    return (looped if operator.looped else folded)(op, call, values, axes, size)
 
 
 def folded(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:
     def fold(name: str, value, axis: Axis):
-        if not isinstance(value, torch.Tensor) or (name == "positions" and axis is None and value.dim() == 2):
-            return value  # one layout for all images
+        if not isinstance(value, torch.Tensor) or (axis is None and shared.get(name) == value.dim()):
+            return value  # one for all images
         value = value.expand(size, *value.shape) if axis is None else value.movedim(axis, 0)  # [V, B, ...]
-        if name == "positions" and value.dim() == 3:  # [V, N, P]: one for the images of a mapped call
-            value = value[:, None].expand(-1, batch, -1, -1)
+        if name in shared and value.dim() == shared[name] + 1:  # [V, ...]: one for the images of a mapped call
+            value = value[:, None].expand(-1, batch, *value.shape[1:])
         return value.flatten(0, 1)
 
+    shared = OPERATORS[op].shared
     batch = values[0].shape[0] if axes[0] is None else values[0].movedim(axes[0], 0).shape[1]  # also of no calls
     names = (argument.name for argument in schema_of(op).arguments)
     results = call(*map(fold, names, values, axes))

@@ -4,6 +4,8 @@ import torch
 
 from ..._dispatch import backends
 from ..._dispatch.checks import check_tensor, check_values, check_weight, check_where
+from ..._dispatch.debug import check_finite, check_indices, check_positions
+from ..._dispatch.declaration import Example, Operator, random
 from . import reference
 
 
@@ -32,7 +34,43 @@ def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weigh
     return launch(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
 
 
-backends.register("assign", check=check, reference=on_reference, triton=on_triton, fake=fake)
+def flops(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> int:
+    """Each token and row: a comparison; with a distance of P axes, P squares of differences, a root and its use too."""
+    axes = 0 if spatial_weight == 0 else len(grid) if grid is not None else positions[-1]
+    return s[0] * s[1] * indices[1] * (1 + (3 * axes + 2 if axes else 0))
+
+
+def look(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> None:
+    check_finite("s", s, ("image", "token", "token"))
+    check_indices("indices", indices, -1, s.shape[1])
+    check_positions(positions, None if tier is None else tier != 2)
+
+
+def examples(b: int) -> list[Example]:
+    s = random(b, 12, 12)
+    s = (s + s.mT) / 2
+    indices = torch.tensor([1, 4, 6, 11], device="cpu").expand(b, -1)
+    return [
+        Example((s, indices), {"tier": (random(b, 12) < 0.2).to(torch.int8) * 2, "grid": [3, 4]}),
+        Example((s, indices), {"positions": random(12, 2), "spatial_weight": 0.3}),
+        Example((s.double(), indices), {"positions": (9 * random(b, 12, 3)).int()}),
+        Example((s, indices), {"spatial_weight": 0.0}),
+    ]
+
+
+backends.register(
+    Operator(
+        "assign",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+        shared={"positions": 2},
+    )
+)
 
 
 def assign(

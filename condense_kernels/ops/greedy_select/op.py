@@ -2,6 +2,8 @@ import torch
 
 from ..._dispatch import backends
 from ..._dispatch.checks import FLOATS, check_count, check_tensor, check_weight
+from ..._dispatch.debug import check_finite, refuse
+from ..._dispatch.declaration import Example, Operator, random
 from . import reference
 
 
@@ -31,7 +33,44 @@ def on_triton(s, prior, k, *, sbar=None, tier=None, suppression=1.0):
     return launch(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
 
 
-backends.register("greedy_select", check=check, reference=on_reference, triton=on_triton, fake=fake)
+def flops(s, prior, k, *, sbar=None, tier=None, suppression=1.0) -> int:
+    """Each pick: a maximum, a product, a difference and a comparison a token."""
+    return 4 * prior[0] * prior[1] * k
+
+
+def look(s, prior, k, *, sbar=None, tier=None, suppression=1.0) -> None:
+    check_finite("s", s, ("image", "token", "token"))
+    check_finite("prior", prior, ("image", "token"), None if tier is None else (tier == 0) | (tier == 3))
+    check_finite("sbar", sbar, ("image",))
+    apart = (s - s.mT).abs() > 1e-3
+    refuse("s", s, apart, "a symmetric matrix", ("image", "token", "token"), "Remedy: condense_kernels.similarity.")
+    if tier is not None:
+        refuse("tier", tier, (tier < 0) | (tier > 3), "values in [0, 4)", ("image", "token"), "Remedy: see the page.")
+
+
+def examples(b: int) -> list[Example]:
+    s, prior, sbar = random(b, 12, 12), random(b, 12), random(b)
+    s = (s + s.mT) / 2
+    tier = (prior < 0.2).to(torch.int8)
+    return [
+        Example((s, prior, 5), {"sbar": sbar, "tier": tier, "suppression": 0.5}),
+        Example((s.double(), prior.half(), 0)),
+        Example((s, prior, 12), {"suppression": 0.0}),
+    ]
+
+
+backends.register(
+    Operator(
+        "greedy_select",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+    )
+)
 
 
 def greedy_select(

@@ -1,7 +1,9 @@
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import autograd, backends
 from ..._dispatch.checks import FLOATS, check_not_empty, check_tensor, check_values
+from ..._dispatch.debug import check_finite, check_indices, check_scores, refuse
+from ..._dispatch.declaration import Derivatives, Example, Operator, random
 from ..similarity.op import compute_dtype
 from . import reference
 
@@ -34,6 +36,29 @@ def on_triton(features, scores, indices, assignment):
     return launch(features, scores, indices, assignment)
 
 
+def flops(features, scores, indices, assignment) -> int:
+    """A product and an addition a token and channel, a quotient a row and channel."""
+    b, n, d = features
+    return 2 * b * n * d + b * indices[1] * d
+
+
+def look(features, scores, indices, assignment) -> None:
+    member = assignment >= 0
+    check_finite("features", features, ("image", "token", "channel"), member)
+    check_scores(scores, ("image", "token"), member)
+    check_indices("indices", indices, -1, features.shape[1])
+    outside = (assignment < -1) | (assignment >= indices.shape[1])
+    expected = f"rows in [-1, {indices.shape[1]})"
+    refuse("assignment", assignment, outside, expected, ("image", "token"), "Remedy: what assign returns.")
+
+
+def examples(b: int) -> list[Example]:
+    features, scores = random(b, 12, 5) - 0.5, random(b, 12)
+    indices = torch.tensor([1, 4, 6, 11], device="cpu").expand(b, -1)
+    assignment = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, -1, 2, 3, 3], device="cpu").expand(b, -1)
+    return [Example((x, scores, indices, assignment)) for x in (features, features.half(), features.double())]
+
+
 def check_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment) -> None:
     check(features, scores, indices, assignment)
     sizes = {**dict(zip("BND", features.shape, strict=True)), "K": indices.shape[1]}
@@ -61,13 +86,47 @@ def backward_on_triton(*args):
     return launch(*args)
 
 
-backends.register("merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+def backward_flops(grad_merged, grad_mass, features, *_) -> int:
+    """Of features a product, of scores a difference, a product and an addition, a token and channel."""
+    b, n, d = features
+    return 4 * b * n * d
+
+
+def backward_examples(b: int) -> list[Example]:
+    found = []
+    for (features, scores, indices, assignment), _ in examples(b):
+        merged, mass = on_reference(features, scores, indices, assignment)
+        grads = torch.sin(merged), torch.cos(mass)
+        found.append(Example((*grads, features, scores, merged, mass, indices, assignment)))
+    return found
+
+
+DERIVATIVES = Derivatives(autograd.Merge, of=2, backward="merge_backward")
+
 backends.register(
-    "merge_backward",
-    check=check_backward,
-    reference=backward_on_reference,
-    triton=backward_on_triton,
-    fake=fake_backward,
+    Operator(
+        "merge",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+        derivatives=DERIVATIVES,
+    )
+)
+backends.register(
+    Operator(
+        "merge_backward",
+        check=check_backward,
+        reference=backward_on_reference,
+        triton=backward_on_triton,
+        fake=fake_backward,
+        flops=backward_flops,
+        examples=backward_examples,
+        derivatives=Derivatives(autograd.MergeBackward, of=6),
+    )
 )
 
 

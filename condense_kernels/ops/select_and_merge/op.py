@@ -14,6 +14,8 @@ from ..._dispatch.checks import (
     check_weight,
     check_where,
 )
+from ..._dispatch.debug import check_finite, check_positions, check_scores, refuse
+from ..._dispatch.declaration import Example, Operator, random
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
@@ -134,16 +136,95 @@ def count_bytes(backend: str, args: tuple, options: dict) -> int:
     return backends.run("workspace_bytes", backend, args, options)
 
 
-backends.register("select_and_merge", check=check, reference=on_reference, triton=on_triton, fake=fake)
+def flops(
+    features, scores, num_anchors, num_background, *, keys=None, grid=None, positions=None, spatial_weight=1.0, **_
+) -> int:
+    """Of the four stages."""
+    (b, n, _), k = features, num_anchors + num_background
+    s, indices = (b, n, n), (b, k)
+    where = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+    return (
+        similarity.flops(features if keys is None else keys)
+        + greedy_select.flops(s, scores, num_anchors)
+        + greedy_select.flops(s, scores, num_background)
+        + assign.flops(s, indices, **where)
+        + merge.flops(features, scores, indices, scores)
+    )
+
+
+def look(features, scores, num_anchors, num_background, *, keys=None, positions=None, mask=None, **_) -> None:
+    check_finite("features", features, ("image", "token", "channel"), mask)
+    check_scores(scores, ("image", "token"), mask)
+    check_finite("keys", keys, ("image", "token", "channel"), mask)
+    check_positions(positions, mask)
+    if mask is not None:
+        k, count = num_anchors + num_background, mask.sum(dim=1)
+        remedy = "Remedy: keep fewer tokens, or let fewer be padding."
+        refuse("mask", count, count < k, f"at least K = {k} valid tokens an image", ("image",), remedy)
+
+
+def examples(b: int) -> list[Example]:
+    features, scores, keys = random(b, 12, 5) - 0.5, random(b, 12), random(b, 12, 3) - 0.5
+    on_grid = {"grid": [3, 4], "keys": keys, "mask": random(b, 12) > 0.1, "suppression": 0.5, "spatial_weight": 0.7}
+    return [
+        Example((features, scores, 3, 2), on_grid),
+        Example((features.double(), scores, 3, 2), {"positions": random(12, 2)}),
+        Example((features.half(), scores, 3, 1), {"positions": random(b, 12, 2)}),
+        Example((features.bfloat16(), scores, 0, 12), {"spatial_weight": 0.0}),
+    ]
+
+
+def out_examples(b: int) -> list[Example]:
+    found = []
+    for args, options in examples(b):
+        out = Condensed(*(t.new_empty(t.shape) for t in fake(*args)))
+        found += [Example(args, {**options, **out._asdict()})]
+    return found
+
+
 backends.register(
-    "select_and_merge_out",
-    check=check_raw_out,
-    reference=on_reference_out,
-    triton=on_triton_out,
-    fake=lambda *args, **kwargs: None,
-    no_derivatives="it writes into tensors of the caller",
+    Operator(
+        "select_and_merge",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+        derivatives=merge.DERIVATIVES,
+        shared={"positions": 2},
+    )
 )
-backends.register("workspace_bytes", check=check, reference=bytes_on_reference, triton=bytes_on_triton, fake=None)
+NOT_IN_PLACE = "condense_kernels.select_and_merge without out= and workspace="
+backends.register(
+    Operator(
+        "select_and_merge_out",
+        check=check_raw_out,
+        reference=on_reference_out,
+        triton=on_triton_out,
+        fake=lambda *args, **kwargs: None,
+        flops=lambda *args, workspace=None, merged, indices, assignment, mass, **options: flops(*args, **options),
+        examples=out_examples,
+        look=lambda *args, workspace=None, merged, indices, assignment, mass, **options: look(*args, **options),
+        no_derivatives="it writes into tensors of the caller",
+        no_vmap=NOT_IN_PLACE,
+        no_shards="out= and workspace= are memory of one rank",
+    )
+)
+backends.register(
+    Operator(
+        "workspace_bytes",
+        check=check,
+        reference=bytes_on_reference,
+        triton=bytes_on_triton,
+        fake=None,
+        flops=lambda *args, **options: 0,
+        examples=examples,
+        no_vmap=NOT_IN_PLACE,
+        no_shards="a workspace is memory of one rank",
+    )
+)
 
 
 def select_and_merge(

@@ -10,6 +10,9 @@ from ..._dispatch.checks import (
     check_tensor,
     check_weight,
 )
+from ..._dispatch.debug import check_finite, check_scores, refuse
+from ..._dispatch.declaration import Example, Operator, random
+from ..merge.op import DERIVATIVES
 from ..select_and_merge import Condensed
 from ..select_and_merge import op as dense
 from ..similarity.op import compute_dtype
@@ -74,7 +77,80 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
-backends.register("select_and_merge_varlen", check=check, reference=on_reference, triton=on_triton, fake=fake)
+def flops(
+    features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, *, keys=None, **where
+) -> int:
+    """At most: as if the tokens came in segments of max_seqlen, as the lengths are on the device."""
+    t, d = features
+    segments = -(-t // max(max_seqlen, 1))
+    images = segments, max_seqlen, d
+    kept = -(-total_keep // max(segments, 1))
+    keys = None if keys is None else (segments, max_seqlen, keys[1])
+    return dense.flops(images, images[:2], kept, 0, keys=keys, **where)
+
+
+def look(
+    features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, *, keys=None, positions=None, **_
+) -> None:
+    ends = {"cu_seqlens": (cu_seqlens, features.shape[0], "T"), "cu_anchors": (cu_anchors, None, "")}
+    ends |= {"cu_background": (cu_background, None, "")}
+    for name, (offsets, last, letter) in ends.items():
+        decreasing = torch.nn.functional.pad(offsets.diff() < 0, (1, 0))
+        refuse(name, offsets, decreasing, "running sums", ("offset",), "Remedy: torch.cumsum of counts.")
+        if offsets[0] != 0 or (last is not None and offsets[-1] != last):
+            until = "" if last is None else f" up to {letter} = {last}"
+            ends_at = f"{offsets[0].item()} ... {offsets[-1].item()}"
+            raise ValueError(f"{name}: expected running sums from 0{until}, got {ends_at}. Remedy: varlen_budget.")
+    kept, lengths = (cu_anchors.long() + cu_background).diff(), cu_seqlens.diff()
+    remedy = "Remedy: varlen_budget."
+    refuse("cu_anchors + cu_background", kept, kept > lengths, "at most the tokens of a segment", ("image",), remedy)
+    refuse("cu_seqlens", lengths, lengths > max_seqlen, f"at most max_seqlen = {max_seqlen}", ("image",), remedy)
+    if kept.sum() != total_keep:
+        raise ValueError(
+            f"total_keep: expected {kept.sum().item()}, as the offsets have it, got {total_keep}. {remedy}"
+        )
+
+    def token(t: int) -> str:
+        segment = int(torch.searchsorted(cu_seqlens, t, right=True)) - 1
+        return f"image {segment}, token {t - int(cu_seqlens[segment])}"
+
+    check_finite("features", features, (token, "channel"))
+    check_scores(scores, (token,))
+    check_finite("keys", keys, (token, "channel"))
+    check_finite("positions", positions, (token, "axis"))
+
+
+def examples(b: int) -> list[Example]:
+    """Of b segments and an empty one."""
+    lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], device="cpu")
+    cu_seqlens, cu_anchors, cu_background = (
+        torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int() for counts in (lengths, lengths // 3, lengths // 5)
+    )
+    t, total_keep = int(cu_seqlens[-1]), int(cu_anchors[-1] + cu_background[-1])
+    offsets = cu_seqlens, cu_anchors, cu_background, total_keep, 12
+    features, scores = random(t, 5) - 0.5, random(t)
+    placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.5}
+    return [
+        Example((features, scores, *offsets), placed),
+        Example((features.bfloat16(), scores, *offsets), {"spatial_weight": 0.0}),
+    ]
+
+
+backends.register(
+    Operator(
+        "select_and_merge_varlen",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+        derivatives=DERIVATIVES,
+        looped=True,
+        no_shards="its offsets count the tokens of all images, and a shard holds only some of them",
+    )
+)
 
 
 def select_and_merge_varlen(

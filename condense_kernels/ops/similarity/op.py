@@ -2,6 +2,8 @@ import torch
 
 from ..._dispatch import backends
 from ..._dispatch.checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
+from ..._dispatch.debug import check_finite, check_scores
+from ..._dispatch.declaration import Example, Operator, random
 from . import reference
 
 
@@ -45,13 +47,34 @@ def on_triton(keys, scores=None, mask=None):
     return launch(keys, scores, mask)
 
 
+def flops(keys, scores=None, mask=None) -> int:
+    """Products and additions of the pairs i <= j, each computed once."""
+    b, n, dk = keys
+    return b * n * (n + 1) * dk
+
+
+def look(keys, scores=None, mask=None) -> None:
+    check_finite("keys", keys, ("image", "token", "channel"), mask)
+    check_scores(scores, ("image", "token"), mask)
+
+
+def examples(b: int) -> list[Example]:
+    keys, scores = random(b, 12, 5) - 0.5, random(b, 12)
+    return [Example((keys, scores, scores > 0.1)), Example((keys.bfloat16(),)), Example((keys, scores.double()))]
+
+
 backends.register(
-    "similarity",
-    check=check,
-    reference=on_reference,
-    triton=on_triton,
-    fake=fake,
-    no_derivatives="selection and assignment, which it is for, are constants",
+    Operator(
+        "similarity",
+        check=check,
+        reference=on_reference,
+        triton=on_triton,
+        fake=fake,
+        flops=flops,
+        examples=examples,
+        look=look,
+        no_derivatives="selection and assignment, which it is for, are constants",
+    )
 )
 
 
