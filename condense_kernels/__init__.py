@@ -4,43 +4,18 @@ similarity -> greedy_select -> assign -> merge, and select_and_merge, which is a
 """
 
 from ._dispatch import flops as _flops
-from ._dispatch import library as _library  # noqa: F401  first: its warning names who imports this package
+from ._dispatch import library as _library  # noqa: F401  its warning names who imports this package
 from ._dispatch import sharding as _sharding
-from ._dispatch.debug import debug
-from ._version import __version__
-from .budget import VarlenBudget, condense, split_budget, varlen_budget
-from .modules import Condense
-from .ops import (
-    Condensed,
-    assign,
-    greedy_select,
-    merge,
-    select_and_merge,
-    select_and_merge_varlen,
-    similarity,
-    workspace_bytes,
-)
-from .tokens import gather_tokens, unmerge
-
-__all__ = [
-    "Condense",
-    "Condensed",
-    "VarlenBudget",
-    "__version__",
-    "assign",
-    "condense",
-    "debug",
-    "gather_tokens",
-    "greedy_select",
-    "merge",
-    "select_and_merge",
-    "select_and_merge_varlen",
-    "similarity",
-    "split_budget",
-    "unmerge",
-    "varlen_budget",
-    "workspace_bytes",
-]
+from ._dispatch.debug import debug as debug
+from ._version import __version__ as __version__
+from .budget import VarlenBudget as VarlenBudget
+from .budget import condense as condense
+from .budget import split_budget as split_budget
+from .budget import varlen_budget as varlen_budget
+from .modules import Condense as Condense
+from .ops import *  # noqa: F403  each by the line that registers it there
+from .tokens import gather_tokens as gather_tokens
+from .tokens import unmerge as unmerge
 
 _flops.register_when_imported()
 _sharding.rules()  # where DTensor has been imported before this package

@@ -11,7 +11,7 @@ import torch
 
 from condense_kernels import Condensed
 from condense_kernels._dispatch import backends
-from condense_kernels._triton.device import Packed
+from condense_kernels._triton.launcher import Packed
 from condense_kernels._triton.tables import FusedConfig, MergeBackwardConfig, SelectConfig, trying
 from condense_kernels.ops.merge import reference
 from condense_kernels.ops.merge.kernel import merge, merge_backward

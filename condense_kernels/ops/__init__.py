@@ -11,20 +11,11 @@ select_and_merge is all of them in a row, select_and_merge_varlen the same for i
 kernels are in csrc/, under the same names.
 """
 
-from .assign import assign
-from .greedy_select import greedy_select
-from .merge import merge
-from .select_and_merge import Condensed, select_and_merge, workspace_bytes
-from .select_and_merge_varlen import select_and_merge_varlen
-from .similarity import similarity
-
-__all__ = [
-    "Condensed",
-    "assign",
-    "greedy_select",
-    "merge",
-    "select_and_merge",
-    "select_and_merge_varlen",
-    "similarity",
-    "workspace_bytes",
-]
+from .assign import assign as assign
+from .greedy_select import greedy_select as greedy_select
+from .merge import merge as merge
+from .select_and_merge import Condensed as Condensed
+from .select_and_merge import select_and_merge as select_and_merge
+from .select_and_merge import workspace_bytes as workspace_bytes
+from .select_and_merge_varlen import select_and_merge_varlen as select_and_merge_varlen
+from .similarity import similarity as similarity

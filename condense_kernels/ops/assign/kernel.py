@@ -15,11 +15,9 @@ from ..._triton.device import (
     image_rows,
     image_tokens,
     is_finite,
-    on_device_of,
-    reject_float64,
-    strides_of,
     tokens_before,
 )
+from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

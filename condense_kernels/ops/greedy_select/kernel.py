@@ -22,11 +22,9 @@ from ..._triton.device import (
     is_finite,
     lesser,
     magnitude_bits,
-    on_device_of,
     order_key,
-    reject_float64,
-    strides_of,
 )
+from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import MAX_STORED, SelectConfig
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's

@@ -13,11 +13,9 @@ from ..._triton.device import (
     image_of_row,
     image_tokens,
     narrow,
-    on_device_of,
-    reject_float64,
-    strides_of,
     sum_in_pairs,
 )
+from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import MergeBackwardConfig, MergeConfig
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less

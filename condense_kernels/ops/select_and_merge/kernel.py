@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton.device import image_rows, image_tokens, on_device_of, reject_float64, strides_of, tokens_before
+from ..._triton.device import image_rows, image_tokens, tokens_before
+from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows

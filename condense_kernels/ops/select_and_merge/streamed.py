@@ -30,9 +30,9 @@ from ..._triton.device import (
     image_tokens,
     inside,
     order_key,
-    strides_of,
     tokens_before,
 )
+from ..._triton.launcher import strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from ..._triton.device import Packed, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import Packed, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig
 from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign

@@ -13,13 +13,11 @@ from ..._triton.device import (
     image_tokens,
     is_finite,
     magnitude_bits,
-    on_device_of,
     power_of_two,
-    reject_float64,
-    strides_of,
     sum_in_pairs,
     tokens_before,
 )
+from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import SimilarityConfig
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free

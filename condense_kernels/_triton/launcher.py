@@ -1,0 +1,66 @@
+"""The host's side of a launch: which device, which strides, and what a packed batch hands to a kernel."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def reject_float64(**tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise ValueError(
+                f"{name}: expected fp32, fp16 or bf16 on the Triton kernels, got float64. "
+                f"Remedy: {name}.float(), or CPU tensors, which are computed in fp64."
+            )
+
+
+def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    """Of a packed tensor, which has no batch axis: the tokens' stride for that as well, see image_tokens.
+
+    Zeros for an argument that was left out; its pointer is then any tensor's, and never read.
+    """
+    return (0,) * axes if tensor is None else tensor.stride()[:1] * (axes - tensor.dim()) + tensor.stride()
+
+
+class Packed(NamedTuple):
+    """A packed batch as an argument of a kernel; None in its place is a dense one.
+
+    The sizes x come as 2 x + 1: for a multiple of 16, or for 1, Triton would compile every kernel again.
+    """
+
+    cu_seqlens: torch.Tensor  # [S + 1]
+    cu_anchors: torch.Tensor  # [S + 1]
+    cu_background: torch.Tensor  # [S + 1]
+    odd_segments: int
+    odd_tokens: int
+    odd_keep: int
+    odd_seqlen: int
+
+    @classmethod
+    def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
+        offsets = (cu.contiguous() for cu in (cu_seqlens, cu_anchors, cu_background))
+        sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen)
+        return cls(*offsets, *(2 * size + 1 for size in sizes))
+
+    @property
+    def num_segments(self) -> int:
+        return self.odd_segments // 2
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.odd_seqlen // 2
+
+    @property
+    def max_keep(self) -> int:
+        """At most so many rows has a segment."""
+        return min(self.odd_keep, self.odd_seqlen) // 2
+
+    def num_slots(self, block: int) -> int:
+        """How many programs reach every block of tokens of every segment, see first_block_of."""
+        return self.odd_tokens // 2 // block + self.num_segments
