@@ -127,16 +127,17 @@ class BuildLibrary(build_ext):
         extension = self.extensions[0]
         library = Path(self.get_ext_fullpath(extension.name))
         library.unlink(missing_ok=True)  # a stale one must not outlive a build that fails
-        wanted = os.environ.get("CONDENSE_BUILD_EXT", "")
-        if wanted not in ("", "0", "1"):
-            raise SystemExit(f"CONDENSE_BUILD_EXT: expected 0, 1 or nothing, got {wanted!r}.")
         try:
-            if wanted == "0":
+            wanted = runpy.run_path("condense_kernels/_dispatch/environment.py")["read"]("CONDENSE_BUILD_EXT")
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        try:
+            if wanted is False:
                 raise CannotBuild("CONDENSE_BUILD_EXT=0 is set")
             compile_library(extension.sources, Path(self.build_temp), library)
             BuildLibrary.built = True
         except CannotBuild as reason:
-            if wanted == "1":
+            if wanted:
                 raise SystemExit(f"condense_kernels: CONDENSE_BUILD_EXT=1 is set, but {reason}.") from None
             print(
                 f"\nWARNING: condense_kernels is installed without its compiled kernels: {reason}.\n"

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import datetime
 import io
-import os
 import re
 import subprocess
 import typing
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from condense_kernels._dispatch import environment
 from condense_kernels.cli.env import driver, processor, version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +71,7 @@ def commit() -> str:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy of the files alone
-        return os.environ.get("CONDENSE_COMMIT", "unknown")
+        return environment.read("CONDENSE_COMMIT") or "unknown"
 
 
 def provenance(device: str) -> dict[str, str | int]:

@@ -4,9 +4,9 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+
+#include "environment.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -73,8 +73,6 @@
 namespace condense {
 namespace {
 
-enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-
 #if defined(CONDENSE_HAS_X86_ISAS)
 InstructionSet best_of_processor() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -101,21 +99,10 @@ bool can_use_amx() {
 #endif
 }
 
-// AMX has to be asked for by name: its code has run in emulation, but not yet on a processor that has it.
-InstructionSet choose() {
+InstructionSet choose(InstructionSet allowed) {
   const InstructionSet best = best_of_processor();
-  const char* asked = std::getenv("CONDENSE_CPU_CAPABILITY");
-  if (!asked || !std::strcmp(asked, "avx512_bf16")) return best;
-  if (!std::strcmp(asked, "amx")) {
-    return best == InstructionSet::kAvx512Bf16 && can_use_amx() ? InstructionSet::kAmx : best;
-  }
-  if (!std::strcmp(asked, "avx512")) return std::min(best, InstructionSet::kAvx512);
-  if (!std::strcmp(asked, "avx2")) return std::min(best, InstructionSet::kAvx2);
-  if (!std::strcmp(asked, "default")) return InstructionSet::kDefault;
-  std::fprintf(stderr,
-               "CONDENSE_CPU_CAPABILITY: expected default, avx2, avx512, avx512_bf16 or amx, got %s; it is ignored.\n",
-               asked);
-  return best;
+  if (allowed != InstructionSet::kAmx) return std::min(best, allowed);
+  return best == InstructionSet::kAvx512Bf16 && can_use_amx() ? InstructionSet::kAmx : best;
 }
 
 #if defined(CONDENSE_HAS_BF16_ISAS)
@@ -140,8 +127,9 @@ RowOps<T> with_amx() {
 
 template <class T>
 const RowOps<T>& row_ops() {
+  [[maybe_unused]] static const InstructionSet allowed = allowed_instruction_set();
 #if defined(CONDENSE_HAS_X86_ISAS)
-  static const InstructionSet chosen = choose();
+  static const InstructionSet chosen = choose(allowed);
 #if defined(CONDENSE_HAS_BF16_ISAS)
   static const RowOps<T> amx = with_amx<T>();
   if (chosen == InstructionSet::kAmx) return amx;

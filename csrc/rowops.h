@@ -75,8 +75,7 @@ struct RowOps {
   double (*gradient_row)(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx);
 };
 
-// The loops for the best instruction set of this machine, or for the one that the environment variable
-// CONDENSE_CPU_CAPABILITY names (default, avx2, avx512, avx512_bf16, amx), where the machine has it.
+// The loops for the best instruction set of this machine that the environment allows (environment.h).
 template <class T>
 const RowOps<T>& row_ops();
 

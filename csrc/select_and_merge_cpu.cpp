@@ -3,32 +3,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "environment.h"
 #include "select_and_merge.h"
 
 namespace condense {
 namespace {
-
-// Tokens up to which an image's s is stored: 64 MB in fp32.
-int64_t stored_tokens() {
-  static const int64_t tokens = [] {
-    constexpr int64_t kTokens = 4096;
-    const char* asked = std::getenv("CONDENSE_STORED_TOKENS");
-    if (!asked) return kTokens;
-    char* end;
-    const int64_t number = std::strtoll(asked, &end, 10);
-    if (end != asked && *end == 0 && number >= 0) return number;
-    std::fprintf(stderr, "CONDENSE_STORED_TOKENS: expected a number of tokens, got %s; it is ignored.\n", asked);
-    return kTokens;
-  }();
-  return tokens;
-}
 
 bool is_stored(const Image& image) { return image.N() <= stored_tokens(); }
 

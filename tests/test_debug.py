@@ -199,7 +199,7 @@ def test_compiled_code_is_not_disturbed():
     assert torch.equal(compiled, call(t["features"], t["scores"]))
 
 
-@pytest.mark.parametrize(("value", "raises"), [("1", True), ("0", False), ("false", False)])
+@pytest.mark.parametrize(("value", "raises"), [("1", True), ("on", True), ("0", False), ("", False)])
 def test_environment(value, raises):
     code = "import torch, condense_kernels as ck; ck.merge(*map(torch.tensor, ([[[1.]]], [[-1.]], [[0]], [[0]])))"
     done = subprocess.run(

@@ -177,9 +177,9 @@ def library() -> Path:
     return Path(ck.__file__).with_name("_C.abi3.so")
 
 
-def run(*command) -> subprocess.CompletedProcess:
-    """In an empty environment."""
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={})
+def run(*command, **environment: str) -> subprocess.CompletedProcess:
+    """In an environment that holds nothing else."""
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.slow
@@ -233,3 +233,16 @@ def test_what_a_user_sees_in_cpp(program, package, tmp_path, cpp):
     torch.save([list(wrong)], tmp_path / "inputs.pt")
     done = run(program, library(), path, tmp_path / "inputs.pt", results)
     assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["grid"], indirect=True)
+def test_environment_variables_in_cpp(program, package, tmp_path, cpp):
+    """The library reads its own, without Python: a wrong value is an error, an empty one is not set."""
+    torch.save([list(CASES[package[0]][2][0])], tmp_path / "inputs.pt")
+    command = program, library(), package[1], tmp_path / "inputs.pt", tmp_path / "results.pt"
+    done = run(*command, CONDENSE_STORED_TOKENS="many")
+    said = "condense_aot: CONDENSE_STORED_TOKENS: expected a number of 1 to 18 digits, got 'many'. Remedy: unset"
+    assert done.returncode == 1 and done.stderr.startswith(said), done.stderr
+    done = run(*command, CONDENSE_STORED_TOKENS="", CONDENSE_CPU_CAPABILITY="")
+    assert (done.returncode, done.stderr) == (0, "")

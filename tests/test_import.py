@@ -11,6 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(importlib.util.find_spec("condense_kernels").origin).parent
 VERSION = re.search('"(.*)"', (PACKAGE / "_version.py").read_text())[1]
 LIBRARY = PACKAGE / "_C.abi3.so"
-HAS_LIBRARY = LIBRARY.is_file() and os.environ.get("CONDENSE_DISABLE_CPP") != "1"
+ENVIRONMENT = runpy.run_path(PACKAGE / "_dispatch" / "environment.py")  # without the package, which tests import anew
+HAS_LIBRARY = LIBRARY.is_file() and not ENVIRONMENT["read"]("CONDENSE_DISABLE_CPP")
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the compiled library was not built, or is switched off")
 
 TORCH_IMPORTED = multiprocessing.get_context("forkserver")

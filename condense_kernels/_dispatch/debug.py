@@ -5,17 +5,15 @@ is picked last, a wrong offset reads nothing) is for servers that must go on; he
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
 
+from . import environment
 from .declaration import OPERATORS
 
-ENVIRONMENT = "CONDENSE_DEBUG"
-
-_debugging: ContextVar[bool] = ContextVar("debugging", default=os.environ.get(ENVIRONMENT) == "1")
+_debugging: ContextVar[bool] = ContextVar("debugging", default=bool(environment.read("CONDENSE_DEBUG")))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ What happens when: docs/installing.md.
 import dataclasses
 import functools
 import importlib.resources
-import os
 import struct
 import threading
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from . import schemas
+from . import environment, schemas
 
 NAMESPACE = "condense"
 PACKAGE = __package__.rpartition(".")[0]
@@ -78,7 +77,7 @@ def _load() -> str | None:
 
     Never when an operator of it exists: registering one twice ends the process.
     """
-    if os.environ.get("CONDENSE_DISABLE_CPP") == "1":
+    if environment.read("CONDENSE_DISABLE_CPP"):
         return "CONDENSE_DISABLE_CPP=1 is set"
     resource = importlib.resources.files(PACKAGE) / "_C.abi3.so"
     if not resource.is_file():
@@ -196,6 +195,7 @@ def _on_one_device(fake: Callable) -> Callable:
     return checked
 
 
+environment.check()
 with _owner.lock:
     _claim()
 registry = _owner.library

@@ -12,16 +12,9 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from .._dispatch import backends, library
+from .._dispatch import backends, environment, library
 
 SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
-VARIABLES = (
-    "CONDENSE_DISABLE_CPP",
-    "CONDENSE_CPU_CAPABILITY",
-    "TRITON_INTERPRET",
-    "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +102,7 @@ def facts() -> list[tuple[str, str]]:
         ("gpu driver", driver()),
         ("compiled library", compiled_library()),
         *backends_here(),
-        *((name, os.environ[name]) for name in VARIABLES if name in os.environ),
+        *environment.present().items(),
     ]
 
 
