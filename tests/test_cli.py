@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from condense_kernels import __main__, __version__, testing
-from condense_kernels._dispatch import backends
+from condense_kernels._dispatch import backends, environment
 from condense_kernels.cli import check, demo, env, methods, patches, tables
 from condense_kernels.testing import inputs
 
@@ -289,6 +289,14 @@ def test_env_describes_the_machine(capsys):
     for backend in backends.BACKENDS[1:]:
         reason = backends.unavailable(backend, torch.device("cpu"))
         assert rows[f"{backend} on cpu"] == ("available" if reason is None else f"no: {reason}")
+
+
+def test_env_lists_the_variables_that_are_set(monkeypatch):
+    for name in (*environment.VARIABLES, *environment.OF_OTHERS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CONDENSE_STORED_TOKENS", "77")
+    monkeypatch.setenv("CXX", "clang++")
+    assert env.facts()[-2:] == [("CONDENSE_STORED_TOKENS", "77"), ("CXX", "clang++")]
 
 
 def test_env_says_why_there_is_no_library(monkeypatch):
