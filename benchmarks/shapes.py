@@ -66,11 +66,11 @@ def make(
     A feature is a common direction (encoders have one), a part that varies slowly over the picture, a part of its own,
     and a length. Scores are a softmax with a long tail, as attention has, that also varies slowly.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     b, d, (height, width) = shape.batch, shape.channels, shape.grid
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
     def slow(channels: int) -> torch.Tensor:  # [B, N, channels]
         coarse = normal(b, channels, max(2, height // 6), max(2, width // 6))

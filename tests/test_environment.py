@@ -1,4 +1,4 @@
-"""Environment variables: one meaning of each value, an error for every other, one module and one page that know them."""
+"""Environment variables: one meaning of each value, an error for every other, one module and one page for all."""
 
 import os
 import re
@@ -130,7 +130,9 @@ def test_the_import_refuses_and_warns():
 
 def test_empty_variables_are_silent():
     code = "import torch, condense_kernels as ck; ck.similarity(torch.rand(1, 2, 3))"
-    done = python("import warnings; warnings.simplefilter('error'); " + code, **dict.fromkeys(environment.VARIABLES, ""))
+    done = python(
+        "import warnings; warnings.simplefilter('error'); " + code, **dict.fromkeys(environment.VARIABLES, "")
+    )
     without = python(code)
     assert (done.returncode, done.stderr) == (0, "") or "slow reference" in without.stderr
 
@@ -164,7 +166,9 @@ def test_names_of_somebody_else(monkeypatch, name):
 @pytest.mark.parametrize(("text", "said"), [("2", "CONDENSE_BUILD_EXT: expected one of true"), ("off", "=0 is set")])
 def test_the_build_reads_it_by_the_same_file(tmp_path, text, said):
     build = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
-    done = subprocess.run(build, cwd=ROOT, env={**os.environ, "CONDENSE_BUILD_EXT": text}, capture_output=True, text=True)
+    done = subprocess.run(
+        build, cwd=ROOT, env={**os.environ, "CONDENSE_BUILD_EXT": text}, capture_output=True, text=True
+    )
     assert (said in done.stderr) and (done.returncode == 0) == (text == "off"), done.stderr
     assert runpy.run_path(environment.__file__)["VARIABLES"].keys() == environment.VARIABLES.keys()
 
@@ -178,6 +182,7 @@ SOURCES = [
     if path.suffix in (".py", ".cpp", ".h")
 ]
 READS = re.compile(r"environ\b(?!ment)(?!\.pop)|getenv")
+OTHERWISE = re.compile(r"\*\*os\.environ|environ\.get\(\"(CXX|CXXFLAGS|LDFLAGS)\"")
 OWNERS = {"condense_kernels/_dispatch/environment.py", "csrc/environment.cpp"}
 
 
@@ -185,8 +190,7 @@ def test_one_module_reads_them():
     """Others may hand the environment on to a process, and setup.py reads the variables that compilers have."""
     found = {}
     for path in SOURCES:
-        lines = [line for line in path.read_text().splitlines() if READS.search(line)]
-        lines = [line for line in lines if not re.search(r"\*\*os\.environ|environ\.get\(\"(CXX|CXXFLAGS|LDFLAGS)\"", line)]
+        lines = [line for line in path.read_text().splitlines() if READS.search(line) and not OTHERWISE.search(line)]
         if lines:
             found[path.relative_to(ROOT).as_posix()] = lines
     assert found.keys() == OWNERS, found
@@ -197,7 +201,7 @@ def test_every_variable_is_on_the_page():
     rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|", page, re.MULTILINE)
     listed = [name for row in rows for name in re.findall("[A-Z_]+", row)]
     assert listed == [*environment.VARIABLES, *environment.OF_OTHERS]
-    tracked = [*SOURCES, *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "benchmarks" / "gpu.sh"]
-    named = {name for path in tracked for name in re.findall(r"\bCONDENSE_[A-Z_]+[A-Z]\b", path.read_text())}
+    texts = [*SOURCES, *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "benchmarks/gpu.sh"]
+    named = {name for path in texts for name in re.findall(r"\bCONDENSE_[A-Z_]+[A-Z]\b", path.read_text())}
     macros = {name for name in named if re.match("CONDENSE_(ISA|HAS|INSTANTIATE)", name)}
     assert named - macros - {"CONDENSE_DISABLE_CPPP"} == set(environment.VARIABLES)

@@ -76,7 +76,7 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
     if arguments.device.split(":")[0] not in ("cpu", "cuda"):
         raise CommandError(f"--device: expected cpu or cuda, got {arguments.device}")
     try:
-        torch.empty(1, device=arguments.device).cpu()
+        torch.empty(1, dtype=torch.uint8, device=arguments.device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {arguments.device} is not available here: {reason}") from None

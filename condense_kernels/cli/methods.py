@@ -68,7 +68,7 @@ def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: s
 def run_pooling(inputs: Inputs, keep: int) -> Result:
     side = inputs.grid[0]
     rows, columns = pooling_blocks(keep, side)
-    at = torch.arange(side, device=inputs.features.device)
+    at = torch.arange(side, dtype=torch.int64, device=inputs.features.device)
     block = ((at * rows // side)[:, None] * columns + at * columns // side).flatten()  # [N]
     patches = inputs.features[0].double()
     merged = torch.stack([patches[block == k].mean(dim=0) for k in range(rows * columns)])
@@ -77,8 +77,9 @@ def run_pooling(inputs: Inputs, keep: int) -> Result:
 
 
 def random_choice(scores: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(scores.shape[1], generator=generator)[:keep].to(scores.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(scores.shape[1], generator=generator, dtype=torch.int64, device="cpu")
+    return order[:keep].to(scores.device)
 
 
 def redundancy(keys: torch.Tensor) -> float:

@@ -53,7 +53,7 @@ def draw_outlines(axes, patches: list[int], side: int, colour: str) -> None:
 
 def draw_kept(axes, picture: torch.Tensor, result: Result, side: int) -> None:
     """Kept patches in full colour with an outline, the others faded; for pooling the blocks."""
-    own = torch.zeros(side * side, 1, device=picture.device)
+    own = torch.zeros(side * side, 1, dtype=picture.dtype, device=picture.device)
     own[result.anchors + result.background + result.kept] = 1
     window = put_together(own.expand(-1, PATCH * PATCH * 3), side)
     show(axes, window * picture + (1 - window) * (picture if result.blocks else faded(picture)))

@@ -1,5 +1,6 @@
 """A backend's result against the reference, step by step, each within a derived bound."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def _largest(what: str, error: torch.Tensor, bound: torch.Tensor | float) -> Fin
     if error.numel() == 0:
         return Finding(what, 0.0, 0.0, "")
     error = error.nan_to_num(nan=math.inf)
-    bound = torch.as_tensor(bound, dtype=torch.float64).broadcast_to(error.shape)
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=error.device).broadcast_to(error.shape)
     share = torch.where(error == 0, 0.0, error / bound.clamp(min=5e-324))
     at = torch.unravel_index(share.argmax(), share.shape)
     return Finding(what, float(error[at]), float(bound[at]), str([int(i) for i in at]))
@@ -75,7 +76,7 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Elementwise: equal, counting NaN equal to NaN and telling -0 from +0."""
     if a.dtype != b.dtype or a.shape != b.shape:
-        return torch.zeros((), dtype=torch.bool)
+        return torch.zeros((), dtype=torch.bool, device=a.device)
     if not a.is_floating_point():
         return a == b
     return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
@@ -165,16 +166,16 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
             bound = _score_bound(utility[live], error[live], s_bound, inputs.suppression, eps) if live.any() else 0.0
             gaps[name].append(gap)
             bounds[name].append([bound] * len(gap))
+    as_fp64 = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
     return [
-        _largest(f"{name}: pick order replayed in fp64", torch.tensor(gaps[name]).double(), torch.tensor(bounds[name]))
-        for name in gaps
+        _largest(f"{name}: pick order replayed in fp64", as_fp64(gaps[name]), as_fp64(bounds[name])) for name in gaps
     ]
 
 
 def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, eps: float):
     """d / dmax of image ``b`` [N, K] in fp64, and how far it may be off in arithmetic of unit roundoff eps."""
     if inputs.spatial_weight == 0:
-        return torch.zeros(len(valid), len(kept), dtype=torch.float64), 0.0
+        return torch.zeros(len(valid), len(kept), dtype=torch.float64, device=valid.device), 0.0
     if inputs.grid is not None:
         at = assign_reference.grid_positions(inputs.grid).double()
     else:
@@ -190,22 +191,23 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
 def _compare_assignment(inputs: Inputs, stages: Stages, result: Condensed, exact: tuple, s_bound: float, eps: float):
     """Given the backend's kept tokens: the chosen row's exact score against the best row's (Eq. 6, 7), and ties."""
     s, tier, weight = exact[0], exact[3], inputs.spatial_weight
-    gap = torch.zeros(tier.shape, dtype=torch.float64)
+    gap = torch.zeros_like(tier, dtype=torch.float64)
     untied, bound = torch.zeros_like(gap), torch.zeros_like(gap)
     for b, (kept, row) in enumerate(zip(result.indices, result.assignment, strict=True)):
         distance, distance_error = _distances(inputs, b, kept, tier[b] != MASKED, eps)
+        rows = torch.arange(len(kept), dtype=torch.int64, device=kept.device)
         closed = (tier[b][kept] == MASKED)[None]  # the row of a masked token takes nobody
         score = (s[b][:, kept] - weight * distance).masked_fill(closed, -math.inf)
         chosen = row.clamp(0, len(kept) - 1)[:, None]
         # Twice the error of a score: that of s and of the distance, and the roundings of product and difference.
         bound[b] = 2 * (s_bound + weight * distance_error + eps * (1 + 2 * weight))
-        owner = torch.full_like(row, -1).scatter(0, kept, torch.arange(len(kept)))
+        owner = torch.full_like(row, -1).scatter(0, kept, rows)
         owner[(tier[b] == MASKED) | bool(closed.all())] = -1
         free = (owner < 0) & (tier[b] != MASKED) & ~closed.all()  # the others have no choice
         legal = torch.where(free, (row >= 0) & (row < len(kept)), row == owner)
         gap[b] = torch.where(free, score.amax(dim=1) - score.gather(1, chosen)[:, 0], 0.0)
         gap[b][~legal] = math.inf
-        near, own_s = torch.arange(len(kept)) < chosen, stages.s[b][:, kept]
+        near, own_s = rows < chosen, stages.s[b][:, kept]
         twin = (own_s == own_s.gather(1, chosen)) & (distance == distance.gather(1, chosen)) & ~closed
         untied[b] = (free & (near & twin).any(dim=1)).double()
     return [

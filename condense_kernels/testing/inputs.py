@@ -122,30 +122,35 @@ def _ties(inputs: Inputs) -> Inputs:
     )
 
 
+def tokens(inputs: Inputs) -> torch.Tensor:
+    """Their places in an image."""
+    return torch.arange(inputs.scores.shape[1], dtype=torch.int64, device=inputs.scores.device)
+
+
 def _duplicates(inputs: Inputs) -> Inputs:
     """Every token three times (i, i + third, i + 2 third), scores included."""
     third = -(-inputs.scores.shape[1] // 3)
-    source = torch.arange(inputs.scores.shape[1]) % third
+    source = tokens(inputs) % third
     return dataclasses.replace(inputs, features=inputs.features[:, source], scores=inputs.scores[:, source])
 
 
 def _parallel(inputs: Inputs) -> Inputs:
     """Five directions, each token at its own length: cosines that are 1 up to rounding."""
-    length = torch.linspace(0.5, 2, inputs.scores.shape[1], dtype=torch.float64)[:, None]
-    source = torch.arange(inputs.scores.shape[1]) % 5  # of the first five tokens
+    length = torch.linspace(0.5, 2, inputs.scores.shape[1], dtype=torch.float64, device=inputs.scores.device)[:, None]
+    source = tokens(inputs) % 5  # of the first five tokens
     return dataclasses.replace(inputs, features=inputs.features[:, source] * length)
 
 
 def _negative(inputs: Inputs) -> Inputs:
     """Tokens on both sides of the origin: half of the cosines are about -0.9."""
-    side = torch.where(torch.arange(inputs.scores.shape[1]) % 2 == 0, 1.0, -1.0)[:, None]
+    side = 1 - tokens(inputs)[:, None] % 2 * 2
     centre = 3 * inputs.features[:, :1]
     return dataclasses.replace(inputs, features=side * (centre + inputs.features))
 
 
 def _clustered(inputs: Inputs) -> Inputs:
     """Eight neighbourhoods with cosines of about 0.9 inside, and scores with a long tail, as attention has."""
-    token = torch.arange(inputs.scores.shape[1])
+    token = tokens(inputs)
     source = token - token % -(-len(token) // 8)
     features = inputs.features[:, source] + 0.3 * inputs.features
     return dataclasses.replace(inputs, features=features, scores=inputs.scores**8)
@@ -182,14 +187,16 @@ def _nan(inputs: Inputs) -> Inputs:
 def _masked(inputs: Inputs) -> Inputs:
     """One valid token in the first image, fewer than are kept; about two thirds valid in the others."""
     n = inputs.scores.shape[1]
-    mask = torch.arange(n).expand(inputs.scores.shape) % 3 != 1
-    mask[:1] = torch.arange(n) == n // 2
+    mask = tokens(inputs).expand(inputs.scores.shape) % 3 != 1
+    mask[:1] = tokens(inputs) == n // 2
     return dataclasses.replace(inputs, mask=mask)
 
 
 def _magnitudes(inputs: Inputs) -> Inputs:
     """Keys from very small to very large, whose squares leave fp32's range."""
-    exponent = torch.linspace(-30, 30, inputs.scores.shape[1], dtype=torch.float64)[:, None]
+    exponent = torch.linspace(-30, 30, inputs.scores.shape[1], dtype=torch.float64, device=inputs.scores.device)[
+        :, None
+    ]
     return dataclasses.replace(inputs, keys=inputs.features * 10**exponent)
 
 
@@ -201,8 +208,9 @@ def _keys(inputs: Inputs) -> Inputs:
 def _positions(inputs: Inputs) -> Inputs:
     """Scattered coordinates, other ones in each image, instead of a grid."""
     b, n = inputs.scores.shape
-    at = torch.stack([torch.arange(b * n) * 0.618 % 1 * 100, torch.arange(b * n) * 0.7549 % 1 * 40], dim=-1)
-    return dataclasses.replace(inputs, grid=None, positions=at.float().reshape(b, n, 2))
+    place = torch.arange(b * n, dtype=torch.float32, device=inputs.scores.device)
+    at = torch.stack([place * 0.618 % 1 * 100, place * 0.7549 % 1 * 40], dim=-1)
+    return dataclasses.replace(inputs, grid=None, positions=at.reshape(b, n, 2))
 
 
 def _video(inputs: Inputs) -> Inputs:
@@ -261,10 +269,10 @@ def make_inputs(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     base = Inputs(
-        features=torch.randn(batch, num_tokens, channels, generator=generator, dtype=torch.float64),
-        scores=torch.rand(batch, num_tokens, generator=generator, dtype=torch.float64),
+        features=torch.randn(batch, num_tokens, channels, generator=generator, dtype=torch.float64, device="cpu"),
+        scores=torch.rand(batch, num_tokens, generator=generator, dtype=torch.float64, device="cpu"),
         num_anchors=max(1, num_tokens // 4) if num_anchors is None else num_anchors,
         num_background=num_tokens // 8 if num_background is None else num_background,
         grid=near_square(num_tokens),

@@ -5,9 +5,9 @@ import torch
 from ..similarity.reference import MASKED
 
 
-def grid_positions(grid: list[int]) -> torch.Tensor:  # [N, P] int64
+def grid_positions(grid: list[int]) -> torch.Tensor:  # [N, P] int64 on CPU
     """The coordinates of a row-major token grid: (h, w) or (t, h, w)."""
-    return torch.cartesian_prod(*(torch.arange(size) for size in grid))
+    return torch.cartesian_prod(*(torch.arange(size, dtype=torch.int64, device="cpu") for size in grid))
 
 
 def relative_distance(
@@ -19,9 +19,8 @@ def relative_distance(
     positions = positions.double()
     finite = positions.isfinite().all(dim=-1)
     boxed = positions[finite & valid]
-    extent = torch.zeros(()) if len(boxed) == 0 else (boxed.amax(dim=0) - boxed.amin(dim=0)).amax()
-    if extent == 0:
-        return torch.zeros(len(positions), len(indices), dtype=torch.float64)
+    if len(boxed) == 0 or (extent := (boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) == 0:
+        return positions.new_zeros(len(positions), len(indices))
     box = (boxed.amax(dim=0) - boxed.amin(dim=0)) / extent
     difference = (positions[:, None] - positions[indices]) / extent  # [N, K, P]
     distance = difference.square().sum(dim=-1).sqrt() / box.square().sum().sqrt()
@@ -51,7 +50,8 @@ def assign(
                 where = positions if positions.dim() == 2 else positions[b]
                 affinity = affinity - spatial_weight * relative_distance(where, kept, ~masked[b])  # Eq. 6
             best = (affinity == affinity.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)  # Eq. 7, lowest row
-            assignment[b] = torch.tensor(rows, device=s.device)[best]
-            assignment[b, kept.flip(0)] = torch.tensor(rows, device=s.device).flip(0)  # a kept token is its own
+            row_of = torch.tensor(rows, dtype=torch.int64, device=s.device)
+            assignment[b] = row_of[best]
+            assignment[b, kept.flip(0)] = row_of.flip(0)  # a kept token is its own
         assignment[b, masked[b]] = -1
     return assignment

@@ -40,7 +40,7 @@ def greedy_select_one(
     limit = torch.finfo(utility.dtype).max
     u = utility.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
     s = s.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    weight = torch.tensor(suppression, dtype=u.dtype)
+    weight = torch.tensor(suppression, dtype=u.dtype, device=u.device)
     order: list[int] = []
     suppressor = None  # max of s over the picks so far: not 0 at first, as cosines can be negative
     open_ = tier == VALID
