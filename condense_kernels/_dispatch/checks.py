@@ -77,18 +77,28 @@ def check_num_tokens(name: str, value: torch.Tensor) -> None:
         )
 
 
+def is_int(value: object) -> bool:
+    """Also an open size of make_fx and torch.export."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """As an error prints it. Of an int of some thousand digits, Python itself refuses to."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 128 else str(value)
+
+
 def check_count(name: str, value: int, low: int, high: int, why: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_int(value):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}: {value!r}. Remedy: int({name}).")
     if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low} <= {name} <= {high} ({why}), got {value}.")
+        raise ValueError(f"{name}: expected {low} <= {name} <= {high} ({why}), got {shown(value)}.")
 
 
 def check_weight(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}: {value!r}. Remedy: float({name}).")
-    if not (math.isfinite(value) and 0 <= value <= FLOAT32_MAX):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}. Remedy: 0 switches the term off.")
+    if not 0 <= value <= FLOAT32_MAX:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}. Remedy: 0 switches the term off.")
 
 
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:
@@ -110,7 +120,7 @@ def check_values(name: str, values: torch.Tensor, low: int, high: int) -> None:
 
 
 def check_grid(grid: Sequence[int], num_tokens: int | None = None) -> None:
-    if not isinstance(grid, Sequence) or any(isinstance(g, bool) or not isinstance(g, int) for g in grid):
+    if not isinstance(grid, Sequence) or not all(map(is_int, grid)):
         raise TypeError(
             f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}. Remedy: tuple(int(g) for g in grid)."
         )
@@ -118,7 +128,8 @@ def check_grid(grid: Sequence[int], num_tokens: int | None = None) -> None:
     if len(grid) not in (2, 3) or min(grid) < 1 or num_tokens not in (None, product):
         of_tokens = "" if num_tokens is None else f" with product N = {num_tokens}"
         raise ValueError(
-            f"grid: expected (H, W) or (T, H, W){of_tokens}, got {tuple(grid)} with product {product}. "
+            f"grid: expected (H, W) or (T, H, W){of_tokens}, got ({', '.join(map(shown, grid))}) with product "
+            f"{shown(product)}. "
             "Remedy: positions= for tokens that are no full grid."
         )
 

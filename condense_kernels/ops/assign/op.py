@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import check_tensor, check_values, check_weight, check_where
 from ..._dispatch.debug import check_finite, check_indices, check_positions
 from ..._dispatch.declaration import Example, Operator, random
@@ -73,6 +73,7 @@ backends.register(
 )
 
 
+@tracing.leaf()
 def assign(
     s: torch.Tensor,  # [B, N, N]
     indices: torch.Tensor,  # [B, K]
@@ -107,7 +108,6 @@ def assign(
         RuntimeError: on CPU, an index outside [-1, N). On a GPU, where values are not read, it is a row that takes
             nobody.
     """
-    if not torch.compiler.is_compiling():
-        check(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+    tracing.checked(check, s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
     options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
     return backends.run("assign", backend, (s, indices), options)

@@ -1,6 +1,6 @@
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, check_count, check_tensor, check_weight
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, random
@@ -73,6 +73,7 @@ backends.register(
 )
 
 
+@tracing.leaf()
 def greedy_select(
     s: torch.Tensor,  # [B, N, N]
     prior: torch.Tensor,  # [B, N]
@@ -107,7 +108,6 @@ def greedy_select(
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device, k, suppression or backend.
     """
-    if not torch.compiler.is_compiling():
-        check(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
+    tracing.checked(check, s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
     options = {"sbar": sbar, "tier": tier, "suppression": suppression}
     return backends.run("greedy_select", backend, (s, prior, k), options)

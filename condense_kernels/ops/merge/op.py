@@ -1,6 +1,6 @@
 import torch
 
-from ..._dispatch import autograd, backends
+from ..._dispatch import autograd, backends, tracing
 from ..._dispatch.checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..._dispatch.debug import check_finite, check_indices, check_scores, refuse
 from ..._dispatch.declaration import Derivatives, Example, Operator, random
@@ -130,6 +130,7 @@ backends.register(
 )
 
 
+@tracing.leaf(tuple, 2)
 def merge(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
@@ -161,6 +162,5 @@ def merge(
         RuntimeError: on CPU, a value of indices or assignment out of range. On a GPU, where values are not read, it
             counts as -1.
     """
-    if not torch.compiler.is_compiling():
-        check(features, scores, indices, assignment)
+    tracing.checked(check, features, scores, indices, assignment)
     return backends.run("merge", backend, (features, scores, indices, assignment), {})

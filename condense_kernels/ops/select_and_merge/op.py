@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
     check_budget,
@@ -227,6 +227,7 @@ backends.register(
 )
 
 
+@tracing.leaf(Condensed._make, 4)
 def select_and_merge(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
@@ -286,8 +287,7 @@ def select_and_merge(
         "spatial_weight": spatial_weight,
     }
     args = (features, scores, num_anchors, num_background)
-    if not torch.compiler.is_compiling():
-        check(*args, **options)
+    tracing.checked(check, *args, **options)
     if out is None and workspace is None:
         return Condensed(*backends.run("select_and_merge", backend, args, options))
     if out is not None and not (isinstance(out, tuple) and len(out) == 4):
@@ -296,10 +296,9 @@ def select_and_merge(
             "earlier call."
         )
     out = Condensed(*(fake(*args) if out is None else out))
-    if not torch.compiler.is_compiling():
-        check_out(features, scores, num_anchors + num_background, out)
-        if workspace is not None:
-            check_workspace(workspace, features, count_bytes(backend, args, options))
+    tracing.checked(check_out, features, scores, num_anchors + num_background, out)
+    if workspace is not None and not torch.compiler.is_compiling():
+        tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
     options |= {"workspace": workspace, **out._asdict()}
     backends.run("select_and_merge_out", backend, args, options)
     if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
@@ -307,6 +306,7 @@ def select_and_merge(
     return out
 
 
+@tracing.leaf()
 def workspace_bytes(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
@@ -338,5 +338,5 @@ def workspace_bytes(
         "suppression": suppression,
         "spatial_weight": spatial_weight,
     }
-    check(features, scores, num_anchors, num_background, **options)
+    tracing.unrecorded(check, features, scores, num_anchors, num_background, **options)
     return count_bytes(backend, (features, scores, num_anchors, num_background), options)

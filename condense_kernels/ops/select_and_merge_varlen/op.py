@@ -1,6 +1,6 @@
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
     INTEGERS,
@@ -153,6 +153,7 @@ backends.register(
 )
 
 
+@tracing.leaf(Condensed._make, 4)
 def select_and_merge_varlen(
     features: torch.Tensor,  # [T, D]
     scores: torch.Tensor,  # [T]
@@ -224,6 +225,5 @@ def select_and_merge_varlen(
         return pack(packed, features, cu_anchors + cu_background)
     args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
     options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
-    if not torch.compiler.is_compiling():
-        check(*args, **options)
+    tracing.checked(check, *args, **options)
     return Condensed(*backends.run("select_and_merge_varlen", backend, args, options))

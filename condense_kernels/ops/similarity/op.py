@@ -1,6 +1,6 @@
 import torch
 
-from ..._dispatch import backends
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
 from ..._dispatch.debug import check_finite, check_scores
 from ..._dispatch.declaration import Example, Operator, random
@@ -78,6 +78,7 @@ backends.register(
 )
 
 
+@tracing.leaf(tuple, 4)
 def similarity(
     keys: torch.Tensor,  # [B, N, Dk]
     scores: torch.Tensor | None = None,  # [B, N]
@@ -104,6 +105,5 @@ def similarity(
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device or backend.
     """
-    if not torch.compiler.is_compiling():
-        check(keys, scores, mask)
+    tracing.checked(check, keys, scores, mask)
     return backends.run("similarity", backend, (keys, scores, mask), {})

@@ -1,0 +1,45 @@
+"""What records calls beside running them: torch.fx.symbolic_trace and torch.jit.trace; and torch.compile and torch.export,
+which see our Python functions as they see any."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.fx import Proxy
+
+
+def leaf(pack: Callable | None = None, count: int = 1) -> Callable:
+    """A decorator: calls of the function are single nodes of what torch.fx.symbolic_trace records, whose Proxies have
+    no shapes to check. ``pack`` makes one result of ``count`` Proxies, which cannot be iterated themselves."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def called(*args, **kwargs):
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Proxy):
+                    node = value.tracer.create_proxy("call_function", called, args, kwargs)
+                    return node if pack is None else pack(node[i] for i in range(count))
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def unrecorded(function: Callable, *args, **options):
+    """What ``function`` makes of shapes, which torch.jit.trace does not get to see: it would warn of each comparison."""
+    if not torch.jit.is_tracing():
+        return function(*args, **options)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return function(*args, **options)
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def checked(check: Callable, *args, **options) -> None:
+    """Not while torch.compile or torch.export trace: each question would be one open size less in the graph, and the
+    operator asks them when it runs."""
+    if not torch.compiler.is_compiling():
+        unrecorded(check, *args, **options)
