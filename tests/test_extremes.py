@@ -1,4 +1,4 @@
-"""Numbers far beyond every range, and indices below -1: a clear error or a stated rule, from each function and backend."""
+"""Numbers beyond every range, and indices below -1: an error that names them, or a rule, of each function."""
 
 import math
 import re

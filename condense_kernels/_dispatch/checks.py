@@ -126,9 +126,10 @@ def check_grid(grid: Sequence[int], num_tokens: int | None = None) -> None:
         )
     product = math.prod(grid)
     if len(grid) not in (2, 3) or min(grid) < 1 or num_tokens not in (None, product):
+        sizes = ", ".join(map(shown, grid)) + "," * (len(grid) == 1)  # as a tuple is printed
         of_tokens = "" if num_tokens is None else f" with product N = {num_tokens}"
         raise ValueError(
-            f"grid: expected (H, W) or (T, H, W){of_tokens}, got ({', '.join(map(shown, grid))}) with product "
+            f"grid: expected (H, W) or (T, H, W){of_tokens}, got ({sizes}) with product "
             f"{shown(product)}. "
             "Remedy: positions= for tokens that are no full grid."
         )

@@ -1,5 +1,4 @@
-"""What records calls beside running them: torch.fx.symbolic_trace and torch.jit.trace; and torch.compile and torch.export,
-which see our Python functions as they see any."""
+"""What the Python functions do while they are recorded: by torch.fx.symbolic_trace, torch.jit.trace, torch.compile."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +26,7 @@ def leaf(pack: Callable | None = None, count: int = 1) -> Callable:
 
 
 def unrecorded(function: Callable, *args, **options):
-    """What ``function`` makes of shapes, which torch.jit.trace does not get to see: it would warn of each comparison."""
+    """What ``function`` makes of shapes, unseen by torch.jit.trace, which would warn of each comparison."""
     if not torch.jit.is_tracing():
         return function(*args, **options)
     state = torch._C._get_tracing_state()
