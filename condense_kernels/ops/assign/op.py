@@ -49,7 +49,7 @@ def look(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0
 def examples(b: int) -> list[Example]:
     s = random(b, 12, 12)
     s = (s + s.mT) / 2
-    indices = torch.tensor([1, 4, 6, 11], device="cpu").expand(b, -1)
+    indices = torch.tensor([1, 4, 6, 11], dtype=torch.int64, device="cpu").expand(b, -1)
     return [
         Example((s, indices), {"tier": (random(b, 12) < 0.2).to(torch.int8) * 2, "grid": [3, 4]}),
         Example((s, indices), {"positions": random(12, 2), "spatial_weight": 0.3}),

@@ -54,8 +54,8 @@ def look(features, scores, indices, assignment) -> None:
 
 def examples(b: int) -> list[Example]:
     features, scores = random(b, 12, 5) - 0.5, random(b, 12)
-    indices = torch.tensor([1, 4, 6, 11], device="cpu").expand(b, -1)
-    assignment = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, -1, 2, 3, 3], device="cpu").expand(b, -1)
+    indices = torch.tensor([1, 4, 6, 11], dtype=torch.int64, device="cpu").expand(b, -1)
+    assignment = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, -1, 2, 3, 3], dtype=torch.int64, device="cpu").expand(b, -1)
     return [Example((x, scores, indices, assignment)) for x in (features, features.half(), features.double())]
 
 

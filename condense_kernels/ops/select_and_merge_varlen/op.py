@@ -122,7 +122,7 @@ def look(
 
 def examples(b: int) -> list[Example]:
     """Of b segments and an empty one."""
-    lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], device="cpu")
+    lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], dtype=torch.int64, device="cpu")
     cu_seqlens, cu_anchors, cu_background = (
         torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int() for counts in (lengths, lengths // 3, lengths // 5)
     )
