@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import condense_kernels as ck
+from condense_kernels._dispatch.declaration import OPERATORS
 from condense_kernels.testing import assert_same_bits
 
 FREE = {"spatial_weight": 0.0}
@@ -105,6 +106,17 @@ def test_symbolic_trace(name):
     assert_same_bits(gradient(traced), gradient(call))
     with pytest.raises((TypeError, RuntimeError), match="expected dtype"):
         traced(other(name)[0], other(name)[1].int())
+
+
+PUBLIC = [name for name in OPERATORS if hasattr(ck, name)] + ["condense", "gather_tokens", "unmerge", "split_budget"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_symbolic_trace_knows_every_function(name):
+    function = getattr(ck, name)
+    traced = torch.fx.symbolic_trace(lambda tensor: function(None, scores=tensor))
+    (node,) = [node for node in traced.graph.nodes if node.target is function]
+    assert node.args == (None,) and list(node.kwargs) == ["scores"]
 
 
 def test_symbolic_trace_of_sizes():
