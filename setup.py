@@ -41,10 +41,6 @@ VALUES_AS_WRITTEN = [
     "-O3",
     "-fno-fast-math",
     "-fno-unsafe-math-optimizations",
-    "-fno-associative-math",
-    "-fno-reciprocal-math",
-    "-fno-finite-math-only",
-    "-fsigned-zeros",
     "-ffp-contract=off",
 ]
 COMPILE_FLAGS = [

@@ -5,6 +5,7 @@ without compiling anything.
 """
 
 import ast
+import hashlib
 import os
 import platform
 import re
@@ -266,3 +267,65 @@ def test_a_library_that_was_removed_is_missing(tmp_path):
         (copy / name).unlink(missing_ok=True)
     message = fresh(warning_of, tmp_path)
     assert message.endswith(f"{copy / LIBRARY.name} is missing. Remedy: reinstall with CONDENSE_BUILD_EXT=1.")
+
+
+# The sdist
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def sdist(builder: Builder, folder: Path) -> Path:
+    done = builder.run("sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (builder.tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    (unpacked,) = folder.iterdir()
+    return unpacked
+
+
+def test_the_sdist_holds_what_a_checkout_does(builder, tmp_path):
+    checkout = files_of(builder.tree)
+    built = {"condense_kernels/_C.abi3.so", "condense_kernels/_not_built.txt"}
+    for name in built:
+        (builder.tree / name).write_text("of this machine")
+    found = files_of(sdist(builder, tmp_path / "unpacked"))
+    assert not checkout - found
+    assert not built & found
+
+
+def digest() -> str:
+    """Of the bits of a call in each dtype, and whether the process has subnormal numbers still."""
+    import condense_kernels as ck
+    from condense_kernels.testing import make_inputs
+
+    assert ck._dispatch.library.cpp_unavailable() is None
+    bits = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for result in make_inputs("random", num_tokens=300, channels=67, dtype=dtype).run():
+            bits.update(result.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{bits.hexdigest()} {sys.float_info.min / 2 > 0}"
+
+
+def digest_of(folder: Path) -> str:
+    assert import_from(folder).__file__.startswith(str(folder))
+    return digest()
+
+
+@pytest.mark.slow
+@needs_library
+def test_the_sdist_builds_and_tests_itself_whatever_the_flags(builder, tmp_path):
+    """Compiled with flags that would change every sum: the bits are those of the library here."""
+    unpacked = sdist(builder, tmp_path / "unpacked")
+    hostile = {"CXXFLAGS": "-Ofast -march=native -ffp-contract=fast", "LDFLAGS": "-Ofast", "CXX": ""}
+    environment = {**os.environ, **hostile, "CONDENSE_BUILD_EXT": "1", "PYTHONPATH": ""}
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=unpacked, env=environment, check=True, capture_output=True)
+    expected = fresh(digest_of, PACKAGE.parent)
+    assert expected.endswith("True")
+    assert fresh(digest_of, unpacked) == expected
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/test_merge.py", "tests/test_docs.py"]
+    environment["PYTHONPATH"] = str(unpacked)
+    done = subprocess.run(tests, cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
