@@ -31,8 +31,8 @@ if [int(n) for n in re.findall(r"\d+", setuptools.__version__)[:3]] < [int(n) fo
         f"{Path(setuptools.__file__).parent}. Remedy: pip install 'setuptools>={SETUPTOOLS}'"
     )
 
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 # Rounding is part of the contract (docs/design/numerics.md): no fused multiply-add that the source does not name, no
 # sum in another order. Behind the user's flags these undo -Ofast and its kind; at the link, too, where GCC would make
@@ -89,9 +89,9 @@ def find_torch() -> dict[str, str]:
             return found
     reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
     raise CannotBuild(
-        f"the build found no torch to compile against ({reason}). Remedy: install torch first; if it was installed, the "
-        f"build was isolated from it (uv and build do that, pip where torch is on PYTHONPATH or in the user site): pip "
-        f"install 'setuptools>={SETUPTOOLS}', then reinstall with --no-build-isolation (build: --no-isolation)"
+        f"the build found no torch to compile against ({reason}). Remedy: install torch first; if it was installed, "
+        "the build was isolated from it (uv and build do that, pip where torch is on PYTHONPATH or in the user site): "
+        f"pip install 'setuptools>={SETUPTOOLS}', then reinstall with --no-build-isolation (build: --no-isolation)"
     )
 
 

@@ -24,7 +24,16 @@ def source_tree(parent: Path) -> Path:
     tree.mkdir()
     for name in (".ci", "benchmarks", "condense_kernels", "csrc", "docs", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=NOT_SOURCES)
-    files = "README.md CONTRIBUTING.md CHANGELOG.md LICENSE MANIFEST.in Makefile .clang-format .gitignore".split()
+    files = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        ".clang-format",
+        ".gitignore",
+    ]
     for name in ("setup.py", "pyproject.toml", *files):
         shutil.copy(ROOT / name, tree)
     return tree

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from builds import Builder, script, source_tree
-from processes import HAS_LIBRARY, LIBRARY, PACKAGE, ROOT, copy_package, fresh, import_from, needs_library
+from processes import LIBRARY, PACKAGE, ROOT, copy_package, fresh, import_from, needs_library
 
 SETUP = (ROOT / "setup.py").read_text()
 TARGET = re.search(r"-DTORCH_TARGET_VERSION=\w+", SETUP)[0]
@@ -280,7 +280,7 @@ def sdist(builder: Builder, folder: Path) -> Path:
     done = builder.run("sdist")
     assert done.returncode == 0, done.stderr
     (archive,) = (builder.tree / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(archive, folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     (unpacked,) = folder.iterdir()
     return unpacked
 

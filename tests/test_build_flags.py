@@ -35,8 +35,8 @@ extern "C" __attribute__((visibility("default"))) void probe(const float* x, con
 """
 CALL = """
 import ctypes, math, sys
-numbers = [math.sin(1.7 * i) * 10 ** (i % 9 - 4) for i in range(64)]
-x = [1 + 2**-12, 1 + 2**-13, -1.0, -0.0, 0.0, math.nan, math.inf, 3.1, *numbers[8:24], 3.1, 3e38, 1e-38, 1e-3, *numbers[28:]]
+n = [math.sin(1.7 * i) * 10 ** (i % 9 - 4) for i in range(64)]
+x = [1 + 2**-12, 1 + 2**-13, -1.0, -0.0, 0.0, math.nan, math.inf, 3.1, *n[8:24], 3.1, 3e38, 1e-38, 1e-3, *n[28:]]
 y = [1 + 2**-30, 1 + 2**-29, -1.0, 1.0, 1e-9, 0.3]
 out = (ctypes.c_double * 32)()
 ctypes.CDLL(sys.argv[1]).probe((ctypes.c_float * 64)(*x), (ctypes.c_double * 6)(*y), out)

@@ -93,7 +93,7 @@ def _load() -> str | None:
 
 
 def _why_there_is_none() -> str:
-    """What this copy's build left a note of, or that none took place; and another copy's library, where there is one."""
+    """What this copy's build left a note of, or that none took place; and where another copy's is."""
     note = importlib.resources.files(PACKAGE) / "_not_built.txt"
     if note.is_file():
         reason = f"it was not built: {note.read_text(encoding='utf-8').strip()}"
@@ -105,7 +105,9 @@ def _why_there_is_none() -> str:
     built = next((copy for copy in behind if os.path.isfile(os.path.join(copy, FILE))), None)
     if built is None:
         return reason
-    return f"{reason}; or run from another folder, so that Python does not find {FOLDER} before {built}, which was built"
+    return (
+        f"{reason}; or run from another folder, so that Python does not find {FOLDER} before {built}, which was built"
+    )
 
 
 def _load_file(path: Path) -> str | None:
