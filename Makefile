@@ -14,6 +14,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
@@ -22,7 +23,7 @@ COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full lint format bench bench-results wheel compat clean force
+.PHONY: help demo test test-full lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -52,9 +53,18 @@ bench: $(VENV)/installed ## time the operators beside their baselines, 4 minutes
 bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 6 minutes
 	$(BENCH) --sweeps --record $(ARGS)
 
-wheel: $(VENV)/installed ## build dist/*.whl against the torch in .venv
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	@ls dist/*.whl
+# auditwheel gives the tag, if it finds nothing newer; torch's libraries come with torch.
+wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch in .venv, and audit it
+	@rm -rf $(VENV)/wheel
+	CONDENSE_BUILD_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
+	@$(RUN) -m zipfile -e $(VENV)/wheel/*.whl $(VENV)/wheel
+	$(VENV)/bin/torch-abi-audit --check torch $(VENV)/wheel/condense_kernels
+	$(VENV)/bin/abi3audit --strict --summary --assume-minimum-abi3 3.10 $(VENV)/wheel/*.whl
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	    --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist $(VENV)/wheel/*.whl
+
+sdist: $(VENV)/installed ## build dist/*.tar.gz, which builds and tests itself as a checkout does
+	$(RUN) setup.py --quiet sdist
 
 compat: $(COMPAT:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
 	@for env in $(COMPAT); do printf 'torch %-12s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
@@ -62,7 +72,7 @@ compat: $(COMPAT:=/status) ## test one wheel on several torch: COMPAT_TORCH="tor
 
 clean: ## remove what was built; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
-	rm -f condense_kernels/_C.abi3.so $(VENV)/installed
+	rm -f condense_kernels/_C.abi3.so condense_kernels/_not_built.txt $(VENV)/installed
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # The files below stand for steps that are done.
@@ -88,8 +98,9 @@ $(VENV)/installed: $(VENV)/torch $(CPP) $(SCHEMAS) setup.py pyproject.toml conde
 	@if [ -f condense_kernels/_C.abi3.so ]; then \
 	    echo "the C++ kernels are built"; \
 	else \
-	    echo "WARNING: the C++ kernels are not built, CPU tensors run on the slow reference." >&2; \
-	    echo "To see why, or once g++ is installed: make clean, then CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS)" >&2; \
+	    echo "WARNING: the C++ kernels are not built, CPU tensors run on the slow reference:" >&2; \
+	    cat condense_kernels/_not_built.txt >&2; \
+	    echo "To build them then: make clean, then CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS)" >&2; \
 	fi
 	@touch $@
 
@@ -101,6 +112,11 @@ $(VENV)/ray: $(VENV)/installed pyproject.toml
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
 	@$(PIP) install --quiet $(LINTERS)
+	@touch $@
+
+$(VENV)/auditors: $(VENV)/created pyproject.toml
+	@echo "installing $(AUDITORS)"
+	@$(PIP) install --quiet $(AUDITORS)
 	@touch $@
 
 # One environment for each torch, one wheel for all of them: built on the first, so that no later torch can leak into it.

@@ -1,16 +1,17 @@
 """The build's entry: compiles csrc/ into condense_kernels/_C.abi3.so against the torch that is installed.
 
-torch.ops.load_library loads that library, so one file serves every Python >= 3.10 and every torch >= 2.10, and no
-Python headers are needed. Without torch, without a C++ compiler, or where the build fails, the package is pure Python
-and its reference serves CPU tensors.
+torch.ops.load_library loads that library, so one file serves every Python >= 3.10, with and without the GIL, and every
+torch >= 2.10, and no Python headers are needed. Without torch, without a C++ compiler, or where the build fails, the
+package is pure Python, its reference serves CPU tensors, and _not_built.txt tells the import why.
 
     CONDENSE_BUILD_EXT=1      what would end in the pure-Python package is an error
     CONDENSE_BUILD_EXT=0      build the pure-Python package
-    CXX, CXXFLAGS, LDFLAGS    the compiler, and flags put before those below
+    CXX, CXXFLAGS, LDFLAGS    the compiler, and flags put before those below; no others are read (CFLAGS, CPPFLAGS)
 """
 
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -20,17 +21,35 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
 
+# An older one fails at the imports below, or at the licence in pyproject.toml, and blames those.
+SETUPTOOLS = re.search(r"setuptools>=([\d.]+)", Path("pyproject.toml").read_text())[1]
+if [int(n) for n in re.findall(r"\d+", setuptools.__version__)[:3]] < [int(n) for n in SETUPTOOLS.split(".")]:
+    raise SystemExit(
+        f"condense_kernels: setuptools >= {SETUPTOOLS} is needed to build, found {setuptools.__version__} in "
+        f"{Path(setuptools.__file__).parent}. Remedy: pip install 'setuptools>={SETUPTOOLS}'"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+# Rounding is part of the contract (docs/design/numerics.md): no fused multiply-add that the source does not name, no
+# sum in another order. Behind the user's flags these undo -Ofast and its kind; at the link, too, where GCC would make
+# the whole process flush subnormal numbers. What they cannot undo, csrc/rounding.h refuses.
+VALUES_AS_WRITTEN = [
+    "-O3",
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-ffp-contract=off",
+]
 COMPILE_FLAGS = [
     "-std=c++17",
-    "-O3",
     "-fPIC",
     "-Wall",
-    # Rounding is part of the contract (docs/design/numerics.md): no fused multiply-add that the source does not name.
-    "-ffp-contract=off",
+    *VALUES_AS_WRITTEN,
+    "-include",
+    "csrc/rounding.h",
     # Neither errno nor the floating-point flags are read; without them loops vectorise. Results stay the same.
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -49,7 +68,7 @@ print(json.dumps({"version": torch.__version__, "include": root + "/include", "l
 
 
 class CannotBuild(Exception):
-    """Why there will be no compiled library."""
+    """Why there will be no compiled library, and the remedy; the import of the package says it again."""
 
 
 def find_torch() -> dict[str, str]:
@@ -63,12 +82,16 @@ def find_torch() -> dict[str, str]:
         if probe.returncode == 0:
             found = json.loads(probe.stdout.splitlines()[-1])
             if tuple(int(part) for part in found["version"].split(".")[:2]) < OLDEST_TORCH:
-                raise CannotBuild(f"torch {found['version']} is installed; the kernels need torch >= 2.10")
+                raise CannotBuild(
+                    f"torch {found['version']} was installed, and the kernels need torch >= 2.10. Remedy: pip install "
+                    "'torch>=2.10', then reinstall"
+                )
             return found
     reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
     raise CannotBuild(
-        f"{sys.executable} has no torch to build against ({reason}). Remedy: install torch first; where another "
-        "tool than pip runs the build in an environment of its own, build without isolation"
+        f"the build found no torch to compile against ({reason}). Remedy: install torch first; if it was installed, "
+        "the build was isolated from it (uv and build do that, pip where torch is on PYTHONPATH or in the user site): "
+        f"pip install 'setuptools>={SETUPTOOLS}', then reinstall with --no-build-isolation (build: --no-isolation)"
     )
 
 
@@ -77,7 +100,10 @@ def find_compiler() -> list[str]:
     for command in [asked] if asked else [["g++"], ["c++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    raise CannotBuild(f"no C++ compiler: {' '.join(asked) or 'g++, c++, clang++'} not found")
+    raise CannotBuild(
+        f"no C++ compiler: {' '.join(asked) or 'g++, c++, clang++'} not found. Remedy: "
+        f"{'unset or mend CXX' if asked else 'install g++ (or clang++)'}, then reinstall"
+    )
 
 
 def run(command: list[str]) -> None:
@@ -86,7 +112,11 @@ def run(command: list[str]) -> None:
     if done.stdout:
         print(done.stdout, flush=True)
     if done.returncode != 0:
-        raise CannotBuild(f"{command[0]} failed with status {done.returncode}; its messages are above")
+        error = next((line for line in done.stdout.splitlines() if "error" in line.lower()), "no message")
+        raise CannotBuild(
+            f"{command[0]} failed with status {done.returncode} ({error.strip()}). Remedy: reinstall with "
+            "CONDENSE_BUILD_EXT=1, and pip's -v, to see all of its messages"
+        )
 
 
 def write_schemas(header: Path) -> None:
@@ -110,7 +140,7 @@ def compile_library(sources: list[str], objects: Path, library: Path) -> None:
     link = ["-shared", "-Wl,--no-undefined", f"-L{torch['lib']}", f"-Wl,-rpath-link,{torch['lib']}"]
     libraries = ["-ltorch_cpu", "-lc10"]
     user = shlex.split(os.environ.get("LDFLAGS", ""))
-    run([*compiler, *user, *link, *outputs, *libraries, "-o", str(library)])
+    run([*compiler, *user, *VALUES_AS_WRITTEN, *link, *outputs, *libraries, "-o", str(library)])
 
 
 class BuildLibrary(build_ext):
@@ -124,19 +154,23 @@ class BuildLibrary(build_ext):
     def run(self):
         if BuildLibrary.built or not self.extensions:
             return
-        extension = self.extensions[0]
-        library = Path(self.get_ext_fullpath(extension.name))
-        library.unlink(missing_ok=True)  # a stale one must not outlive a build that fails
         try:
             wanted = runpy.run_path("condense_kernels/_dispatch/environment.py")["read"]("CONDENSE_BUILD_EXT")
         except ValueError as error:
             raise SystemExit(str(error)) from None
+        extension = self.extensions[0]
+        library = Path(self.get_ext_fullpath(extension.name))
+        note = library.with_name("_not_built.txt")
+        for stale in (library, note):  # neither may outlive the build that it is of
+            stale.unlink(missing_ok=True)
         try:
             if wanted is False:
-                raise CannotBuild("CONDENSE_BUILD_EXT=0 is set")
+                raise CannotBuild("CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it")
             compile_library(extension.sources, Path(self.build_temp), library)
             BuildLibrary.built = True
         except CannotBuild as reason:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{reason}\n", encoding="utf-8")
             if wanted:
                 raise SystemExit(f"condense_kernels: CONDENSE_BUILD_EXT=1 is set, but {reason}.") from None
             print(
@@ -151,6 +185,12 @@ class BuildLibrary(build_ext):
 class Wheel(bdist_wheel):
     """Whether the library could be built decides the wheel's tag, so it is built first."""
 
+    def get_tag(self):
+        """No Python symbol is used: any Python, whatever its ABI. The limited API's tag would leave out those without
+        the GIL."""
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
     def run(self):
         shutil.rmtree(self.get_finalized_command("build").build_base, ignore_errors=True)  # no stale file in a wheel
         self.run_command("build_ext")
@@ -158,15 +198,13 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-setup(
+setuptools.setup(
     ext_modules=[
-        Extension(
+        setuptools.Extension(
             "condense_kernels._C",
             sources=sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h") + SCHEMAS),
-            py_limited_api=True,
         )
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

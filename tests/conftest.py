@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,6 +40,14 @@ def cpp() -> str:
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
     return "cpp"
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory) -> str:
+    """An interpreter without packages, as isolated builds run."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return str(folder / "bin" / "python")
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,13 @@ docs/installing.md has the table. Nothing of the package is imported here, as mo
 forked from one that has imported torch and nothing else.
 """
 
-import ast
-import concurrent.futures
 import gc
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -24,78 +20,20 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-PACKAGE = Path(importlib.util.find_spec("condense_kernels").origin).parent
-VERSION = re.search('"(.*)"', (PACKAGE / "_version.py").read_text())[1]
-LIBRARY = PACKAGE / "_C.abi3.so"
-ENVIRONMENT = runpy.run_path(PACKAGE / "_dispatch" / "environment.py")  # without the package, which tests import anew
-HAS_LIBRARY = LIBRARY.is_file() and not ENVIRONMENT["read"]("CONDENSE_DISABLE_CPP")
-needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the compiled library was not built, or is switched off")
-
-TORCH_IMPORTED = multiprocessing.get_context("forkserver")
-TORCH_IMPORTED.set_forkserver_preload(["torch"])
-
-
-def fresh(case, *args):
-    """Run ``case`` in a process that has imported torch alone; what it raises is raised here."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=TORCH_IMPORTED) as pool:
-        return pool.submit(case, *args).result()
-
-
-def python(*arguments: str, interpreter: str = sys.executable, **environment: str) -> subprocess.CompletedProcess:
-    """A process from its start to its end: where the import of torch or the exit matters."""
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
-    return subprocess.run([interpreter, *arguments], capture_output=True, text=True, env=environment)
-
-
-def copy_package(parent: Path, *, library: bytes | None = None, **edits: tuple[str, str]) -> Path:
-    """Another installed copy: with the built library, or these bytes, and a text replaced in a file."""
-    copy = parent / "condense_kernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    if library is not None:
-        (copy / LIBRARY.name).write_bytes(library)
-    for file, (old, new) in edits.items():
-        text = (copy / file).read_text()
-        assert old in text
-        (copy / file).write_text(text.replace(old, new))
-    return copy
-
-
-def vendored(engine: Path, **edits) -> Path:
-    """A copy inside a serving engine: engine._vendor.condense_kernels."""
-    for folder in (engine, engine / "_vendor"):
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").touch()
-    return copy_package(engine / "_vendor", **edits)
-
-
-def import_from(folder: Path, name: str = "condense_kernels"):
-    sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
-
-
-def condensed(package, device: str = "cpu"):
-    generator = torch.Generator().manual_seed(0)
-    features, scores = (torch.rand(shape, generator=generator).to(device) for shape in ((2, 12, 8), (2, 12)))
-    return package.select_and_merge(features, scores, 3, 2, grid=(3, 4))
-
-
-def gradient(op) -> torch.Tensor:
-    features = torch.linspace(0, 1, 12 * 8).sin().reshape(1, 12, 8).requires_grad_()
-    op(features, torch.ones(1, 12), 3, 2, grid=(3, 4))[0].square().sum().backward()
-    return features.grad
-
-
-def assert_works_like(package, other) -> None:
-    """On CPU, in its fake and autograd kernels; that of a GPU is there."""
-    for result, expected in zip(condensed(package), condensed(other), strict=True):
-        assert torch.equal(result, expected)
-    assert condensed(package, "meta").merged.shape == (2, 5, 8)
-    assert torch.equal(gradient(package.select_and_merge), gradient(torch.ops.condense.select_and_merge))
-    for op in package._dispatch.library.SCHEMAS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"condense::{op}", "CUDA")
-
+from processes import (
+    HAS_LIBRARY,
+    LIBRARY,
+    PACKAGE,
+    VERSION,
+    assert_works_like,
+    condensed,
+    copy_package,
+    fresh,
+    import_from,
+    needs_library,
+    python,
+    vendored,
+)
 
 # Once more, and from two places
 
@@ -508,79 +446,3 @@ def test_a_spawned_worker_takes_and_returns_what_the_operators_do():
         result = pool.apply(ck.condense, (features, scores), {"keep": 4, "grid": (3, 4)})
     assert isinstance(result, ck.Condensed)
     assert torch.equal(result.merged, ck.condense(features, scores, keep=4, grid=(3, 4)).merged)
-
-
-# What is built
-
-
-SETUP = (ROOT / "setup.py").read_text()
-TARGET = re.search(r"-DTORCH_TARGET_VERSION=\w+", SETUP)[0]
-
-
-def test_the_oldest_versions_are_the_same_everywhere():
-    from condense_kernels import _dispatch
-    from condense_kernels._dispatch import backends
-
-    project = (ROOT / "pyproject.toml").read_text()
-    needed, triton = (f"{major}.{minor}" for major, minor in (_dispatch.OLDEST_TORCH, backends.OLDEST_TRITON))
-    assert f'dependencies = ["torch>={needed}"]' in project
-    assert f'triton = ["triton>={triton};' in project
-    assert f"OLDEST_TORCH = {_dispatch.OLDEST_TORCH}" in SETUP
-    target = int(TARGET.partition("=")[2], 16)
-    assert (target >> 56, target >> 48 & 0xFF) == _dispatch.OLDEST_TORCH
-    assert 'requires-python = ">=3.10"' in project
-    assert '"py_limited_api": "cp310"' in SETUP
-
-
-def test_the_sources_are_of_the_oldest_python_and_check_without_assert():
-    """An assert statement is gone under python -O."""
-    for path in (*PACKAGE.rglob("*.py"), ROOT / "setup.py"):
-        tree = ast.parse(path.read_text(), path, feature_version=(3, 10))
-        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], path
-
-
-@needs_library
-@pytest.mark.skipif(not (shutil.which("nm") and shutil.which("g++")), reason="needs nm and g++")
-def test_the_library_needs_what_the_oldest_torch_has():
-    """Of torch, functions of its stable C interface that are there for TORCH_TARGET_VERSION; of Python, nothing.
-
-    Torch marks each such function with the version that brought it, from 2.10 on.
-    """
-    needed = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
-    names = {name for kind, name in (line.split()[-2:] for line in needed.stdout.splitlines()) if kind == "U"}
-    of_torch = {name for name in names if not re.match(r"\w+@|_ZN?K?St", name)}  # else of C's or C++'s own library
-    include = f"-I{Path(torch.__file__).parent / 'include'}"
-    source = "#include <torch/csrc/stable/c/shim.h>"
-    headers = subprocess.run(
-        ["g++", "-E", "-xc++", TARGET, include, "-"], input=source, capture_output=True, text=True, check=True
-    )
-    declared = set(re.findall(r"\b(?:aoti_)?torch_\w+(?=\()", headers.stdout))
-    assert "torch_parallel_for" in of_torch & declared
-    assert "torch_from_blob" not in declared  # of 2.11
-    assert not of_torch - declared
-
-
-@pytest.mark.slow
-def test_without_a_compiler_the_wheel_is_pure_and_works(tmp_path):
-    """Built as pip does where nothing can compile, installed, and imported: one warning, right results."""
-    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": ""}
-    environment.pop("CONDENSE_BUILD_EXT", None)
-    build = [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path / "source"]
-    done = subprocess.run(build, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "no C++ compiler: g++, c++, clang++ not found" in done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    install = [*pip, "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel]
-    subprocess.run(install, check=True, env=environment)
-    fresh(imports_what_was_not_built, tmp_path / "site")
-
-
-def imports_what_was_not_built(folder: Path):
-    with pytest.warns(RuntimeWarning, match=r"_C.abi3.so was not built; install g\+\+"):
-        ck = import_from(folder)
-    assert ck.__file__.startswith(str(folder))
-    assert_works_like(ck, ck)

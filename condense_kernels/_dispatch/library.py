@@ -9,7 +9,9 @@ What happens when: docs/installing.md.
 import dataclasses
 import functools
 import importlib.resources
+import os
 import struct
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -37,7 +39,11 @@ class _Owner:
     library: torch.library.Library | None = None  # torch takes back what it registered once nobody holds it
 
 
-THIS_COPY = f"condense_kernels {__version__} in {Path(__file__).parent.parent}"
+FILE = "_C.abi3.so"
+FOLDER = Path(__file__).parent.parent
+IS_SOURCE_TREE = FOLDER.with_name("csrc").is_dir()
+BUILD_IN_PLACE = f"CONDENSE_BUILD_EXT=1 pip install --no-build-isolation -e {FOLDER.parent}"
+THIS_COPY = f"condense_kernels {__version__} in {FOLDER}"
 OUR_LIBRARY = f"the compiled library of {THIS_COPY}"
 
 _owner: _Owner = vars(getattr(torch.ops, NAMESPACE)).setdefault("_owner", _Owner())  # of two threads, one sets it
@@ -79,14 +85,29 @@ def _load() -> str | None:
     """
     if environment.read("CONDENSE_DISABLE_CPP"):
         return "CONDENSE_DISABLE_CPP=1 is set"
-    resource = importlib.resources.files(PACKAGE) / "_C.abi3.so"
+    resource = importlib.resources.files(PACKAGE) / FILE
     if not resource.is_file():
-        return (
-            f"{resource} was not built; install g++ (or clang++) and reinstall with CONDENSE_BUILD_EXT=1 to see the "
-            "build"
-        )
+        return _why_there_is_none()
     with importlib.resources.as_file(resource) as path:  # of a zip: unpacked for the moment of loading
         return _load_file(path)
+
+
+def _why_there_is_none() -> str:
+    """What this copy's build left a note of, or that none took place; and where another copy's is."""
+    note = importlib.resources.files(PACKAGE) / "_not_built.txt"
+    if note.is_file():
+        reason = f"it was not built: {note.read_text(encoding='utf-8').strip()}"
+    elif IS_SOURCE_TREE:
+        reason = f"it was not built in {FOLDER}, a source tree. Remedy: build in place: {BUILD_IN_PLACE}"
+    else:
+        reason = f"{FOLDER / FILE} is missing. Remedy: reinstall with CONDENSE_BUILD_EXT=1"
+    behind = (os.path.join(entry, *PACKAGE.split(".")) for entry in sys.path)
+    built = next((copy for copy in behind if os.path.isfile(os.path.join(copy, FILE))), None)
+    if built is None:
+        return reason
+    return (
+        f"{reason}; or run from another folder, so that Python does not find {FOLDER} before {built}, which was built"
+    )
 
 
 def _load_file(path: Path) -> str | None:
@@ -129,7 +150,8 @@ def _check_schemas() -> None:
     if not wrong:
         return
     remedy = (
-        "rebuild the library, CONDENSE_BUILD_EXT=1 pip install ., or go without it, CONDENSE_DISABLE_CPP=1"
+        f"rebuild the library, {BUILD_IN_PLACE if IS_SOURCE_TREE else 'reinstalling with CONDENSE_BUILD_EXT=1'}, or go "
+        "without it, CONDENSE_DISABLE_CPP=1"
         if _owner.source == OUR_LIBRARY
         else "one version of condense_kernels for all that this process imports"
     )
