@@ -163,7 +163,7 @@ def test_names_of_somebody_else(monkeypatch, name):
         environment.check()
 
 
-@pytest.mark.parametrize(("text", "said"), [("2", "CONDENSE_BUILD_EXT: expected one of true"), ("off", "=0 is set")])
+@pytest.mark.parametrize(("text", "said"), [("2", "CONDENSE_BUILD_EXT: expected one of true"), ("off", "=0 was set")])
 def test_the_build_reads_it_by_the_same_file(tmp_path, text, said):
     build = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
     done = subprocess.run(
