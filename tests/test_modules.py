@@ -149,7 +149,7 @@ def test_varlen_budget():
     assert ck.varlen_budget([], keep=4)[3:] == (0, 0)
     assert ck.varlen_budget([1, 2], keep=4, background_ratio=0.0).cu_anchors.tolist() == [0, 1, 3]
     assert ck.varlen_budget(iter([10, 0, 2, 18]), keep=0.3)[3:] == (9, 18)
-    for wrong in ([3, -1], [3.0], torch.tensor([3])):
+    for wrong in ([3, -1], [3.0], [True], torch.tensor([3.0]), torch.tensor([True])):
         with pytest.raises(ValueError, match="^seqlens: expected ints >= 0"):
             ck.varlen_budget(wrong)
 

@@ -5,6 +5,7 @@ csrc/checks.h says the same to callers of the raw operators.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -75,6 +76,33 @@ def check_num_tokens(name: str, value: torch.Tensor) -> None:
             f"{name}: expected at most {MAX_TOKENS} tokens an image, got {value.shape[1]}. Remedy: condense windows or "
             "frames separately."
         )
+
+
+def number_on_host(name: str, value: torch.Tensor):
+    """Of a tensor without axes; from a GPU it would be waited for."""
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"{name}: expected a number on the host, got a tensor on {value.device}. Remedy: {name}.item(), which waits "
+            "for the device."
+        )
+    return value.item()
+
+
+def as_count(name: str, value):
+    """The int that a numpy integer or an integer tensor without axes stands for; all else as it is, to be checked."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    if isinstance(value, torch.Tensor):
+        is_count = value.dim() == 0 and not (value.is_floating_point() or value.is_complex())
+        return number_on_host(name, value) if is_count and value.dtype != torch.bool else value
+    return int(value) if isinstance(value, numbers.Integral) else value
+
+
+def as_grid(grid):
+    """Its sizes as ints; a row of image_grid_thw, on the host, will do."""
+    if isinstance(grid, torch.Tensor) and grid.dim() == 1:
+        grid = grid.unbind()
+    return tuple(as_count("grid", size) for size in grid) if isinstance(grid, Sequence) else grid
 
 
 def check_count(name: str, value: int, low: int, high: int, why: str) -> None:

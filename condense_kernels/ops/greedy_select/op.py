@@ -1,7 +1,7 @@
 import torch
 
 from ..._dispatch import backends
-from ..._dispatch.checks import FLOATS, check_count, check_tensor, check_weight
+from ..._dispatch.checks import FLOATS, as_count, check_count, check_tensor, check_weight
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, random
 from . import reference
@@ -107,6 +107,7 @@ def greedy_select(
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device, k, suppression or backend.
     """
+    k = as_count("k", k)
     if not torch.compiler.is_compiling():
         check(s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
     options = {"sbar": sbar, "tier": tier, "suppression": suppression}
