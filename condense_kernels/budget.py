@@ -22,9 +22,9 @@ def split_budget(
     """Return (num_anchors, num_background) for a budget, without any tensor: serving engines size buffers with it.
 
     ``keep`` is a count (int, 1 <= keep <= num_tokens) or a ratio (float, 0 < keep <= 1): 1 is one token, 1.0 all of
-    them. A ratio keeps ``num_tokens * keep`` tokens, at least one. Of those, ``kept * background_ratio`` are background
+    them. A ratio keeps ``num_tokens * keep`` tokens, at least one; ``kept * background_ratio`` of those are background
     (1 - alpha in the paper's terms), the rest anchors. Both are rounded to the nearest, halves up, and a ratio is the
-    decimal that was written, or the quotient: 0.29 of 50 is 14.5 and goes up to 15, though its product in floats is less.
+    decimal that was written, or the quotient: 0.29 of 50 is 14.5 and goes up to 15, though in floats it is less.
 
     Numbers may also be numpy's, or tensors without axes on the host.
     """
@@ -97,7 +97,7 @@ def simplest(low: Fraction, high: Fraction) -> Fraction:
 
 
 def as_number(name: str, value):
-    """The int or float that a number of numpy, or a tensor without axes, stands for; all else as it is, to be checked."""
+    """The int or float that a number of numpy, or a tensor without axes, stands for; all else as it is."""
     value = as_count(name, value)
     if isinstance(value, (int, float, torch.SymInt)):
         return value

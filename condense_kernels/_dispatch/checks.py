@@ -82,8 +82,8 @@ def number_on_host(name: str, value: torch.Tensor):
     """Of a tensor without axes; from a GPU it would be waited for."""
     if value.device.type != "cpu":
         raise TypeError(
-            f"{name}: expected a number on the host, got a tensor on {value.device}. Remedy: {name}.item(), which waits "
-            "for the device."
+            f"{name}: expected a number on the host, got a tensor on {value.device}. Remedy: {name}.item(), which "
+            "waits for the device."
         )
     return value.item()
 
