@@ -99,10 +99,10 @@ def backward_on_triton(*args):
     return launch(*args)
 
 
-def backward_flops(grad_merged, grad_mass, features, *_) -> int:
+def backward_flops(grad_merged, grad_mass, features, scores, *_) -> int:
     """Of features a product, of scores a difference, a product and an addition, a token and channel."""
-    b, n, d = features
-    return 4 * b * n * d
+    (b, n), d = scores, grad_merged[2]
+    return (1 if features is None else 4) * b * n * d
 
 
 def backward_examples(b: int) -> list[Example]:
@@ -111,7 +111,7 @@ def backward_examples(b: int) -> list[Example]:
         merged, mass = on_reference(features, scores, indices, assignment)
         grads = torch.sin(merged), torch.cos(mass)
         found.append(Example((*grads, features, scores, merged, mass, indices, assignment)))
-    return found
+    return [*found, Example((*grads, None, scores, None, mass, indices, assignment))]
 
 
 DERIVATIVES = Derivatives(autograd.Merge, of=2, backward="merge_backward")
