@@ -70,8 +70,14 @@ def rounded(count: int, ratio: float) -> int:
 LARGEST = 1 << 30  # of a denominator: with counts up to 2**31, no product leaves int64
 
 
+def constant_in_graphs(function):
+    """torch.compiler.assume_constant_result, which imports dynamo for that: seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.lru_cache
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def as_fraction(ratio: float) -> tuple[int, int]:
     """What a ratio in [0, 1] was written as: the simplest fraction that is this float. 0.29 is 29 / 100.
 
