@@ -92,6 +92,8 @@ def calls() -> dict[str, tuple]:
         merged, mass = empty(2, 64, 1024, dtype=dtype), empty(2, 64)
         arguments = (merged, mass, empty(2, 576, 1024, dtype=dtype), tensors[0], merged, mass, *tensors[1:])
         cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
+        of_features = (merged, mass, None, tensors[0], None, mass, *tensors[1:])
+        cases[f"merge_backward of features {TYPES[dtype]}"] = (merge_backward, of_features, {})
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ._dispatch.backends import check_backend
-from ._dispatch.checks import MAX_TOKENS, check_budget, check_grid, check_weight
+from ._dispatch.checks import MAX_TOKENS, as_count, as_grid, check_budget, check_grid, check_weight
 from .ops.select_and_merge import Condensed, select_and_merge
 
 
@@ -36,6 +36,8 @@ class Condense(torch.nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
+        grid = as_grid(grid)
         check_budget(num_anchors, num_background, MAX_TOKENS)
         check_weight("suppression", suppression)
         check_weight("spatial_weight", spatial_weight)
@@ -43,7 +45,7 @@ class Condense(torch.nn.Module):
         if grid is not None:
             check_grid(grid)
         self.num_anchors, self.num_background = num_anchors, num_background
-        self.grid = None if grid is None else tuple(grid)
+        self.grid = grid
         self.suppression, self.spatial_weight = suppression, spatial_weight
         self.backend = backend
 

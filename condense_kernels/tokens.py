@@ -3,7 +3,7 @@
 import torch
 
 from ._dispatch import tracing
-from ._dispatch.checks import check_not_empty, check_tensor
+from ._dispatch.checks import as_count, check_not_empty, check_tensor
 
 INTEGER = (torch.int64,)
 
@@ -12,6 +12,7 @@ INTEGER = (torch.int64,)
 def gather_tokens(
     indices: torch.Tensor,  # [B, K]
     *tensors: torch.Tensor,  # [B, N, ...] each
+    dim: int | None = None,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
     cu_kept: torch.Tensor | None = None,  # [S + 1]
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -21,23 +22,24 @@ def gather_tokens(
         indices: [B, K] int64, as :func:`select_and_merge` returns them; a row with index -1, or another
             negative one, gets zeros.
         tensors: [B, N, ...] each, any dtype. Where all images share one plane: ``plane.expand(B, *plane.shape)``.
+        dim: the axis of the tokens in tensors, 1 by default, 0 of a packed batch; the images are the axis before it.
+            Position ids [P, B, N], or [P, T], have theirs last: ``dim=-1``.
         cu_seqlens, cu_kept: both for a packed batch, indices [total_keep] and tensors [T, ...]: the offsets [S + 1]
             int32 of :func:`select_and_merge_varlen`, cu_kept being cu_anchors + cu_background.
 
     Returns:
-        [B, K, ...] (packed: [total_keep, ...]) for each tensor; a tuple where there are several. Differentiable.
+        [B, K, ...] (packed: [total_keep, ...]) for each tensor, its axes where they were; a tuple where there are
+        several. Differentiable.
 
     Raises:
-        TypeError, ValueError: a wrong rank, dtype, device or batch size, with the argument's name.
+        TypeError, ValueError: a wrong rank, dtype, device, dim or size, with the argument's name; fewer tokens than
+            are kept; without dim, [B, B, ...] of up to 4 images, which may be positions along B axes.
         RuntimeError: on CPU, an index beyond the last token. In a packed batch such a row gets zeros.
     """
-    packed = tracing.unrecorded(check_gather, indices, tensors, cu_seqlens, cu_kept)
+    packed, axes = tracing.unrecorded(check_gather, indices, tensors, dim, cu_seqlens, cu_kept)
     if packed:
-        limit = tensors[0].shape[0] if tensors else 0
-        indices = over_all_segments(indices, cu_kept, cu_seqlens, limit)[None]
-        tensors = tuple(tensor[None] for tensor in tensors)
-    rows = tuple(take_rows(tensor, indices) for tensor in tensors)
-    rows = tuple(row[0] for row in rows) if packed else rows
+        indices = over_all_segments(indices, cu_kept, cu_seqlens, tensors[0].shape[axes[0]] if tensors else 0)
+    rows = tuple(take_along(tensor, indices, axis) for tensor, axis in zip(tensors, axes, strict=True))
     return rows[0] if len(rows) == 1 else rows
 
 
@@ -46,6 +48,7 @@ def unmerge(
     merged: torch.Tensor,  # [B, K, ...]
     assignment: torch.Tensor,  # [B, N]
     *,
+    dim: int | None = None,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
     cu_kept: torch.Tensor | None = None,  # [S + 1]
 ) -> torch.Tensor:
@@ -55,6 +58,7 @@ def unmerge(
         merged: [B, K, ...], any dtype: rows, as merged or as a model has changed them since.
         assignment: [B, N] int64, as :func:`select_and_merge` returns it; a token with -1, or another
             negative value, gets zeros.
+        dim: the axis of the rows in merged, as in :func:`gather_tokens`.
         cu_seqlens, cu_kept: both for a packed batch, merged [total_keep, ...] and assignment [T], as in
             :func:`gather_tokens`.
 
@@ -62,12 +66,22 @@ def unmerge(
         [B, N, ...] (packed: [T, ...]). Differentiable.
 
     Raises:
-        TypeError, ValueError: a wrong rank, dtype, device or batch size, with the argument's name.
+        TypeError, ValueError: a wrong rank, dtype, device, dim or batch size, with the argument's name; without dim,
+            [B, B, ...] as in :func:`gather_tokens`.
         RuntimeError: on CPU, an assignment beyond the last row. In a packed batch such a token gets zeros.
     """
-    if not tracing.unrecorded(check_unmerge, merged, assignment, cu_seqlens, cu_kept):
-        return take_rows(merged, assignment)
-    return take_rows(merged[None], over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[0])[None])[0]
+    packed, axis = tracing.unrecorded(check_unmerge, merged, assignment, dim, cu_seqlens, cu_kept)
+    if packed:
+        assignment = over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[axis])
+    return take_along(merged, assignment, axis)
+
+
+def take_along(tensor: torch.Tensor, rows: torch.Tensor, axis: int) -> torch.Tensor:
+    """take_rows of tensor [..., B, N, ...], N at ``axis``, at rows [B, K]; or of [..., N, ...] at rows [K]."""
+    if rows.dim() == 1:
+        return take_rows(tensor.movedim(axis, 0)[None], rows[None])[0].movedim(0, axis)
+    where = axis - 1, axis
+    return take_rows(tensor.movedim(where, (0, 1)), rows).movedim((0, 1), where)
 
 
 def take_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -92,24 +106,32 @@ def over_all_segments(
     return torch.where((within >= 0) & (total < limit), total, -1)
 
 
-def check_gather(indices, tensors, cu_seqlens, cu_kept) -> bool:
-    """Whether the batch is packed."""
+def check_gather(indices, tensors, dim, cu_seqlens, cu_kept) -> tuple[bool, list[int]]:
+    """Whether the batch is packed, and where the tokens' axis of each tensor is."""
     packed = check_offsets(cu_seqlens, cu_kept, indices)
     check_tensor("indices", indices, "total_keep" if packed else "B K", {}, INTEGER)
+    letters, axes = "T" if packed else "B N", []
     for number, tensor in enumerate(tensors):
-        check_plane(f"tensors[{number}]", tensor, indices, packed, "T" if packed else "B N")
-        if packed and tensor.shape[0] != tensors[0].shape[0]:
-            limit, got = tensors[0].shape[0], list(tensor.shape)
-            raise ValueError(f"tensors[{number}]: expected [T ...] with T = {limit}, as tensors[0], got {got}.")
-    return packed
+        name = f"tensors[{number}]"
+        axes.append(check_plane(name, tensor, indices, packed, letters, dim))
+        limit, got = tensors[0].shape[axes[0]], list(tensor.shape)
+        if tensor.shape[axes[-1]] != limit:
+            raise ValueError(
+                f"{name}: expected [{letters} ...] with {letters[-1]} = {limit}, as tensors[0], got {got}."
+            )
+        if known(limit > 0) and known(limit < indices.shape[-1]):  # kept tokens are distinct
+            raise ValueError(
+                f"{name}: expected [{letters} ...] with {letters[-1]} >= {indices.shape[-1]}, the kept tokens, got "
+                f"{got} with {limit} at axis {axes[-1]}. {OTHER_AXIS}"
+            )
+    return packed, axes
 
 
-def check_unmerge(merged, assignment, cu_seqlens, cu_kept) -> bool:
-    """Whether the batch is packed."""
+def check_unmerge(merged, assignment, dim, cu_seqlens, cu_kept) -> tuple[bool, int]:
+    """Whether the batch is packed, and where the rows' axis is."""
     packed = check_offsets(cu_seqlens, cu_kept, assignment)
     check_tensor("assignment", assignment, "T" if packed else "B N", {}, INTEGER)
-    check_plane("merged", merged, assignment, packed, "total_keep" if packed else "B K")
-    return packed
+    return packed, check_plane("merged", merged, assignment, packed, "total_keep" if packed else "B K", dim)
 
 
 def check_offsets(cu_seqlens, cu_kept, like) -> bool:
@@ -128,11 +150,40 @@ def check_offsets(cu_seqlens, cu_kept, like) -> bool:
     return True
 
 
-def check_plane(name: str, tensor, index: torch.Tensor, packed: bool, axes: str) -> None:
+OTHER_AXIS = "Remedy: dim=, the axis of the tokens: -1 of positions [P B N] or [P T]."
+MAX_POSITION_AXES = 4  # time, height, width, and one more
+
+
+def check_plane(name: str, tensor, index: torch.Tensor, packed: bool, letters: str, dim: int | None) -> int:
+    """The axis of its tokens."""
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor [{axes} ...], got {type(tensor).__name__}.")
-    if tensor.dim() < len(axes.split()) or (not packed and tensor.shape[0] != index.shape[0]):
+        raise TypeError(f"{name}: expected a torch.Tensor [{letters} ...], got {type(tensor).__name__}.")
+    first = 0 if packed else 1
+    axis = first if dim is None else as_count("dim", dim)
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"dim: expected an int, got {type(axis).__name__}: {axis!r}. Remedy: int(dim).")
+    axis += tensor.dim() if axis < 0 else 0
+    if not first <= axis < tensor.dim() or (not packed and tensor.shape[axis - 1] != index.shape[0]):
         batch = "" if packed else f" with B = {index.shape[0]}"
-        raise ValueError(f"{name}: expected [{axes} ...]{batch}, got {list(tensor.shape)}.")
+        expected = f"[{letters} ...]{batch}" if dim is None else f"[... {letters} ...]{batch} and dim = {dim}"
+        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}. {OTHER_AXIS}")
+    if dim is None and not packed and tensor.dim() > 2 and may_be_positions(tensor):
+        raise ValueError(
+            f"{name}: expected dim=, as {list(tensor.shape)} may be [{letters} ...] or positions [P {letters}]. "
+            "Remedy: dim=1 for the one, dim=2 for the other."
+        )
     if tensor.device != index.device:
         raise ValueError(f"{name}: expected device {index.device}, as of the indices, got {tensor.device}.")
+    return axis
+
+
+def may_be_positions(tensor: torch.Tensor) -> bool:
+    """Of a tensor [B, N, ...], whether it could as well be [P, B, N, ...]: P = B = N, and not too many."""
+    return known(tensor.shape[0] == tensor.shape[1]) and known(tensor.shape[0] <= MAX_POSITION_AXES)
+
+
+def known(condition: bool) -> bool:
+    """Whether it holds; of sizes that a graph leaves open, whether it always does, so that they stay open."""
+    if torch.compiler.is_compiling():
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
+    return condition

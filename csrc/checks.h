@@ -175,16 +175,19 @@ inline void check_where(const std::optional<std::vector<int64_t>>& grid, const s
 }
 
 // What the merge and its gradient are given.
-inline void check_clusters(const Tensor& features, const Tensor& scores, const Tensor& indices,
+inline void check_channels(const char* name, const Tensor& t, const char* axes) {
+  check_rank(name, t, axes, 3);
+  check_floating(name, t);
+  check_not_empty(name, t, 2, "channel");
+}
+
+inline void check_clusters(int64_t batch, int64_t num_tokens, const Tensor& scores, const Tensor& indices,
                            const Tensor& assignment) {
-  check_rank("features", features, "B N D", 3);
-  check_floating("features", features);
-  check_not_empty("features", features, 2, "channel");
-  const std::vector<int64_t> tokens = {features.size(0), features.size(1)};
+  const std::vector<int64_t> tokens = {batch, num_tokens};
   check_shape("scores", scores, "B N", tokens);
   check_floating("scores", scores);
   check_rank("indices", indices, "B K", 2);
-  check_shape("indices", indices, "B K", {features.size(0), indices.size(1)});
+  check_shape("indices", indices, "B K", {batch, indices.size(1)});
   check_dtype("indices", indices, {ScalarType::Long}, "int64");
   check_shape("assignment", assignment, "B N", tokens);
   check_dtype("assignment", assignment, {ScalarType::Long}, "int64");

@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores
 
 std::tuple<Tensor, Tensor> merge(const Tensor& features, const Tensor& scores, const Tensor& indices,
                                  const Tensor& assignment) {
-  check_clusters(features, scores, indices, assignment);
+  check_channels("features", features, "B N D");
+  check_clusters(features.size(0), features.size(1), scores, indices, assignment);
   return is_double(features) || is_double(scores) ? merge_as<double>(features, scores, indices, assignment)
                                                   : merge_as<float>(features, scores, indices, assignment);
 }

@@ -246,6 +246,23 @@ def test_an_argument_is_checked_when_the_graph_runs(graphs, cpp):
         compiled(features, scores, positions, 4, 5, 21, 2)
 
 
+def test_planes_keep_their_sizes_open(graphs):
+    """And the axis of their tokens; shapes that are known are still refused."""
+
+    def call(indices, ids, features):
+        return ck.gather_tokens(indices, ids, dim=-1), ck.gather_tokens(indices, features)
+
+    compiled = graphs.compile(call, dynamic=True)
+    for batch, n, k in [(5, 12, 2), (6, 10, 4), (2, 7, 5)]:
+        indices = torch.stack([torch.randperm(n)[:k] for _ in range(batch)])
+        arguments = indices, torch.randint(9, (3, batch, n)), torch.randn(batch, n, 8)
+        assert_same_bits(compiled(*arguments), call(*arguments))
+    assert graphs.forward == 1
+    fixed = torch.compile(ck.gather_tokens, backend="eager", dynamic=False)
+    with pytest.raises(ValueError, match=r"expected dim=, as \[3, 3, 12\] may be"):
+        fixed(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 3, 12))
+
+
 @pytest.mark.parametrize("run", [ck.select_and_merge, torch.ops.condense.select_and_merge], ids=["python", "raw"])
 def test_vmap_inside_keeps_gradients(run, graphs, cpp):
     def call(features, scores):

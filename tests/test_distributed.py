@@ -107,6 +107,7 @@ def calls(batch: int) -> dict[str, tuple[tuple, dict]]:
         "assign": ((stages.s, indices), {**tier, **one_layout}),
         "merge": ((features, scores, indices, assignment), {}),
         "merge_backward": ((merged.cos(), mass.sin(), features, scores, merged, mass, indices, assignment), {}),
+        "merge_backward, of features": ((merged.cos(), mass.sin(), None, scores, None, mass, indices, assignment), {}),
         "select_and_merge": ((features, scores, *kept), everything),
         "select_and_merge, one layout": ((features, scores, *kept), one_layout),
         "select_and_merge, grid": ((features, scores, *kept), {"grid": [3, 4]}),

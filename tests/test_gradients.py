@@ -63,11 +63,27 @@ def test_gradcheck(call):
     assert gradgradcheck(call, inputs, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("which", [0, 1], ids=["features", "scores"])
+def test_gradcheck_of_one_argument(call, which):
+    """The other is a constant, and what its gradient alone would need was not saved."""
+    inputs = F, S
+    leaf = inputs[which].clone().requires_grad_()
+
+    def of_one(x):
+        return call(*(x if i == which else constant for i, constant in enumerate(inputs)))
+
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(of_one, leaf, check_forward_ad=True, **batched)
+    assert gradgradcheck(of_one, leaf, check_fwd_over_rev=True)
+
+
 @pytest.mark.parametrize("call", [condensed, packed, merged])
 def test_gradcheck_of_the_reference(call):
     inputs = F.clone().requires_grad_(), S.clone().requires_grad_()
-    assert gradcheck(lambda *x: call(*x, backend="reference"), inputs)
-    assert gradgradcheck(lambda *x: call(*x, backend="reference"), inputs)
+    for arguments in (inputs, (inputs[0], S), (F, inputs[1])):
+        assert gradcheck(lambda *x: call(*x, backend="reference"), arguments)
+        assert gradgradcheck(lambda *x: call(*x, backend="reference"), arguments)
 
 
 def test_gradcheck_with_rows_of_every_kind(cpp):
@@ -150,6 +166,8 @@ TRANSFORMS = {
     "hessian": lambda q: hessian(q, argnums=(0, 1))(F, S),
     "jacfwd of jacfwd": lambda q: jacfwd(jacfwd(q, argnums=1), argnums=0)(F, S),  # 0 by torch's own default
     "jacrev of jacrev": lambda q: jacrev(jacrev(q, argnums=1), argnums=0)(F, S),
+    "jacrev of jacrev, features first": lambda q: jacrev(jacrev(q, argnums=0), argnums=1)(F, S),
+    "jacfwd of jacrev, features first": lambda q: jacfwd(jacrev(q, argnums=0), argnums=1)(F, S),
     "jacrev of jacfwd": lambda q: jacrev(jacfwd(q, argnums=1), argnums=0)(F, S),
     "jvp thrice": lambda q: jvp(
         lambda t: jvp(lambda t: jvp(lambda t: q(F, t), (t,), (t,))[1], (t,), (t,))[1], (S,), (S,)
@@ -157,6 +175,7 @@ TRANSFORMS = {
     "grad thrice": lambda q: grad(lambda t: grad(lambda t: grad(lambda t: q(F, t))(t).pow(2).sum())(t).sum())(S),
     "vmap": lambda q: vmap(q, in_dims=(2, None))(FS.movedim(0, 2), S),
     "vmap of grad": lambda q: vmap(grad(q, argnums=(0, 1)))(FS, SS),
+    "vmap of grad, features alone": lambda q: vmap(grad(q), in_dims=(0, None))(FS, S),
     "vmap of hessian": lambda q: vmap(hessian(q, argnums=1))(FS, SS),
     "vmap of jvp": lambda q: vmap(lambda x: jvp(lambda t: q(x, t), (S,), (S,))[1])(FS),
     "vmap of vmap": lambda q: vmap(vmap(q))(torch.stack([FS, FS]), torch.stack([SS, SS])),
@@ -295,6 +314,47 @@ def test_one_argument_alone(call):
         inputs = [t.clone().requires_grad_(i == j) for j, t in enumerate((F, S))]
         sum(result.sum() for result in call(*inputs)).backward()
         assert inputs[i].grad.abs().sum() > 0 and inputs[1 - i].grad is None
+
+
+INPLACE = {
+    "dropout": lambda t, inplace: torch.nn.functional.dropout(t, inplace=inplace),
+    "add": lambda t, inplace: t.add_(1.0) if inplace else t + 1.0,
+    "mul": lambda t, inplace: t.mul_(3.0) if inplace else t * 3.0,
+}
+
+
+@pytest.mark.parametrize("change", INPLACE)
+@pytest.mark.parametrize("call", CALLS)
+def test_merged_may_be_written_into(call, change):
+    """Where only features require grad; the gradient of scores needs merged as it was, and torch says so."""
+
+    def gradients(inplace, of_scores=False):
+        torch.manual_seed(0)
+        inputs = F.clone().requires_grad_(), S.clone().requires_grad_(of_scores)
+        rows, mass = call(*inputs)
+        loss = INPLACE[change](rows, inplace).square().sum() + mass.square().sum()
+        return torch.autograd.grad(loss, inputs if of_scores else inputs[:1])
+
+    assert_same_bits(gradients(inplace=True), gradients(inplace=False, of_scores=True)[:1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(inplace=True, of_scores=True)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_features_may_be_written_into(call):
+    """After the call, as those of a layer whose activation works in place."""
+    features, scale = F.clone(), torch.ones((), dtype=F.dtype, requires_grad=True)
+    scaled = features * scale
+    rows, _ = call(scaled, S)
+    scaled.zero_()
+    torch.testing.assert_close(torch.autograd.grad(rows.sum(), scale)[0], rows.detach().sum())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_mass_alone_has_a_gradient_of_zeros_in_features(call):
+    features = F.clone().requires_grad_()
+    call(features, S)[1].sum().backward()
+    assert features.grad.shape == F.shape and features.grad.eq(0).all()
 
 
 def test_indices_and_assignment_are_constants():

@@ -92,6 +92,18 @@ def assert_matches_reference(call: Call, backend: str) -> None:
         assert (error <= bound).all(), f"{name}: {float((error / bound).nan_to_num(nan=torch.inf).amax())} of the bound"
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_without_features_and_merged(dtype, backend):
+    """The same bits for features; for scores what mass gives them. Zeroes keep their signs."""
+    call = make_call(dtype)
+    call.grad_merged[:, :, :3] = torch.tensor([0.0, -0.0, torch.nan], dtype=dtype)
+    expected = call.run(backend)[0]
+    features, scores = dataclasses.replace(call, features=None, merged=None).run(backend)
+    assert_same_bits([features, features.signbit()], [expected, expected.signbit()])
+    of_mass = dataclasses.replace(call, grad_merged=torch.zeros_like(call.grad_merged)).run(backend)[1]
+    assert torch.equal(scores, of_mass) and of_mass.count_nonzero() > 0
+
+
 @pytest.mark.parametrize("scores_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype, scores_dtype, fast):
@@ -310,6 +322,8 @@ def test_other_instruction_sets(capability, cpp):
         ("indices", torch.full((2, 7), 23), "indices: expected values in [-1, 23), got 23"),
         ("indices", torch.full((2, 7), -2), "indices: expected values in [-1, 23), got -2"),
         ("assignment", torch.full((2, 23), 7), "assignment: expected values in [-1, 7), got 7"),
+        ("merged", None, "features, merged: expected both or neither, got features alone. Remedy"),
+        ("features", None, "features, merged: expected both or neither, got merged alone. Remedy"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -72,6 +72,37 @@ def test_gather_tokens():
     assert torch.equal(ck.gather_tokens(RESULT.indices, labels), kept)
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3, 5])
+def test_position_ids_of_several_axes(axes):
+    """[P, B, N], as those of M-RoPE, also where P is B, and [P, B, N, C]; there and back."""
+    ids = torch.arange(axes * 24).view(axes, 2, 12)
+    expected = torch.stack([ck.gather_tokens(RESULT.indices, plane) for plane in ids])
+    for dim in (2, -1):
+        assert torch.equal(ck.gather_tokens(RESULT.indices, ids, dim=dim), expected)
+    phases = torch.stack([ids, -ids], dim=-1)
+    assert torch.equal(ck.gather_tokens(RESULT.indices, phases, dim=2), torch.stack([expected, -expected], dim=-1))
+    back = ck.unmerge(expected, RESULT.assignment, dim=-1)
+    assert torch.equal(back, torch.stack([ck.unmerge(plane, RESULT.assignment) for plane in expected]))
+    flat, kept = ids.flatten(1)[:, :20].contiguous(), torch.tensor([1, 0, 8])
+    offsets = {"cu_seqlens": torch.tensor([0, 9, 20]), "cu_kept": torch.tensor([0, 1, 3])}
+    rows = ck.gather_tokens(kept, flat, dim=-1, **offsets)
+    assert torch.equal(rows, flat[:, [1, 9, 17]])
+    assignment = torch.tensor([0] * 9 + [1] * 11)
+    assert torch.equal(ck.unmerge(rows, assignment, dim=1, **offsets), rows[:, [0] * 9 + [2] * 11])
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("axes", [1, 2, 3, 4])
+@pytest.mark.parametrize("kept", [1, 2, 3, 6])
+def test_position_ids_are_never_gathered_along_another_axis(images, axes, kept):
+    """Without dim=, even where each index would be one of an image."""
+    indices = torch.arange(kept).expand(images, kept)
+    with pytest.raises(ValueError, match=r"^tensors\[0\]: expected .*Remedy: dim="):
+        ck.gather_tokens(indices, torch.zeros(axes, images, 12))
+    with pytest.raises(ValueError, match=r"^merged: expected .*Remedy: dim="):
+        ck.unmerge(torch.zeros(axes, images, kept), indices)
+
+
 def test_unmerge_gives_every_token_its_row():
     back = ck.unmerge(RESULT.merged, RESULT.assignment)
     assert back.shape == INPUTS.features.shape
@@ -121,6 +152,25 @@ def test_packed_planes():
         (lambda: ck.gather_tokens(RESULT.indices.int(), F[None]), "indices: expected dtype int64, got int32"),
         (lambda: ck.gather_tokens(RESULT.indices[0], F[None]), "indices: expected 2 axes [B K], got 1"),
         (lambda: ck.gather_tokens(RESULT.indices, P), "tensors[0]: expected [B N ...] with B = 2, got [30, 2]"),
+        (
+            lambda: ck.gather_tokens(RESULT.indices, torch.zeros(2, 3, 12)),
+            "tensors[0]: expected [B N ...] with N >= 5, the kept tokens, got [2, 3, 12] with 3 at axis 1. Remedy: dim",
+        ),
+        (
+            lambda: ck.gather_tokens(RESULT.indices, F[None].expand(2, 30, 4), INPUTS.scores),
+            "tensors[1]: expected [B N ...] with N = 30, as tensors[0], got [2, 12]",
+        ),
+        (
+            lambda: ck.gather_tokens(RESULT.indices[0], P.T, cu_seqlens=KEPT, cu_kept=KEPT),
+            "tensors[0]: expected [T ...] with T >= 5, the kept tokens, got [2, 30] with 2 at axis 0. Remedy: dim=",
+        ),
+        (
+            lambda: ck.gather_tokens(RESULT.indices, INPUTS.features, dim=2),
+            "tensors[0]: expected [... B N ...] with B = 2 and dim = 2, got [2, 12, 5]. Remedy: dim=",
+        ),
+        (lambda: ck.gather_tokens(RESULT.indices, INPUTS.features, dim=0), "tensors[0]: expected [... B N ...] with B"),
+        (lambda: ck.gather_tokens(RESULT.indices, INPUTS.features, dim=3), "tensors[0]: expected [... B N ...] with B"),
+        (lambda: ck.gather_tokens(RESULT.indices, INPUTS.features, dim=True), "dim: expected an int, got bool"),
         (lambda: ck.gather_tokens(RESULT.indices, [1]), "tensors[0]: expected a torch.Tensor [B N ...], got list"),
         (lambda: ck.unmerge(RESULT.merged[:1], RESULT.assignment), "merged: expected [B K ...] with B = 2, got [1, "),
         (lambda: ck.unmerge(F, RESULT.assignment[0], cu_kept=KEPT), "cu_seqlens: expected a tensor [S+1]"),
@@ -149,7 +199,7 @@ def test_varlen_budget():
     assert ck.varlen_budget([], keep=4)[3:] == (0, 0)
     assert ck.varlen_budget([1, 2], keep=4, background_ratio=0.0).cu_anchors.tolist() == [0, 1, 3]
     assert ck.varlen_budget(iter([10, 0, 2, 18]), keep=0.3)[3:] == (9, 18)
-    for wrong in ([3, -1], [3.0], torch.tensor([3])):
+    for wrong in ([3, -1], [3.0], [True], torch.tensor([3.0]), torch.tensor([True])):
         with pytest.raises(ValueError, match="^seqlens: expected ints >= 0"):
             ck.varlen_budget(wrong)
 

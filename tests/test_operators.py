@@ -29,9 +29,10 @@ def permuted(value):
     return value.permute(*axes).contiguous().permute(*axes)
 
 
-def with_gradients(operator: Operator, example: Example) -> Example:
+def with_gradients(operator: Operator, example: Example, count: int) -> Example:
+    """Of the first so many arguments."""
     args = list(example.args)
-    for i in range(operator.derivatives.of):
+    for i in range(count):
         args[i] = args[i].clone().requires_grad_()
     return Example(tuple(args), example.kwargs)
 
@@ -40,7 +41,8 @@ def calls_of(operator: Operator) -> list[Example]:
     torch.manual_seed(0)
     examples = operator.examples(2)
     found = [*examples, *(Example(tuple(map(permuted, e.args)), e.kwargs) for e in examples[:2])]
-    return found + [with_gradients(operator, e) for e in examples[:2] if operator.derivatives is not None]
+    counts = (1, operator.derivatives.of) if operator.derivatives is not None else ()
+    return found + [with_gradients(operator, e, count) for e in examples[:2] for count in counts]
 
 
 CALLS = [(operator, call) for operator in OPERATORS.values() for call in calls_of(operator)]
@@ -219,14 +221,15 @@ def test_flops_of_the_stages_add_up():
     assert counter.get_total_flops() == 2 * (pairs + picks + nearest + merged)
 
 
-def test_flops_of_backward():
-    features, scores = torch.rand(2, 12, 5, requires_grad=True), torch.rand(2, 12)
+@pytest.mark.parametrize(("of_scores", "each"), [(False, 1), (True, 4)])
+def test_flops_of_backward(of_scores, each):
+    features, scores = torch.rand(2, 12, 5, requires_grad=True), torch.rand(2, 12, requires_grad=of_scores)
     with FlopCounterMode(display=False) as forward:
         merged = ck.select_and_merge(features, scores, 3, 2, grid=(3, 4)).merged
     with FlopCounterMode(display=False) as backward:
         merged.sum().backward()
     assert forward.get_total_flops() > 0
-    assert backward.get_total_flops() == 4 * 2 * 12 * 5
+    assert backward.get_total_flops() == each * 2 * 12 * 5
 
 
 @BY_NAME

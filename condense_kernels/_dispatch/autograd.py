@@ -98,13 +98,13 @@ MERGE = ("features", "scores", "merged", "mass", "indices", "assignment")
 OFFSETS = ("cu_seqlens", "cu_anchors", "cu_background")
 
 
-def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) -> tuple[torch.Tensor, ...]:
+def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) -> tuple[torch.Tensor | None, ...]:
     """features [1, T, D], scores [1, T], merged [1, total_keep, D], ...: no value is read by the host."""
     cu_seqlens, cu_anchors, cu_background = offsets
     cu_kept = cu_anchors.long() + cu_background
-    tokens = over_all_segments(indices, cu_kept, cu_seqlens, features.shape[0])
-    rows = over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[0])
-    return tuple(t[None] for t in (features, scores, merged, mass, tokens, rows))
+    tokens = over_all_segments(indices, cu_kept, cu_seqlens, scores.shape[0])
+    rows = over_all_segments(assignment, cu_seqlens, cu_kept, mass.shape[0])
+    return tuple(None if t is None else t[None] for t in (features, scores, merged, mass, tokens, rows))
 
 
 def row_sums(x: torch.Tensor, indices: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
@@ -138,10 +138,10 @@ def merge_tangent(
 
 
 @contextlib.contextmanager
-def outer_tangents(saved: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+def outer_tangents(saved: Sequence[torch.Tensor | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """For jvp: forward mode is off there by default, and the tangents of tangents would be zeros, in silence. It goes
     on with what was saved, less the tangents of this level."""
-    primals = tuple(forward_ad.unpack_dual(tensor).primal for tensor in saved)
+    primals = tuple(None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved)
     with forward_ad._set_fwd_grad_enabled(True):
         yield primals
 
@@ -183,28 +183,30 @@ class Merge(Operator):
         call, *values = inputs
         named = call.named(values, output)
         ctx.mark_non_differentiable(*(result for result in output if not result.is_floating_point()))
-        saved = [named[name] for name in (*MERGE, *OFFSETS) if name in named]
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        saved = {name: named[name] for name in (*MERGE, *OFFSETS) if name in named}
+        ctx.save_for_forward(*saved.values())  # until forward mode has had its turn, which is now
+        if not ctx.needs_input_grad[2]:  # scores: the gradient of features does not depend on features
+            saved |= {"features": None, "merged": None}
+        ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)  # torch makes plain zeros of them, also beside DTensors
-        ctx.call = call
+        ctx.call, ctx.channels, ctx.dtype = call, named["merged"].shape[-1], named["merged"].dtype
 
     @staticmethod
     def backward(ctx, *gradients):
         saved = ctx.saved_tensors  # once: each time would unpack them, which checkpoints refuse
         packed = len(saved) > len(MERGE)
-        results = saved[2:4]  # merged, mass; the others have no gradient
-        grads = (gradients[0], gradients[-1])
-        grads = tuple(torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
-        features, scores, *rest = as_one_image(*saved) if packed else saved
+        features, _, _, mass, *_ = saved
+        grad_merged, grad_mass = gradients[0], gradients[-1]  # the other results have none
+        if grad_merged is None:
+            grad_merged = torch.zeros_like(mass[..., None].expand(*mass.shape, ctx.channels), dtype=ctx.dtype)
+        grads = grad_merged, torch.zeros_like(mass) if grad_mass is None else grad_mass
         if packed:
-            grads = tuple(grad[None] for grad in grads)
-        grads = differentiate(
-            Call("merge_backward", ctx.call.backward, ctx.call.backward), *grads, features, scores, *rest
-        )
+            saved, grads = as_one_image(*saved), tuple(grad[None] for grad in grads)
+        grads = differentiate(Call("merge_backward", ctx.call.backward, ctx.call.backward), *grads, *saved)
         if packed:
             grads = tuple(grad[0] for grad in grads)
-        return None, *grads, *[None] * (len(schema_of(ctx.call.op).arguments) - 2)
+        rest = [None] * (len(schema_of(ctx.call.op).arguments) - 2)
+        return None, grads[0], None if features is None else grads[1], *rest
 
     @staticmethod
     def jvp(ctx, _, *tangents):
@@ -223,9 +225,9 @@ class Merge(Operator):
 def token_gradients(
     grad_merged: torch.Tensor,  # [B, K, D]
     grad_mass: torch.Tensor,  # [B, K]
-    features: torch.Tensor,  # [B, N, D]
+    features: torch.Tensor | None,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
-    merged: torch.Tensor,  # [B, K, D]
+    merged: torch.Tensor | None,  # [B, K, D]
     mass: torch.Tensor,  # [B, K]
     indices: torch.Tensor,  # [B, K]
     assignment: torch.Tensor,  # [B, N]
@@ -237,12 +239,14 @@ def token_gradients(
     weighted = member & (total != 0)
     inverse = torch.where(weighted, 1 / torch.where(weighted, total, 1), 0)
     gradient = take_rows(grad_merged, assignment).to(dtype)
-    apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
     grad_features = (scores.to(dtype) * inverse)[..., None] * gradient
-    grad_scores = (apart * gradient).sum(dim=-1) * inverse + torch.where(member, take_rows(grad_mass, assignment), 0)
+    grad_scores = torch.where(member, take_rows(grad_mass, assignment), 0)
+    if features is not None:
+        apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
+        grad_scores = (apart * gradient).sum(dim=-1) * inverse + grad_scores
     itself = torch.where(((mass == 0) & (indices >= 0))[..., None], grad_merged.to(dtype), 0)
     place = indices.clamp(min=0)[..., None].expand_as(itself)
-    return grad_features.scatter_add(1, place, itself).to(features.dtype), grad_scores.to(scores.dtype)
+    return grad_features.scatter_add(1, place, itself).to(grad_merged.dtype), grad_scores.to(scores.dtype)
 
 
 class MergeBackward(Operator):
@@ -255,20 +259,33 @@ class MergeBackward(Operator):
 
     @staticmethod
     def pullback(saved: Sequence[torch.Tensor]) -> Callable:
-        count = MergeBackward.NUM_DIFFERENTIABLE
-        return torch.func.vjp(lambda *primals: token_gradients(*primals, *saved[count:]), *saved[:count])[1]
+        """From slopes of the two results to those of the arguments that were given."""
+        given = MergeBackward.given(saved)
+
+        def of_given(*primals):
+            arguments = dict(enumerate(saved)) | dict(zip(given, primals, strict=True))
+            return token_gradients(*arguments.values())
+
+        return torch.func.vjp(of_given, *(saved[i] for i in given))[1]
+
+    @staticmethod
+    def given(saved: Sequence[torch.Tensor | None]) -> list[int]:
+        return [i for i in range(MergeBackward.NUM_DIFFERENTIABLE) if saved[i] is not None]
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, *MergeBackward.pullback(ctx.saved_tensors)(gradients), None, None
+        saved = ctx.saved_tensors
+        slopes = dict(zip(MergeBackward.given(saved), MergeBackward.pullback(saved)(gradients), strict=True))
+        return None, *(slopes.get(i) for i in range(len(saved)))
 
     @staticmethod
     def jvp(ctx, _, *tangents):
         # The pullback is linear, and its transpose is the tangent map: no forward mode inside forward mode.
         with outer_tangents(ctx.saved_tensors) as saved:
-            primals = saved[: MergeBackward.NUM_DIFFERENTIABLE]
-            tangents = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=False))
-            zeros = tuple(torch.zeros_like(p) for p in saved[2:4])  # features, scores
+            given = MergeBackward.given(saved)
+            tangents = tuple(torch.zeros_like(saved[i]) if tangents[i] is None else tangents[i] for i in given)
+            grad_merged, scores, assignment = saved[0], saved[3], saved[-1]
+            zeros = torch.zeros_like(take_rows(grad_merged, assignment)), torch.zeros_like(scores)
             return torch.func.vjp(MergeBackward.pullback(saved), zeros)[1](tangents)[0]
 
 

@@ -5,6 +5,7 @@ csrc/checks.h says the same to callers of the raw operators.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -85,6 +86,33 @@ def is_int(value: object) -> bool:
 def shown(value: object) -> str:
     """As an error prints it. Of an int of some thousand digits, Python itself refuses to."""
     return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 128 else str(value)
+
+
+def number_on_host(name: str, value: torch.Tensor):
+    """Of a tensor without axes; from a GPU it would be waited for."""
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"{name}: expected a number on the host, got a tensor on {value.device}. Remedy: {name}.item(), which "
+            "waits for the device."
+        )
+    return value.item()
+
+
+def as_count(name: str, value):
+    """The int that a numpy integer or an integer tensor without axes stands for; all else as it is, to be checked."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    if isinstance(value, torch.Tensor):
+        is_count = value.dim() == 0 and not (value.is_floating_point() or value.is_complex())
+        return number_on_host(name, value) if is_count and value.dtype != torch.bool else value
+    return int(value) if isinstance(value, numbers.Integral) else value
+
+
+def as_grid(grid):
+    """Its sizes as ints; a row of image_grid_thw, on the host, will do."""
+    if isinstance(grid, torch.Tensor) and grid.dim() == 1:
+        grid = grid.unbind()
+    return tuple(as_count("grid", size) for size in grid) if isinstance(grid, Sequence) else grid
 
 
 def check_count(name: str, value: int, low: int, high: int, why: str) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import check_tensor, check_values, check_weight, check_where
+from ..._dispatch.checks import as_grid, check_tensor, check_values, check_weight, check_where
 from ..._dispatch.debug import check_finite, check_indices, check_positions
 from ..._dispatch.declaration import Example, Operator, random
 from . import reference
@@ -108,6 +108,7 @@ def assign(
         RuntimeError: on CPU, an index outside [-1, N). On a GPU, where values are not read, it is a row that takes
             nobody.
     """
+    grid = as_grid(grid)
     tracing.checked(check, s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
     options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
     return backends.run("assign", backend, (s, indices), options)

@@ -1,7 +1,7 @@
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import FLOATS, check_count, check_tensor, check_weight
+from ..._dispatch.checks import FLOATS, as_count, check_count, check_tensor, check_weight
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, random
 from . import reference
@@ -108,6 +108,7 @@ def greedy_select(
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device, k, suppression or backend.
     """
+    k = as_count("k", k)
     tracing.checked(check, s, prior, k, sbar=sbar, tier=tier, suppression=suppression)
     options = {"sbar": sbar, "tier": tier, "suppression": suppression}
     return backends.run("greedy_select", backend, (s, prior, k), options)

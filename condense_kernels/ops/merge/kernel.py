@@ -19,6 +19,7 @@ from ..._triton.launcher import on_device_of, reject_float64, strides_of
 from ..._triton.tables import MergeBackwardConfig, MergeConfig
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
+RANKS = (3, 2, 3, 2, 3, 2, 2, 2)  # of the arguments of merge_backward
 
 
 @triton.jit
@@ -142,9 +143,9 @@ def merge(
 def merge_backward_kernel(
     grad_merged_ptr,  # [B, K, D]
     grad_mass_ptr,  # [B, K]
-    features_ptr,  # [B, N, D]
+    features_ptr,  # [B, N, D] or None
     scores_ptr,  # [B, N]
-    merged_ptr,  # [B, K, D]
+    merged_ptr,  # [B, K, D] or None
     mass_ptr,  # [B, K]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
@@ -170,7 +171,6 @@ def merge_backward_kernel(
     pid_b = (pid // num_parts).to(tl.int64)
     offs = (pid % num_parts * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     grad_merged_ptr += pid_b * stride_grad_merged_b
-    merged_ptr += pid_b * stride_merged_b
     mass_ptr += pid_b * stride_mass_b
     indices_ptr += pid_b * stride_index_b
     assignment_ptr += pid_b * stride_assignment_b
@@ -194,8 +194,9 @@ def merge_backward_kernel(
     score = tl.load(scores_ptr + pid_b * stride_score_b + token * stride_score_n, mask=merges, other=0.0)
     weight = tl.where(copies, 1.0, tl.div_rn(score.to(tl.float32), mass))
 
-    features_ptr += pid_b * stride_feature_b + token[:, None] * stride_feature_n
-    merged_ptr += row[:, None] * stride_merged_k
+    if features_ptr is not None:
+        features_ptr += pid_b * stride_feature_b + token[:, None] * stride_feature_n
+        merged_ptr += pid_b * stride_merged_b + row[:, None] * stride_merged_k
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start = tl.zeros([], tl.int32)
     while start < D:
@@ -205,10 +206,11 @@ def merge_backward_kernel(
         from_row = tl.load(
             gradient_ptrs + row[:, None] * stride_grad_merged_k, mask=(merges | copies)[:, None] & mask_d, other=0.0
         ).to(tl.float32)
-        merging = merges[:, None] & mask_d
-        x = tl.load(features_ptr + offs_d * stride_feature_d, mask=merging, other=0.0).to(tl.float32)
-        mean = tl.load(merged_ptr + offs_d * stride_merged_d, mask=merging, other=0.0).to(tl.float32)
-        acc = tl.fma(x - mean, from_row, acc)
+        if features_ptr is not None:
+            merging = merges[:, None] & mask_d
+            x = tl.load(features_ptr + offs_d * stride_feature_d, mask=merging, other=0.0).to(tl.float32)
+            mean = tl.load(merged_ptr + offs_d * stride_merged_d, mask=merging, other=0.0).to(tl.float32)
+            acc = tl.fma(x - mean, from_row, acc)
         gradient = weight[:, None] * from_row
         if OF_ROWS:
             mask = mask_n[:, None] & mask_d
@@ -226,22 +228,21 @@ def merge_backward_kernel(
 def merge_backward(
     grad_merged: torch.Tensor,  # [B, K, D]
     grad_mass: torch.Tensor,  # [B, K]
-    features: torch.Tensor,  # [B, N, D]
+    features: torch.Tensor | None,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
-    merged: torch.Tensor,  # [B, K, D]
+    merged: torch.Tensor | None,  # [B, K, D]
     mass: torch.Tensor,  # [B, K]
     indices: torch.Tensor,  # [B, K] int64, distinct, -1 = no such row
     assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of features [B, N, D] and of scores [B, N], in their dtypes."""
-    reject_float64(features=features, scores=scores)
-    b, n, d = features.shape
-    k = indices.shape[1]
-    grad_features, grad_scores = features.new_empty((b, n, d)), scores.new_empty((b, n))
+    reject_float64(features=grad_merged, scores=scores)  # features have the dtype of their slopes
+    (b, n), (k, d) = scores.shape, grad_merged.shape[1:]
+    grad_features, grad_scores = grad_merged.new_empty((b, n, d)), scores.new_empty((b, n))
     config = MergeBackwardConfig.for_shape(d)
     tensors = (grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)
-    strides = [stride for tensor in tensors for stride in tensor.stride()]
-    with on_device_of(features):
+    strides = [stride for tensor, axes in zip(tensors, RANKS, strict=True) for stride in strides_of(tensor, axes)]
+    with on_device_of(grad_merged):
         for count, of_rows in ((n, False), (k, True)):
             parts = triton.cdiv(count, config.block_n)
             if b * n * parts > 0:

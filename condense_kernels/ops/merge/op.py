@@ -9,12 +9,18 @@ from . import reference
 
 
 def check(features, scores, indices, assignment) -> None:
+    check_clusters("features", features, "B N D", scores, indices, assignment)
+
+
+def check_clusters(name: str, channels, shape: str, scores, indices, assignment) -> dict[str, int]:
+    """The letters' sizes; ``channels`` is the tensor that D and the device are taken from."""
     sizes: dict[str, int] = {}
-    check_tensor("features", features, "B N D", sizes, FLOATS)
-    check_not_empty("features", features, 2, "channel")
-    check_tensor("scores", scores, "B N", sizes, FLOATS, features)
-    check_tensor("indices", indices, "B K", sizes, (torch.int64,), features)
-    check_tensor("assignment", assignment, "B N", sizes, (torch.int64,), features)
+    check_tensor(name, channels, shape, sizes, FLOATS)
+    check_not_empty(name, channels, 2, "channel")
+    check_tensor("scores", scores, "B N", sizes, FLOATS, channels)
+    check_tensor("indices", indices, "B K", sizes, (torch.int64,), channels)
+    check_tensor("assignment", assignment, "B N", sizes, (torch.int64,), channels)
+    return sizes
 
 
 def fake(features, scores, indices, assignment):
@@ -60,24 +66,31 @@ def examples(b: int) -> list[Example]:
 
 
 def check_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment) -> None:
-    check(features, scores, indices, assignment)
-    sizes = {**dict(zip("BND", features.shape, strict=True)), "K": indices.shape[1]}
-    wide = (compute_dtype(features, scores),)
-    check_tensor("grad_merged", grad_merged, "B K D", sizes, (features.dtype,), features)
-    check_tensor("grad_mass", grad_mass, "B K", sizes, wide, features)
-    check_tensor("merged", merged, "B K D", sizes, (features.dtype,), features)
-    check_tensor("mass", mass, "B K", sizes, wide, features)
+    if (features is None) != (merged is None):
+        alone = "features" if merged is None else "merged"
+        raise ValueError(
+            f"features, merged: expected both or neither, got {alone} alone. Remedy: give both for the gradient of "
+            "scores, none for that of features."
+        )
+    name, like, shape = ("grad_merged", grad_merged, "B K D") if features is None else ("features", features, "B N D")
+    sizes = check_clusters(name, like, shape, scores, indices, assignment)
+    wide = (compute_dtype(like, scores),)
+    check_tensor("grad_merged", grad_merged, "B K D", sizes, (like.dtype,), like)
+    check_tensor("grad_mass", grad_mass, "B K", sizes, wide, like)
+    if merged is not None:
+        check_tensor("merged", merged, "B K D", sizes, (like.dtype,), like)
+    check_tensor("mass", mass, "B K", sizes, wide, like)
 
 
 def fake_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment):
-    return features.new_empty(features.shape), scores.new_empty(scores.shape)
+    return grad_merged.new_empty((*scores.shape, grad_merged.shape[2])), scores.new_empty(scores.shape)
 
 
 def backward_on_reference(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment):
-    check_values("indices", indices, -1, features.shape[1])
+    check_values("indices", indices, -1, scores.shape[1])
     check_values("assignment", assignment, -1, indices.shape[1])
     grads = reference.merge_backward(grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)
-    return tuple(reference.rounded_once(grad, t.dtype) for grad, t in zip(grads, (features, scores), strict=True))
+    return tuple(reference.rounded_once(grad, t.dtype) for grad, t in zip(grads, (grad_merged, scores), strict=True))
 
 
 def backward_on_triton(*args):
@@ -86,10 +99,10 @@ def backward_on_triton(*args):
     return launch(*args)
 
 
-def backward_flops(grad_merged, grad_mass, features, *_) -> int:
+def backward_flops(grad_merged, grad_mass, features, scores, *_) -> int:
     """Of features a product, of scores a difference, a product and an addition, a token and channel."""
-    b, n, d = features
-    return 4 * b * n * d
+    (b, n), d = scores, grad_merged[2]
+    return (1 if features is None else 4) * b * n * d
 
 
 def backward_examples(b: int) -> list[Example]:
@@ -98,7 +111,7 @@ def backward_examples(b: int) -> list[Example]:
         merged, mass = on_reference(features, scores, indices, assignment)
         grads = torch.sin(merged), torch.cos(mass)
         found.append(Example((*grads, features, scores, merged, mass, indices, assignment)))
-    return found
+    return [*found, Example((*grads, None, scores, None, mass, indices, assignment))]
 
 
 DERIVATIVES = Derivatives(autograd.Merge, of=2, backward="merge_backward")

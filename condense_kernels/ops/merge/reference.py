@@ -40,9 +40,9 @@ def merge(
 def merge_backward(
     grad_merged: torch.Tensor,  # [B, K, D]
     grad_mass: torch.Tensor,  # [B, K]
-    features: torch.Tensor,  # [B, N, D]
+    features: torch.Tensor | None,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
-    merged: torch.Tensor,  # [B, K, D]
+    merged: torch.Tensor | None,  # [B, K, D]
     mass: torch.Tensor,  # [B, K]
     indices: torch.Tensor,  # [B, K] int64, distinct, -1 = no such row
     assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
@@ -51,10 +51,11 @@ def merge_backward(
 
     d merged_k / d features_i = scores_i / mass_k, d merged_k / d scores_i = (features_i - merged_k) / mass_k and
     d mass_k / d scores_i = 1 for the tokens i of row k. A row of zero mass is its kept token: 1 for that, else 0.
+    Without features and merged, the gradient of scores is that of mass alone.
     """
-    x, a = features.double(), scores.double()
-    grad_features, grad_scores = torch.zeros_like(x), torch.zeros_like(a)
-    for b in range(x.shape[0]):
+    a = scores.double()
+    grad_features, grad_scores = a.new_zeros(*a.shape, grad_merged.shape[2]), torch.zeros_like(a)
+    for b in range(a.shape[0]):
         for k, own in enumerate(indices[b].tolist()):
             if own < 0:
                 continue
@@ -65,5 +66,7 @@ def merge_backward(
                 grad_features[b, own] += gradient
             else:
                 grad_features[b, members] += a[b, members, None] / total * gradient
-                grad_scores[b, members] += ((x[b, members] - merged[b, k].double()) * gradient).sum(dim=-1) / total
+                if features is not None:
+                    apart = features[b, members].double() - merged[b, k].double()
+                    grad_scores[b, members] += (apart * gradient).sum(dim=-1) / total
     return grad_features, grad_scores

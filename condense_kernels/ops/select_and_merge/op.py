@@ -6,6 +6,8 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
+    as_count,
+    as_grid,
     check_budget,
     check_not_empty,
     check_num_tokens,
@@ -280,12 +282,13 @@ def select_and_merge(
     """
     options = {
         "keys": keys,
-        "grid": grid,
+        "grid": as_grid(grid),
         "positions": positions,
         "mask": mask,
         "suppression": suppression,
         "spatial_weight": spatial_weight,
     }
+    num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
     tracing.checked(check, *args, **options)
     if out is None and workspace is None:
@@ -332,11 +335,12 @@ def workspace_bytes(
     """
     options = {
         "keys": keys,
-        "grid": grid,
+        "grid": as_grid(grid),
         "positions": positions,
         "mask": mask,
         "suppression": suppression,
         "spatial_weight": spatial_weight,
     }
-    tracing.unrecorded(check, features, scores, num_anchors, num_background, **options)
-    return count_bytes(backend, (features, scores, num_anchors, num_background), options)
+    args = features, scores, as_count("num_anchors", num_anchors), as_count("num_background", num_background)
+    tracing.unrecorded(check, *args, **options)
+    return count_bytes(backend, args, options)

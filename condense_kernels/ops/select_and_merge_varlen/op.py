@@ -5,6 +5,7 @@ from ..._dispatch.checks import (
     FLOATS,
     INTEGERS,
     MAX_TOKENS,
+    as_count,
     check_count,
     check_not_empty,
     check_tensor,
@@ -223,6 +224,7 @@ def select_and_merge_varlen(
             backend=backend,
         )
         return pack(packed, features, cu_anchors + cu_background)
+    total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
     args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
     options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
     tracing.checked(check, *args, **options)
