@@ -278,10 +278,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
                                                             double suppression, double spatial_weight) {
   const Arguments a =
       checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
-  const Outputs out{torch::stable::empty({a.B(), a.K(), a.D()}, features.scalar_type()),
-                    torch::stable::empty({a.B(), a.K()}, ScalarType::Long),
-                    torch::stable::empty({a.B(), a.N()}, ScalarType::Long),
-                    torch::stable::empty({a.B(), a.K()}, mass_dtype(features, scores))};
+  const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
+                    empty("indices", {a.B(), a.K()}, ScalarType::Long),
+                    empty("assignment", {a.B(), a.N()}, ScalarType::Long),
+                    empty("mass", {a.B(), a.K()}, mass_dtype(features, scores))};
   const Call call(a);
   call.run(out, Workspace(call.bytes()));
   return {out.merged, out.indices, out.assignment, out.mass};

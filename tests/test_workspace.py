@@ -317,9 +317,7 @@ def test_odd_outputs(kind, backend):
     options = {"workspace": None, **empty_like(expected)._asdict(), name: odd}
     out = ck.Condensed(*(options[name] for name in WRITTEN))
     with pytest.raises((TypeError, ValueError), match=f"^(out.)?{message}"):
-        ck.select_and_merge(
-            *inputs.args, **inputs.options, out=out, workspace=options["workspace"], backend=backend
-        )
+        ck.select_and_merge(*inputs.args, **inputs.options, out=out, workspace=options["workspace"], backend=backend)
     if backend == "cpp":
         with pytest.raises((NotImplementedError, RuntimeError)):
             torch.ops.condense.select_and_merge_out(*inputs.args, **inputs.options, **options)

@@ -10,20 +10,31 @@ def grid_positions(grid: list[int]) -> torch.Tensor:  # [N, P] int64
     return torch.cartesian_prod(*(torch.arange(size) for size in grid))
 
 
+def apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x - y in fp64, rounded once: also of int64, which fp64 does not hold."""
+    if x.is_floating_point():
+        return x - y
+    high, low = (x >> 32) - (y >> 32), (x & 0xFFFFFFFF) - (y & 0xFFFFFFFF)  # x = 2**32 * high + low
+    return high.double() * 2.0**32 + low.double()
+
+
 def relative_distance(
     positions: torch.Tensor,  # [N, P]
     indices: torch.Tensor,  # [K]
     valid: torch.Tensor,  # [N] bool
 ) -> torch.Tensor:  # [N, K] in [0, 1]
     """d_ij / dmax of Eq. 6: dmax is the diagonal of the valid tokens' bounding box."""
-    positions = positions.double()
+    positions = positions.double() if positions.is_floating_point() else positions.long()
     finite = positions.isfinite().all(dim=-1)
     boxed = positions[finite & valid]
-    extent = torch.zeros(()) if len(boxed) == 0 else (boxed.amax(dim=0) - boxed.amin(dim=0)).amax()
+    if len(boxed) > 0 and apart(boxed.amax(dim=0), boxed.amin(dim=0)).isinf().any():
+        positions, boxed = positions / 2, boxed / 2  # too far apart for fp64, and what this rounds is nothing to that
+    sides = apart(boxed.amax(dim=0), boxed.amin(dim=0)) if len(boxed) > 0 else torch.zeros(1)
+    extent = sides.amax()
     if extent == 0:
         return torch.zeros(len(positions), len(indices), dtype=torch.float64)
-    box = (boxed.amax(dim=0) - boxed.amin(dim=0)) / extent
-    difference = (positions[:, None] - positions[indices]) / extent  # [N, K, P]
+    box = sides / extent
+    difference = apart(positions[:, None], positions[indices]) / extent  # [N, K, P]
     distance = difference.square().sum(dim=-1).sqrt() / box.square().sum().sqrt()
     return torch.where(finite[:, None] & finite[indices], distance, 0.0)
 

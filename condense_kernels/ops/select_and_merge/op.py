@@ -271,7 +271,8 @@ def select_and_merge(
         grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
         positions: [N, P] or [B, N, P] coordinates of a float or signed integer dtype (or uint8).
         mask: [B, N] bool, False = padding: not a candidate, never merged, in no mean.
-        suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k.
+        suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k
+            of the scores, unscaled.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
         out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
