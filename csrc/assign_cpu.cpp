@@ -73,8 +73,8 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
   for (int64_t i = 0; i < n; ++i) {
     const bool has_place = finite(i);  // NaN makes every distance from and to it 0
     for (int64_t p = 0; p < num_axes; ++p) {
-      positions[p * n + i] =
-          has_place ? static_cast<T>(shrink(places[p * n + i] * part - low[p] * part)) : std::numeric_limits<T>::quiet_NaN();
+      positions[p * n + i] = has_place ? static_cast<T>(shrink(places[p * n + i] * part - low[p] * part))
+                                       : std::numeric_limits<T>::quiet_NaN();
     }
   }
   factor = distance_factor(positions, num_axes, n, tier, spatial_weight);

@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> merge_backward_as(const Tensor& grad_merged, const Te
   const int64_t B = features.size(0), N = features.size(1), D = features.size(2), K = indices.size(1);
   const Tensor a = contiguous_as("scores", scores, kScalarType<T>), total = contiguous_as("mass", mass, kScalarType<T>);
   const Tensor grad_total = contiguous_as("grad_mass", grad_mass, kScalarType<T>);
-  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long), rows = contiguous_as("assignment", assignment, ScalarType::Long);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long),
+               rows = contiguous_as("assignment", assignment, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
   const Tensor grad_features = empty("grad_features", {B, N, D}, features.scalar_type());

@@ -298,12 +298,12 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
   check_output("mass", mass, "B K", {a.B(), a.K()}, mass_dtype(features, scores));
-  check_apart({Span::written("merged", merged), Span::written("indices", indices),
-               Span::written("assignment", assignment), Span::written("mass", mass),
-               workspace ? Span::written("workspace", *workspace) : Span("workspace"),
-               Span::read("features", features), Span::read("scores", scores), Span::read("keys", keys),
-               Span::read("positions", positions), Span::read("mask", mask)},
-              5);
+  check_apart(
+      {Span::written("merged", merged), Span::written("indices", indices), Span::written("assignment", assignment),
+       Span::written("mass", mass), workspace ? Span::written("workspace", *workspace) : Span("workspace"),
+       Span::read("features", features), Span::read("scores", scores), Span::read("keys", keys),
+       Span::read("positions", positions), Span::read("mask", mask)},
+      5);
   const Outputs out{merged, indices, assignment, mass};
   const Call call(a);
   if (workspace) {

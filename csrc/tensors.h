@@ -218,7 +218,8 @@ struct SpaceMemory {
     for (int64_t i = 0; i < n; ++i) {
       if (!tier || tier[i] != kMasked) low = std::min(low, at(i));
     }
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<double>(static_cast<uint64_t>(at(i)) - static_cast<uint64_t>(low));
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = static_cast<double>(static_cast<uint64_t>(at(i)) - static_cast<uint64_t>(low));
   }
 
   void fill(const Space& space, int64_t n, const int8_t* tier) {

@@ -184,7 +184,7 @@ def test_without_suppression_it_is_plain_top_k(backend, problem):
 
 
 def test_neighbours_are_told_apart_without_suppression(backend):
-    """1 + 2**-23 and 1, of priors whose scaled values round to the same number; and a suppression that fp32 takes for 0."""
+    """Scaled, they round to the same number. Nor is anything suppressed by what fp32 takes for 0."""
     prior = torch.tensor([[1.0, 1 + 2.0**-23, 1.5, 3e38, 1e-45]])
     for suppression in (0.0, 1e-60):
         options = {"sbar": torch.tensor([1e-38]), "suppression": suppression}
