@@ -68,20 +68,20 @@ def power_of_two_fp64(exponent):
 
 
 @triton.jit
-def apart(x, origin, part):
-    """x - origin in fp64, rounded once: of int64, which fp64 does not hold, as integers; of fp64 only a part, and of
-    origin as much, where whole numbers are too far apart for it."""
+def apart(x, origin, shrink_first):
+    """x - origin in fp64, rounded once: of int64, which fp64 does not hold, as integers; of fp64 after
+    shrinking, as origin has been."""
     if x.dtype == tl.int64:
         return (x - origin).to(tl.uint64, bitcast=True).to(tl.float64)  # masked tokens, which may lie below, wrap
     else:
-        return x.to(tl.float64) * part - origin
+        return x.to(tl.float64) * shrink_first - origin
 
 
 @triton.jit
-def load_coordinate(where_ptr, token, axis, origin, part, shrink, stride_n, stride_p):
+def load_coordinate(where_ptr, token, axis, origin, shrink_first, shrink, stride_n, stride_p):
     """In fp64 until it lies in [0, 1]: fp32 would swallow what is small beside its distance from 0."""
     x = tl.load(where_ptr + token * stride_n + axis * stride_p)
-    return (apart(x, origin, part) * shrink).to(tl.float32)
+    return (apart(x, origin, shrink_first) * shrink).to(tl.float32)
 
 
 @triton.jit
@@ -142,12 +142,12 @@ def distance_frame(
         AXES, BLOCK_N, MODE, HAS_TIER,
     )  # fmt: skip
     origin = lowest
-    part = 1.0
+    shrink_first = 1.0
     if MODE == POSITIONS and lowest.dtype == tl.float64:  # an eighth where the extent, or 2**-exponent, has no fp64
         widest = tl.max(tl.where(lowest < highest, highest * 0.125 - lowest * 0.125, 0.0), axis=0)
-        part = tl.where(widest < TOO_WIDE, 1.0, 0.125)
-        origin = lowest * part
-    extent = tl.where(lowest < highest, apart(highest, origin, part), 0.0)
+        shrink_first = tl.where(widest < TOO_WIDE, 1.0, 0.125)
+        origin = lowest * shrink_first
+    extent = tl.where(lowest < highest, apart(highest, origin, shrink_first), 0.0)
     exponent = tl.zeros([], tl.int64)
     if MODE == POSITIONS:
         exponent = frexp_exponent(tl.max(extent, axis=0))
@@ -158,7 +158,7 @@ def distance_frame(
         side = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
         square += side * side
     factor = tl.div_rn(spatial_weight, tl.sqrt_rn(tl.where(square > 0, square, 1.0)))
-    return origin, part, shrink, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
+    return origin, shrink_first, shrink, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def rows_of(
 
 @triton.jit
 def compare_rows(
-    best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, part, shrink, factor,
+    best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
     stride_where_n, stride_where_p, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -202,8 +202,8 @@ def compare_rows(
             for p in range(P):
                 axis = tl.full([], p, tl.int64)
                 low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0), axis=0)
-                x = load_coordinate(where_ptr, kept, axis, low, part, shrink, stride_where_n, stride_where_p)
-                y = load_coordinate(where_ptr, tokens, axis, low, part, shrink, stride_where_n, stride_where_p)
+                x = load_coordinate(where_ptr, kept, axis, low, shrink_first, shrink, stride_where_n, stride_where_p)
+                y = load_coordinate(where_ptr, tokens, axis, low, shrink_first, shrink, stride_where_n, stride_where_p)
                 square = add_square(square, x, y)
         # Coordinates in the box are at most 1: only one without a place makes the square non-finite: distance 0.
         distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
@@ -219,7 +219,7 @@ def compare_rows(
 
 @triton.jit
 def nearest_rows(
-    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, part, shrink, factor,
+    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink_first, shrink, factor,
     stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
     HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
@@ -236,7 +236,7 @@ def nearest_rows(
         if SANITISE:
             s = tl.where(is_finite(s), s, 0.0)
         best, row, own = compare_rows(
-            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, part, shrink, factor,
+            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
             stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK_N, BLOCK_K, MODE,
         )  # fmt: skip
         start += BLOCK_K
@@ -272,15 +272,15 @@ def assign_kernel(
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     tier_ptr += at_b * stride_tier_b
     where_ptr += at_b * stride_where_b
-    origin, part, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+    origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
-        origin, part, shrink, factor = distance_frame(
+        origin, shrink_first, shrink, factor = distance_frame(
             where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, WIDTH,
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
         s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
-        origin, part, shrink, factor,
+        origin, shrink_first, shrink, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
     )  # fmt: skip

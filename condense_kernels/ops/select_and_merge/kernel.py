@@ -148,9 +148,9 @@ def select_kernel(
         tl.debug_barrier()  # the indices are read back by other threads
         assignment_ptr += first
         where_ptr += at_b * stride_where_b
-        origin, part, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+        origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
         if MODE != NO_DISTANCE:
-            origin, part, shrink, factor = distance_frame(
+            origin, shrink_first, shrink, factor = distance_frame(
                 where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_BOX, MODE, True,
             )  # fmt: skip
@@ -158,7 +158,7 @@ def select_kernel(
         while start < N:
             offs_n = start + tl.arange(0, BLOCK_N)
             row = nearest_rows(
-                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, part, shrink, factor,
+                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink_first, shrink, factor,
                 WIDTH, 1, 1, 1, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_N, BLOCK_K, MODE, True, False,
             )  # fmt: skip

@@ -373,9 +373,9 @@ def assign_streamed_kernel(
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
     tier = tl.load(tier_ptr + tokens)
-    origin, part, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+    origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
-        origin, part, shrink, factor = distance_frame(
+        origin, shrink_first, shrink, factor = distance_frame(
             where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, WIDTH,
             P, AXES, BLOCK_BOX, MODE, True,
         )  # fmt: skip
@@ -398,7 +398,7 @@ def assign_streamed_kernel(
             offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start + part, 1, 1, N, K, BLOCK_K, True)
             s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
             best, row, own = compare_rows(
-                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, part, shrink, factor,
+                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
                 stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
             )  # fmt: skip
             part += BLOCK_K
