@@ -83,7 +83,12 @@ def calls() -> dict[str, tuple]:
     for n in (576, 729, 2880, 16384):
         options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
-    for label, where in {"grid": {"grid": (24, 24)}, "positions": {"positions": empty(576, 2)}}.items():
+    places = {
+        "grid": {"grid": (24, 24)},
+        "positions": {"positions": empty(576, 2)},
+        "int64 positions": {"positions": empty(576, 2, dtype=int64)},
+    }
+    for label, where in places.items():
         options = {"tier": empty(2, 576, dtype=torch.int8), **where}
         cases[f"assign {label}"] = (assign, (empty(2, 576, 576), empty(2, 64, dtype=int64)), options)
     for dtype in (bf16, torch.float32):

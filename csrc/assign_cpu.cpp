@@ -55,7 +55,7 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
     for (int64_t p = 0; p < num_axes; ++p) all = all && std::isfinite(places[p * n + i]);
     return all;
   };
-  double extent = 0;
+  double extent = 0, half_extent = 0;
   for (int64_t p = 0; p < num_axes; ++p) {
     double high = -std::numeric_limits<double>::infinity();
     low[p] = -high;
@@ -65,14 +65,16 @@ void Layout<T>::set_positions(const double* places, int64_t n, const int8_t* tie
       high = std::max(high, places[p * n + i]);
     }
     extent = std::max(extent, high - low[p]);
+    half_extent = std::max(half_extent, high * 0.5 - low[p] * 0.5);
   }
+  const double part = std::isinf(extent) ? 0.5 : 1.0;  // halves, where whole numbers are too far apart for a double
   // Moved to the origin and scaled in fp64: what T then rounds is small beside the extent, wherever the tokens are.
-  const Shrink<double> shrink(extent);
+  const Shrink<double> shrink(std::isinf(extent) ? half_extent : extent);
   for (int64_t i = 0; i < n; ++i) {
     const bool has_place = finite(i);  // NaN makes every distance from and to it 0
     for (int64_t p = 0; p < num_axes; ++p) {
-      positions[p * n + i] =
-          has_place ? static_cast<T>(shrink(places[p * n + i] - low[p])) : std::numeric_limits<T>::quiet_NaN();
+      positions[p * n + i] = has_place ? static_cast<T>(shrink(places[p * n + i] * part - low[p] * part))
+                                       : std::numeric_limits<T>::quiet_NaN();
     }
   }
   factor = distance_factor(positions, num_axes, n, tier, spatial_weight);
@@ -125,11 +127,11 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
                  double spatial_weight) {
   const int64_t B = s.size(0), N = s.size(1), K = indices.size(1);
   const Matrices matrices(s);
-  const Tensor kept = contiguous_as(indices, ScalarType::Long);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
-  const auto tiers = contiguous_as(tier, ScalarType::Char);
+  const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
   const Space first = space_of(grid, positions, spatial_weight, 0);
-  const Tensor assignment = torch::stable::empty({B, N}, ScalarType::Long);
+  const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) {
     return std::pair{SpaceMemory<T>(memory, first, N), AssignMemory<T>(memory, N, K)};
   };

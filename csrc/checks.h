@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -170,6 +172,36 @@ inline void check_where(const std::optional<std::vector<int64_t>>& grid, const s
       check_positions(p, "B N P", {b, n, axes});
     } else {
       check_positions(p, "N P", {n, axes});
+    }
+  }
+}
+
+// A tensor's addresses, from its first byte to behind its last one; none where it has no bytes.
+struct Span {
+  const char* name;
+  uintptr_t first = 0, end = 0;
+
+  explicit Span(const char* name) : name(name) {}
+  Span(const char* name, const Tensor& t, const void* data) : name(name), first(reinterpret_cast<uintptr_t>(data)) {
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < t.dim(); ++axis) last += (t.size(axis) - 1) * t.stride(axis);
+    end = t.numel() == 0 ? first : first + (last + 1) * t.element_size();
+  }
+  static Span read(const char* name, const Tensor& t) { return {name, t, t.const_data_ptr()}; }
+  static Span read(const char* name, const std::optional<Tensor>& t) { return t ? read(name, *t) : Span(name); }
+  // What is copied on write has addresses of its own from here on.
+  static Span written(const char* name, const Tensor& t) { return {name, t, t.mutable_data_ptr()}; }
+};
+
+// No range of addresses that is written, of which there are num_written and they come first, overlaps another one.
+inline void check_apart(std::initializer_list<Span> spans, size_t num_written) {
+  for (const Span* a = spans.begin(); a < spans.begin() + num_written; ++a) {
+    for (const Span* b = a + 1; b < spans.end(); ++b) {
+      const uintptr_t first = std::max(a->first, b->first), end = std::min(a->end, b->end);
+      if (first < end) {
+        fail(a->name, ": expected memory apart from that of ", b->name, ", got ", end - first,
+             " bytes in the address ranges of both. Remedy: torch.empty_like(", a->name, ").");
+      }
     }
   }
 }

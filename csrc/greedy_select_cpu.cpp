@@ -37,11 +37,12 @@ void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
   for (int64_t i = 0; i < n; ++i) nu[i] = 0 - ratio * nu[i];
 }
 
-// nu of every token, NaN where it is no candidate; returns how many are.
+// nu of every token, NaN where it is no candidate; returns how many are. Where nothing is suppressed there is nothing
+// to scale for: sbar may be 0, and a rounded u would tie what the prior does not.
 template <class T>
-int64_t negate_utility(const T* prior, const T* sbar, const int8_t* tier, int64_t n, T* nu) {
+int64_t negate_utility(const T* prior, const T* sbar, const int8_t* tier, T suppression, int64_t n, T* nu) {
   constexpr T kMax = std::numeric_limits<T>::max();
-  if (sbar) {
+  if (sbar && suppression != 0) {
     scale_prior(prior, *sbar, tier, n, nu);
   } else {
     for (int64_t i = 0; i < n; ++i) nu[i] = 0 - prior[i];
@@ -76,7 +77,7 @@ void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, 
                          int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order) {
   const RowOps<T>& ops = row_ops<T>();
   const auto [nu, m] = memory;
-  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, n, nu));
+  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, suppression, n, nu));
   std::fill(m, m + n, -std::numeric_limits<T>::infinity());
   for (int64_t step = 0; step < picks; ++step) {
     const int64_t pick =
@@ -164,7 +165,7 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
   const RowOps<T>& ops = row_ops<T>();
   const int64_t n = keys.n, width = width_of(n);
   T *nu = memory.all.nu, *m = memory.all.m;
-  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, n, nu));
+  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, suppression, n, nu));
   std::fill(m, m + n, -std::numeric_limits<T>::infinity());
 
   // Brings all scores up to date with the picks [from, to).
@@ -210,11 +211,11 @@ template <class T>
 Tensor greedy_select_as(const Tensor& s, const Tensor& prior, int64_t k, const std::optional<Tensor>& sbar,
                         const std::optional<Tensor>& tier, double suppression) {
   const int64_t B = s.size(0), N = s.size(1);
-  const Matrices matrices(s.scalar_type() == kScalarType<T> ? s : contiguous_as(s, kScalarType<T>));
-  const Tensor a = contiguous_as(prior, kScalarType<T>);
-  const auto mean = contiguous_as(sbar, kScalarType<T>);
-  const auto tiers = contiguous_as(tier, ScalarType::Char);
-  const Tensor order = torch::stable::empty({B, k}, ScalarType::Long);
+  const Matrices matrices(s.scalar_type() == kScalarType<T> ? s : contiguous_as("s", s, kScalarType<T>));
+  const Tensor a = contiguous_as("prior", prior, kScalarType<T>);
+  const auto mean = contiguous_as("sbar", sbar, kScalarType<T>);
+  const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
+  const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, N); };
   for_each_image(B, N * k, pieces, [&](int64_t b, auto& memory, Crew&) {
     greedy_select_image<T>(matrices.at<T>(b), matrices.ld, data_of<T>(a) + b * N, row_of<T>(mean, b, 1),

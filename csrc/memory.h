@@ -4,12 +4,37 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace condense {
+
+// For a thing of `count` parts of `size` bytes each; a product beyond int64 is said to be what int64 can hold.
+inline int64_t bytes_of(int64_t count, int64_t size) {
+  int64_t bytes;
+  return __builtin_mul_overflow(count, size, &bytes) ? std::numeric_limits<int64_t>::max() : bytes;
+}
+
+[[noreturn]] inline void fail_to_allocate(int64_t bytes, const std::string& what) {
+  throw std::runtime_error("could not allocate " + std::to_string(bytes) +
+                           (bytes == std::numeric_limits<int64_t>::max() ? " or more" : "") + " bytes " + what +
+                           ". Remedy: fewer images a call, fewer tokens kept, or smaller windows.");
+}
+
+// An empty list that has room for n; `what` they are.
+template <class T>
+std::vector<T> list_of(int64_t n, const std::string& what) {
+  std::vector<T> list;
+  try {
+    list.reserve(n);
+  } catch (const std::exception&) {  // bad_alloc, length_error
+    fail_to_allocate(bytes_of(n, sizeof(T)), what);
+  }
+  return list;
+}
 
 // Blocks that a thread has freed, for its next call: the C library gives blocks of this size back to the system, and
 // faulting their pages in again took up to a third of a call's time.
@@ -59,13 +84,14 @@ class FreeBlocks {
 class Memory {
  public:
   static constexpr int64_t kLine = 64;
+  static constexpr int64_t kTooMuch = int64_t{1} << 50;  // no machine has it, and the sum of many still fits
 
   Memory() = default;
   Memory(char* block, int64_t size) : block_(block), size_(size) {}
   template <class T>
-  T* take(int64_t n) {
-    const int64_t start = at_;
-    at_ += (n * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+  T* take(int64_t n, int64_t times = 1) {
+    const int64_t start = at_, bytes = std::min(bytes_of(bytes_of(n, times), sizeof(T)), kTooMuch);
+    at_ += (bytes + kLine - 1) / kLine * kLine;
     taken_ = std::max(taken_, at_);
     if (!block_ || n == 0) return nullptr;
     if (taken_ > size_) throw std::logic_error("condense: a kernel took more memory than it had counted.");
@@ -105,8 +131,7 @@ class Workspace {
     try {
       return FreeBlocks::of_this_thread().take(bytes);
     } catch (const std::bad_alloc&) {
-      throw std::runtime_error("could not allocate " + std::to_string(bytes) +
-                               " bytes of working memory. Remedy: keep fewer tokens, or condense smaller windows.");
+      fail_to_allocate(bytes, "of working memory");
     }
   }
   int64_t bytes_;

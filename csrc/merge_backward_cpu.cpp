@@ -20,7 +20,7 @@ struct GradientMemory {
       : first(memory.take<int64_t>(k + 2)),
         members(memory.take<int64_t>(n)),
         copy(memory.take<int64_t>(n)),
-        rows(memory.take<T>(5 * slots * d)) {}
+        rows(memory.take<T>(d, 5 * slots)) {}
   int64_t *first, *members;
   int64_t* copy;  // [n] the row of zero mass that is a copy of the token, -1 for most
   T* rows;        // [slots, 5, d]
@@ -113,13 +113,14 @@ std::tuple<Tensor, Tensor> merge_backward_as(const Tensor& grad_merged, const Te
                                              const std::optional<Tensor>& merged, const Tensor& mass,
                                              const Tensor& indices, const Tensor& assignment) {
   const int64_t B = scores.size(0), N = scores.size(1), D = grad_merged.size(2), K = indices.size(1);
-  const Tensor a = contiguous_as(scores, kScalarType<T>), total = contiguous_as(mass, kScalarType<T>);
-  const Tensor grad_total = contiguous_as(grad_mass, kScalarType<T>);
-  const Tensor kept = contiguous_as(indices, ScalarType::Long), rows = contiguous_as(assignment, ScalarType::Long);
+  const Tensor a = contiguous_as("scores", scores, kScalarType<T>), total = contiguous_as("mass", mass, kScalarType<T>);
+  const Tensor grad_total = contiguous_as("grad_mass", grad_mass, kScalarType<T>);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long),
+               rows = contiguous_as("assignment", assignment, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
-  const Tensor grad_features = torch::stable::empty({B, N, D}, grad_merged.scalar_type());
-  const Tensor grad_scores = torch::stable::empty({B, N}, scores.scalar_type());
+  const Tensor grad_features = empty("grad_features", {B, N, D}, grad_merged.scalar_type());
+  const Tensor grad_scores = empty("grad_scores", {B, N}, scores.scalar_type());
   const auto scores_size = static_cast<int64_t>(scores.element_size());
   const auto pieces = [&](Memory& memory, int slots) { return GradientMemory<T>(memory, N, D, K, slots); };
   for_each_image(B, N * D, pieces, [&](int64_t b, auto& memory, Crew& crew) {

@@ -93,12 +93,13 @@ template <class T>
 std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const Tensor& scores, const Tensor& indices,
                                     const Tensor& assignment) {
   const int64_t B = features.size(0), N = features.size(1), D = features.size(2), K = indices.size(1);
-  const Tensor a = contiguous_as(scores, kScalarType<T>);
-  const Tensor kept = contiguous_as(indices, ScalarType::Long), rows = contiguous_as(assignment, ScalarType::Long);
+  const Tensor a = contiguous_as("scores", scores, kScalarType<T>);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long),
+               rows = contiguous_as("assignment", assignment, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
-  const Tensor merged = torch::stable::empty({B, K, D}, features.scalar_type());
-  const Tensor mass = torch::stable::empty({B, K}, kScalarType<T>);
+  const Tensor merged = empty("merged", {B, K, D}, features.scalar_type());
+  const Tensor mass = empty("mass", {B, K}, kScalarType<T>);
   const auto pieces = [&](Memory& memory, int slots) { return MergeMemory<T>(memory, N, D, K, slots); };
   for_each_image(B, N * D, pieces, [&](int64_t b, auto& memory, Crew& crew) {
     const Rows image = rows_of(features, b);

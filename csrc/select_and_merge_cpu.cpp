@@ -262,10 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
                                                             double suppression, double spatial_weight) {
   const Arguments a =
       checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
-  const Outputs out{torch::stable::empty({a.B(), a.K(), a.D()}, features.scalar_type()),
-                    torch::stable::empty({a.B(), a.K()}, ScalarType::Long),
-                    torch::stable::empty({a.B(), a.N()}, ScalarType::Long),
-                    torch::stable::empty({a.B(), a.K()}, mass_dtype(features, scores))};
+  const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
+                    empty("indices", {a.B(), a.K()}, ScalarType::Long),
+                    empty("assignment", {a.B(), a.N()}, ScalarType::Long),
+                    empty("mass", {a.B(), a.K()}, mass_dtype(features, scores))};
   const Call call(a);
   call.run(out, Workspace(call.bytes()));
   return {out.merged, out.indices, out.assignment, out.mass};
@@ -282,6 +282,12 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
   check_output("mass", mass, "B K", {a.B(), a.K()}, mass_dtype(features, scores));
+  check_apart(
+      {Span::written("merged", merged), Span::written("indices", indices), Span::written("assignment", assignment),
+       Span::written("mass", mass), workspace ? Span::written("workspace", *workspace) : Span("workspace"),
+       Span::read("features", features), Span::read("scores", scores), Span::read("keys", keys),
+       Span::read("positions", positions), Span::read("mask", mask)},
+      5);
   const Outputs out{merged, indices, assignment, mass};
   const Call call(a);
   if (workspace) {

@@ -57,7 +57,8 @@ struct Packed {
 };
 
 std::vector<int64_t> read_offsets(const Tensor& cu) {
-  std::vector<int64_t> offsets(cu.numel());
+  auto offsets = list_of<int64_t>(cu.numel(), "for the offsets");
+  offsets.resize(cu.numel());
   column_of(cu).read(cu.numel(), offsets.data());
   return offsets;
 }
@@ -75,8 +76,7 @@ std::vector<Segment> segments_of(const Tensor& cu_seqlens, const Tensor& cu_anch
   for (size_t s = 0; s < rows.size(); ++s) rows[s] += anchors[s];
   bound(tokens, num_tokens);
   bound(rows, total_keep);
-  std::vector<Segment> segments;
-  segments.reserve(tokens.size() - 1);
+  auto segments = list_of<Segment>(static_cast<int64_t>(tokens.size()) - 1, "for the segments");
   for (size_t s = 0; s + 1 < tokens.size(); ++s) {
     const int64_t n = tokens[s + 1] - tokens[s], k = std::min(n, rows[s + 1] - rows[s]);
     if (k == 0 || n > max_seqlen) continue;
@@ -112,7 +112,7 @@ std::vector<Turn> turns_of(const std::vector<Segment>& segments, int64_t key_cha
   double total = 0;
   for (const Segment& segment : segments) total += work_of(segment);
   const double most = std::min(kWorthAThread, total / (8.0 * torch::stable::get_num_threads()));
-  std::vector<Turn> turns;
+  auto turns = list_of<Turn>(static_cast<int64_t>(segments.size()), "for the segments");
   for (size_t s = 0; s < segments.size(); ++s) {
     const double work = work_of(segments[s]);
     const auto at = static_cast<int64_t>(s);
@@ -223,10 +223,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor&
   check_arguments(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, keys, positions,
                   suppression, spatial_weight);
   const int64_t T = features.size(0), D = features.size(1);
-  const Tensor merged = torch::stable::empty({total_keep, D}, features.scalar_type());
-  const Tensor indices = torch::stable::empty({total_keep}, ScalarType::Long);
-  const Tensor assignment = torch::stable::empty({T}, ScalarType::Long);
-  const Tensor mass = torch::stable::empty({total_keep}, mass_dtype(features, scores));
+  const Tensor merged = empty("merged", {total_keep, D}, features.scalar_type());
+  const Tensor indices = empty("indices", {total_keep}, ScalarType::Long);
+  const Tensor assignment = empty("assignment", {T}, ScalarType::Long);
+  const Tensor mass = empty("mass", {total_keep}, mass_dtype(features, scores));
   const Tensor& k = keys ? *keys : features;
   const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
   const Packed packed{{rows_of(features), rows_of(k), column_of(scores), {}, space, 0, 0, suppression},

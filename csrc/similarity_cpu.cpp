@@ -342,12 +342,12 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_as(const Tensor& keys, const std::optional<Tensor>& scores,
                                                          const std::optional<Tensor>& mask) {
   const int64_t B = keys.size(0), N = keys.size(1);
-  const Tensor s = torch::stable::empty({B, N, N}, kScalarType<T>);
-  const Tensor sbar = torch::stable::empty({B}, kScalarType<T>);
-  const Tensor g = torch::stable::empty({B, N}, kScalarType<T>);
-  const Tensor tier = torch::stable::empty({B, N}, ScalarType::Char);
-  const auto a = contiguous_as(scores, kScalarType<T>);
-  const auto valid = contiguous_as(mask, ScalarType::Bool);
+  const Tensor s = empty("s", {B, N, N}, kScalarType<T>);
+  const Tensor sbar = empty("sbar", {B}, kScalarType<T>);
+  const Tensor g = empty("g", {B, N}, kScalarType<T>);
+  const Tensor tier = empty("tier", {B, N}, ScalarType::Char);
+  const auto a = contiguous_as("scores", scores, kScalarType<T>);
+  const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
   const auto pieces = [&](Memory& memory, int slots) { return SimilarityMemory<T>(memory, N, slots, true); };
   for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), crew, memory,

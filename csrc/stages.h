@@ -129,7 +129,7 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
 template <class T>
 struct Layout {
   Layout(Memory& memory, int64_t n, int64_t num_axes)
-      : positions(memory.take<T>(num_axes * n)), low(memory.take<double>(num_axes)), num_axes(num_axes), factor(0) {}
+      : positions(memory.take<T>(n, num_axes)), low(memory.take<double>(num_axes)), num_axes(num_axes), factor(0) {}
   // Row-major grid of num_axes sizes, whose product is n.
   void set_grid(const int64_t* grid, int64_t n, const int8_t* tier, double spatial_weight);
   // places [num_axes, n].
@@ -163,7 +163,7 @@ void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first
 template <class T>
 struct MergeMemory {
   MergeMemory(Memory& memory, int64_t n, int64_t d, int64_t k, int slots)
-      : first(memory.take<int64_t>(k + 2)), members(memory.take<int64_t>(n)), rows(memory.take<T>(3 * slots * d)) {}
+      : first(memory.take<int64_t>(k + 2)), members(memory.take<int64_t>(n)), rows(memory.take<T>(d, 3 * slots)) {}
   int64_t *first, *members;
   T* rows;  // [slots, 3, d]
 };

@@ -7,7 +7,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "stages.h"
@@ -22,14 +26,51 @@ constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarTy
 
 inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
-// The tensor itself where it fits already, as for most callers: a cast costs more than a small image.
-inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
-  const Tensor cast = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+inline int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Char:
+    case ScalarType::Bool:
+      return 1;
+    default:
+      return 4;
+  }
 }
 
-inline std::optional<Tensor> contiguous_as(const std::optional<Tensor>& t, ScalarType dtype) {
-  return t ? std::optional<Tensor>(contiguous_as(*t, dtype)) : std::nullopt;
+// What make() makes, a tensor of these sizes. torch's own error would name neither the tensor nor its bytes.
+template <class Make>
+Tensor allocated(const std::string& what, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
+                 const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    int64_t bytes = element_size(dtype);
+    for (const int64_t size : sizes) bytes = bytes_of(bytes, size);
+    fail_to_allocate(bytes, "for " + what);
+  }
+}
+
+// An uninitialised result of the operator.
+inline Tensor empty(const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return allocated(name, sizes, dtype, [&] { return torch::stable::empty(sizes, dtype); });
+}
+
+// The tensor itself where it fits already, as for most callers: a cast costs more than a small image.
+inline Tensor contiguous_as(const char* name, const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype && t.is_contiguous()) return t;
+  return allocated(std::string("a copy of ") + name, t.sizes(), dtype, [&] {
+    const Tensor cast = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+    return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+  });
+}
+
+inline std::optional<Tensor> contiguous_as(const char* name, const std::optional<Tensor>& t, ScalarType dtype) {
+  return t ? std::optional<Tensor>(contiguous_as(name, *t, dtype)) : std::nullopt;
 }
 
 template <class T>
@@ -77,7 +118,7 @@ inline Rows rows_of(const Tensor& t, int64_t b = 0) {
 // Similarities [B, N, N] whose rows may be strided as long as their elements are not.
 struct Matrices {
   explicit Matrices(const Tensor& t)
-      : s(t.stride(2) == 1 || t.size(2) == 1 ? t : torch::stable::contiguous(t)), ld(s.stride(1)) {}
+      : s(t.stride(2) == 1 || t.size(2) == 1 ? t : contiguous_as("s", t, t.scalar_type())), ld(s.stride(1)) {}
   template <class T>
   const T* at(int64_t b) const {
     return data_of<T>(s) + b * s.stride(0);
@@ -166,16 +207,31 @@ inline Space space_of(const std::optional<std::vector<int64_t>>& grid, const std
 template <class T>
 struct SpaceMemory {
   SpaceMemory(Memory& memory, const Space& space, int64_t n)
-      : layout(memory, n, space.num_axes), places(memory.take<double>(space.grid ? 0 : n * space.num_axes)) {}
+      : layout(memory, n, space.num_axes), places(memory.take<double>(space.grid ? 0 : n, space.num_axes)) {}
   Layout<T> layout;
   double* places;
+
+  // From the lowest valid one on: a double does not hold all of int64, but the difference to within its rounding.
+  static void read_offsets(const Column& column, int64_t n, const int8_t* tier, double* to) {
+    const auto at = [&](int64_t i) { return *reinterpret_cast<const int64_t*>(column.data + i * column.stride); };
+    int64_t low = std::numeric_limits<int64_t>::max();
+    for (int64_t i = 0; i < n; ++i) {
+      if (!tier || tier[i] != kMasked) low = std::min(low, at(i));
+    }
+    for (int64_t i = 0; i < n; ++i)
+      to[i] = static_cast<double>(static_cast<uint64_t>(at(i)) - static_cast<uint64_t>(low));
+  }
 
   void fill(const Space& space, int64_t n, const int8_t* tier) {
     if (space.num_axes == 0) return;
     if (space.grid) return layout.set_grid(space.grid->data(), n, tier, space.spatial_weight);
     Column column = space.positions;
     for (int64_t axis = 0; axis < space.num_axes; ++axis, column.data += space.axis_stride) {
-      column.read(n, places + axis * n);
+      if (column.dtype == ScalarType::Long) {
+        read_offsets(column, n, tier, places + axis * n);
+      } else {
+        column.read(n, places + axis * n);
+      }
     }
     layout.set_positions(places, n, tier, space.spatial_weight);
   }

@@ -120,6 +120,80 @@ def test_positions_of_any_magnitude(scale, backend):
     assert torch.equal(got, expected)
 
 
+def line(low, high, dtype=torch.float64):
+    """Six tokens in equal steps from low to high, whose difference may be no number of the dtype."""
+    share = torch.arange(6, dtype=torch.float64)[:, None] / 5
+    return ((1 - share) * low + share * high).to(dtype)
+
+
+MAX = torch.finfo(torch.float64).max
+STEPS = torch.arange(6)[:, None]
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        line(-1.5e308, 1.5e308),
+        line(-MAX, MAX),
+        line(0, 2.0**1021),
+        line(-(2.0**1022), 2.0**1022),
+        torch.cat([line(-1.5e308, 1.5e308), line(1e-300, 0)], dim=1),
+        torch.cat([torch.full((6, 1), MAX, dtype=torch.float64), STEPS.double() * 5e-324], dim=1),
+        STEPS.double() * 5e-324,
+        STEPS.double() * 2.3e-308,
+        STEPS + 2**60,
+        STEPS * (2**62 // 5 * 2) - 2**62,
+        torch.tensor([-(2**63), -(2**62) - 2**61, -(2**61), 2**61, 2**62 + 2**61, 2**63 - 1])[:, None],
+        torch.cat([torch.full((6, 1), -(2**63)), STEPS - 2**62], dim=1),
+        line(-3.4e38, 3.4e38, torch.float32),
+        line(-65504, 65504, torch.float16),
+        line(-3.3e38, 3.3e38, torch.bfloat16),
+    ],
+    ids=[
+        *(
+            "extent beyond fp64",
+            "all of fp64",
+            "2**1021",
+            "2**1023",
+            "one axis huge, one tiny",
+            "beside a far constant",
+        ),
+        *(
+            "subnormal",
+            "barely normal",
+            "int64 beyond 2**53",
+            "extent beyond int64's",
+            "all of int64",
+            "a far constant",
+        ),
+        *("all of fp32", "all of fp16", "all of bf16"),
+    ],
+)
+def test_extents_of_any_size(positions, backend):
+    """The nearer end wins, and half a similarity less moves the border by a token: distances are in scale."""
+    s, ends = torch.ones(1, 6, 6), torch.tensor([[0, 5]])
+    assert assign(s, ends, positions=positions, backend=backend).tolist() == [[0, 0, 0, 1, 1, 1]]
+    s[0, 0, 1:] = s[0, 1:, 0] = 0.5  # 0.5 - d against 1 - (1 - d): token 1 alone is nearer than by a fourth
+    assert assign(s, ends, positions=positions, backend=backend).tolist() == [[0, 0, 1, 1, 1, 1]]
+    assert assign(s.double(), ends, positions=positions, backend="reference").tolist() == [[0, 0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("far", [-(2**63), 2**63 - 1])
+def test_masked_int64_positions_cost_no_precision(far, backend):
+    positions = torch.tensor([far, 0, 1, 2, 3, 4])[:, None] + torch.tensor([0, *[2**60] * 5])[:, None]
+    tier = torch.tensor([[2, 0, 0, 0, 0, 0]], dtype=torch.int8)
+    got = assign(torch.ones(1, 6, 6), torch.tensor([[1, 5]]), tier=tier, positions=positions, backend=backend)
+    assert got.tolist() == [[-1, 0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("scale", [2.0**-1044, 1e-300, 1.75e308])  # the first makes multiples of the smallest number
+def test_fp64_positions_of_any_magnitude(scale, backend):
+    s, indices = symmetric(12), torch.tensor([[1, 5, 8]])
+    positions = torch.randint(2**30, (12, 2), generator=torch.Generator().manual_seed(2)).double() / 2**29 - 1
+    expected = reference.assign(s, indices, positions=positions)
+    assert torch.equal(assign(s, indices, positions=positions * scale, backend=backend), expected)
+
+
 @pytest.mark.parametrize(
     "positions",
     [

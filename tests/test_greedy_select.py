@@ -158,6 +158,40 @@ def test_prior_is_scaled_by_the_means(backend):
     assert greedy_select(s, prior, 1, sbar=sbar, backend=backend).tolist() == [[0]]
 
 
+def top_k(prior, tier, k):
+    """Plain top-k as torch sorts it: stable, so ties go by index; then tier 1 and tier 2 by index."""
+    limit = torch.finfo(prior.dtype).max
+    prior = prior.nan_to_num(nan=-limit, posinf=limit, neginf=-limit) + 0.0  # no -0
+    order = prior.sort(descending=True, stable=True).indices.tolist()
+    by_index = [i for leftover in (1, 2) for i in range(len(prior)) if tier[i] == leftover]
+    order = [i for i in order if tier[i] == 0] + by_index
+    return (order + [-1] * len(prior))[:k]
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@settings(max_examples=200, deadline=None)
+@given(problem=hostile_problems())
+def test_without_suppression_it_is_plain_top_k(backend, problem):
+    """Of the prior itself, whatever sbar is: scaled, distinct priors could round to a tie, or all to 0."""
+    s, prior, tier, sbar, k, _ = problem
+    if backend == "triton":
+        s, prior = s.float(), prior.float()
+    tier = torch.zeros(len(prior), dtype=torch.int8) if tier is None else tier
+    expected = top_k(prior.to(torch.promote_types(s.dtype, prior.dtype)), tier, k)
+    for scale in (sbar, 0.0, 1e-45, math.nan):
+        options = {"sbar": None if scale is None else torch.tensor([scale]), "tier": tier[None], "suppression": 0.0}
+        assert greedy_select(s[None], prior[None], k, **options, backend=backend).tolist() == [expected]
+
+
+def test_neighbours_are_told_apart_without_suppression(backend):
+    """Scaled, they round to the same number. Nor is anything suppressed by what fp32 takes for 0."""
+    prior = torch.tensor([[1.0, 1 + 2.0**-23, 1.5, 3e38, 1e-45]])
+    for suppression in (0.0, 1e-60):
+        options = {"sbar": torch.tensor([1e-38]), "suppression": suppression}
+        order = greedy_select(torch.eye(5)[None], prior, 5, **options, backend=backend)
+        assert order.tolist() == [[3, 2, 1, 0, 4]]
+
+
 def test_taken_tokens_count_in_the_mean(backend):
     """Tier 3 is no candidate, but the anchors are part of mean|g| in Eq. 4; masked tokens are in no mean."""
     s = torch.eye(4)[None]

@@ -69,6 +69,21 @@ def test_a_round_that_ends_after_every_pick(cpp):
     )
 
 
+def test_top_k_of_zero_keys(cpp):
+    """Nothing is similar, so nothing could be scaled: without suppression the scores decide, then the index."""
+    streamed(
+        """
+        scores = torch.arange(700).roll(7).float()[None] // 2  # in pairs
+        features = torch.zeros(1, 700, 4)
+        for dtype in (torch.float32, torch.float64):
+            out = ck.select_and_merge(features, scores.to(dtype), 50, 3, suppression=0.0, spatial_weight=0.0)
+            best = scores[0].sort(descending=True, stable=True).indices[:50].tolist()
+            rest = [i for i in range(700) if i not in best][:3]
+            assert out.indices[0].tolist() == sorted(best + rest)
+        """
+    )
+
+
 def test_ties_across_the_border_of_the_pool(cpp):
     """Equal scores in and outside the pool: the lowest index is the pick, wherever it is."""
     streamed(

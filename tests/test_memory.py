@@ -1,11 +1,19 @@
-"""Peak memory of the C++ flagship: N x N fp32 and at most 1 MB beside it for each image in flight."""
+"""Peak memory of the C++ flagship: N x N fp32 and at most 1 MB beside it for each image in flight. And what the C++
+kernels say where there is no memory.
+"""
 
+import json
+import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+import condense_kernels as ck
 
 PROGRAM = """
 import ctypes, sys, torch
@@ -35,3 +43,111 @@ def test_peak_memory(n, d, cpp):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1024 * 1024
+
+
+SWEEP = """
+import json, resource, torch
+import condense_kernels
+
+torch.set_num_threads(2)
+MB = 1 << 20
+
+def mapped():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+
+def messages(op, *args, **options):
+    call, found = lambda: getattr(torch.ops.condense, op)(*args, **options), []
+    call()  # threads, and what else is there once for all
+    for room in range(0, 256 * MB, MB // 2):
+        resource.setrlimit(resource.RLIMIT_AS, (mapped() + room, resource.RLIM_INFINITY))
+        try:
+            call()
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        else:
+            return found
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+b = 1 << 20  # images of one token: every tensor of a call is about as large as the others
+x, a, index = torch.ones(b, 1, 1), torch.ones(b, 1), torch.zeros(b, 1, dtype=torch.int64)
+half, wide = a.half(), index.repeat(1, 2)[:, :1]
+cu = torch.arange(b + 1, dtype=torch.int32)
+nowhere = {"spatial_weight": 0.0}
+calls = {
+    "similarity": lambda: messages("similarity", x, half, (a.repeat(1, 2) > 0)[:, :1]),
+    "greedy_select": lambda: messages(
+        "greedy_select", x, half, 1, sbar=a[:, 0].double(), tier=wide.to(torch.int8).repeat(1, 2)[:, :1]
+    ),
+    "assign": lambda: messages("assign", x.repeat(1, 1, 2)[:, :, ::2], wide, **nowhere),
+    "merge": lambda: messages("merge", x, half, wide, wide),
+    "merge_backward": lambda: messages(
+        "merge_backward", x, a.repeat(1, 2)[:, :1], x, half, x, a.repeat(1, 2)[:, :1], wide, wide
+    ),
+    "select_and_merge": lambda: messages("select_and_merge", x, a, 1, 0, **nowhere),
+    "select_and_merge_varlen": lambda: messages(
+        "select_and_merge_varlen", x[:, 0], a[:, 0], cu, cu, cu * 0, b, 1, **nowhere
+    ),
+}
+print(json.dumps({op: call() for op, call in calls.items()}))
+"""
+
+ALLOCATED = {  # units of 2**20 bytes, and what for
+    "similarity": {"4 for s", "4 for sbar", "4 for g", "1 for tier", "4 for a copy of scores", "1 for a copy of mask"},
+    "greedy_select": {"8 for order", "4 for a copy of prior", "4 for a copy of sbar", "1 for a copy of tier"},
+    "assign": {"8 for assignment", "8 for a copy of indices"},
+    "merge": {
+        *("4 for merged", "4 for mass", "4 for a copy of scores"),
+        *("8 for a copy of indices", "8 for a copy of assignment"),
+    },
+    "merge_backward": {
+        *("4 for grad_features", "2 for grad_scores", "4 for a copy of scores", "4 for a copy of mass"),
+        *("4 for a copy of grad_mass", "8 for a copy of indices", "8 for a copy of assignment"),
+    },
+    "select_and_merge": {"4 for merged", "8 for indices", "8 for assignment", "4 for mass"},
+    "select_and_merge_varlen": {
+        *("4 for merged", "8 for indices", "8 for assignment", "4 for mass"),
+        *("8 for the offsets", "40 for the segments"),
+    },
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_every_allocation_that_fails_says_what_it_was_for(cpp):
+    """The room of a process, half a megabyte more from call to call until there is enough: each fails in its turn."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for op, messages in json.loads(done.stdout).items():
+        found = set()
+        for message in messages:
+            number, what = re.fullmatch(
+                "RuntimeError: could not allocate ([0-9]+) bytes (for .*)[.] Remedy: fewer images a call, fewer tokens "
+                "kept, or smaller windows[.]",
+                message,
+            ).groups()
+            found.add(f"{int(number) >> 20} {what}")
+        assert found == ALLOCATED[op], op
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ck.similarity(torch.ones(1).expand(2**10, 2**19, 4)), f"{2**50} bytes for s"),
+        (lambda: ck.similarity(torch.ones(1).expand(2**30, 2**19, 4)), f"{2**63 - 1} or more bytes for s"),
+        (lambda: ck.merge(*merge_of(2**46)), f"{2**48} bytes for merged"),
+        (
+            lambda: ck.assign(torch.ones(1, 4, 4), torch.tensor([[0, 1]]), positions=torch.ones(1).expand(4, 2**58)),
+            "bytes of working memory",
+        ),
+    ],
+    ids=["terabytes", "beyond int64", "channels", "working memory beyond int64"],
+)
+def test_sizes_that_nothing_could_hold(call, message, cpp):
+    with pytest.raises(RuntimeError, match=f"could not allocate .*{message}.* Remedy: fewer images a call"):
+        call()
+
+
+def merge_of(channels):
+    ones = torch.ones(1, 1)
+    return ones[..., None].expand(1, 1, channels), ones, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()

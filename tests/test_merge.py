@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+import condense_kernels as ck
 from condense_kernels import merge
 
 KEPT = torch.tensor([[1, 3, 4]])
@@ -30,6 +31,54 @@ def test_a_row_of_its_own_token_is_that_token(dtype, backend):
     features[0, 3, 0], features[0, 3, 1] = -0.0, math.inf
     merged, _ = merge(features, scores, KEPT, ROWS, backend=backend)
     assert torch.equal(merged[0, 1].view(torch.uint8), features[0, 3].view(torch.uint8))
+
+
+INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def odd_nans(dtype):
+    """Of either sign: signalling and quiet, with the smallest, the largest and other payloads."""
+    infinity = torch.tensor(math.inf, dtype=dtype).view(INTEGERS[dtype])
+    largest = (~infinity & torch.iinfo(infinity.dtype).max).item()
+    quiet = largest // 2 + 1
+    payloads = torch.tensor([1, 3, quiet, quiet + 5, largest], dtype=infinity.dtype)
+    return torch.cat([infinity + payloads, (infinity + payloads) | torch.iinfo(infinity.dtype).min]).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_copied_rows_keep_the_bits_of_every_nan(dtype, backend):
+    """Rows of their own token, and rows of zero mass, alone, in the flagship, in place and packed."""
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("fp64 is served on CPU by the C++ kernels alone, as the contract says")
+    nans = odd_nans(dtype)
+    assert nans.isnan().all() and len(nans.view(INTEGERS[dtype]).unique()) == len(nans)
+    features = torch.stack([nans, nans.roll(1), nans.roll(2), nans.roll(3)])[None]
+
+    def assert_bits(merged, kept):
+        expected = features[0, kept].view(INTEGERS[dtype])
+        assert torch.equal(merged.reshape(expected.shape).view(INTEGERS[dtype]), expected)
+
+    scores, keys = torch.tensor([[0.5, 1.0, 0.0, 0.0]]), torch.eye(4)[None]
+    merged, _ = merge(features, scores, torch.tensor([[0, 1, 3]]), torch.tensor([[0, 1, 2, 2]]), backend=backend)
+    assert_bits(merged, [0, 1, 3])
+    options = {"spatial_weight": 0.0, "backend": backend}
+    out = ck.select_and_merge(features, scores, 4, 0, keys=keys, **options)
+    assert_bits(out.merged, [0, 1, 2, 3])
+    again = ck.select_and_merge(
+        features, scores, 4, 0, keys=keys, **options, out=ck.Condensed(*map(torch.empty_like, out))
+    )
+    assert_bits(again.merged, [0, 1, 2, 3])
+    without_mass = ck.select_and_merge(features, torch.zeros(1, 4), 2, 0, keys=keys, **options)
+    assert_bits(without_mass.merged, without_mass.indices[0])
+    offsets = ([0, 3, 4], [0, 3, 4], [0, 0, 0])
+    offsets = (torch.tensor(offset, dtype=torch.int32) for offset in offsets)
+    packed = ck.select_and_merge_varlen(features[0], scores[0], *offsets, 4, 3, keys=keys[0], **options)
+    assert_bits(packed.merged, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,10 +7,24 @@ import torch
 from shapes import SHAPES as SHAPES_OF_MODELS
 from shapes import Shape
 
-from condense_kernels import Condensed, select_and_merge
+from condense_kernels import Condensed, select_and_merge, select_and_merge_varlen
 from condense_kernels.testing import KINDS, assert_matches_reference, assert_same_bits, make_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("num_background", [0, 2])
+def test_top_k_where_all_keys_are_zero(num_background, backend):
+    """No similarity at all: E|S| is 0, and scores would be scaled with it. Background tokens then go by index."""
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.9, 0.5, 0.0, 0.7, 0.2]])
+    options = {"keys": torch.zeros(1, 8, 4), "suppression": 0.0, "spatial_weight": 0.0, "backend": backend}
+    out = select_and_merge(torch.rand(1, 8, 4), scores, 4, num_background, **options)
+    assert out.indices[0].tolist() == sorted([1, 3, 6, 4, *[0, 2][:num_background]])
+    offsets = (torch.tensor([0, n], dtype=torch.int32) for n in (8, 4, num_background))
+    packed = select_and_merge_varlen(
+        torch.rand(8, 4), scores[0], *offsets, 4 + num_background, 8, **{**options, "keys": options["keys"][0]}
+    )
+    assert torch.equal(packed.indices, out.indices[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

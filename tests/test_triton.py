@@ -242,6 +242,19 @@ def assert_streamed_is_stored(inputs: Inputs):
     assert_same_bits(actual, run(inputs))
 
 
+@pytest.mark.parametrize("choice", [{"store_s": False}, {"assign_in_select": True}], ids=str)
+def test_top_k_of_zero_keys_on_every_path(choice):
+    """Nothing is similar, so nothing could be scaled: without suppression the scores decide, then the index."""
+    scores = torch.arange(70).roll(30).float()[None] // 2  # in pairs
+    inputs = make_inputs("random", batch=1, num_tokens=70, channels=8, num_anchors=5, num_background=3)
+    inputs = dataclasses.replace(inputs, keys=torch.zeros(1, 70, 8), scores=scores, suppression=0.0)
+    with trying(FusedConfig, **choice):
+        indices = run(inputs)[1]
+    best = scores[0].sort(descending=True, stable=True).indices[:5].tolist()
+    rest = [i for i in range(70) if i not in best][:3]
+    assert indices[0].tolist() == sorted(best + rest)
+
+
 DTYPES = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
 
 

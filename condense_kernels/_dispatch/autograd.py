@@ -6,7 +6,8 @@ in plain torch, so that all orders work.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Call:
 
     def __call__(self, *values):
         positional, keywords = unflatten(self.op, values)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below(self.op):
             return self.kernel(*positional, **keywords)
 
     def named(self, values, results) -> dict:
@@ -68,7 +69,7 @@ def dispatch(op: str, *values):
     return getattr(torch.ops.condense, op).default(*positional, **keywords)
 
 
-def needs_derivative(tensors: Sequence[torch.Tensor]) -> bool:
+def needs_derivative(tensors: Iterable[torch.Tensor]) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
     if forward_ad._current_level < 0:
@@ -325,13 +326,47 @@ def refuse_what_would_get_lost(op: str, args: Sequence) -> None:
     raise RuntimeError(f"torch.ops.condense.{op} has no derivatives {inside}. Remedy: {remedy}.")
 
 
+def check_written(tensors: dict[str, torch.Tensor]) -> None:
+    """What a caller may not have written into, as with torch's own out=."""
+    if needs_derivative(tensors.values()):
+        name = next(name for name, tensor in tensors.items() if needs_derivative([tensor]))
+        raise ValueError(
+            f"{name}: expected a tensor without a gradient to write into, got one that requires grad or has a tangent. "
+            f"Remedy: {name}.detach(), or torch.no_grad() around the call."
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name}: expected a normal tensor to write into outside of torch.inference_mode(), got an inference "
+                f"tensor. Remedy: {name}.clone()."
+            )
+        if tensor.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor to write into as it is in memory, got a view that negates it when it is "
+                f"read. Remedy: {name}.resolve_neg()."
+            )
+
+
+def below(op: str) -> contextlib.AbstractContextManager:
+    """Where the dispatcher goes on once autograd has had its turn, and, of an operator that writes, the versions."""
+    below = torch._C._AutoDispatchBelowADInplaceOrView if written_by(op) else torch._C._AutoDispatchBelowAutograd
+    return below()
+
+
+@functools.cache
+def written_by(op: str) -> tuple[str, ...]:
+    """The arguments that an operator writes into, all of them keyword-only."""
+    return tuple(a.name for a in schema_of(op).arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def register(op: str) -> None:
-    """The raw operator at the dispatcher's Autograd key."""
+    """The raw operator at the dispatcher's Autograd key; and where inference mode passes that by, though versions
+    count there, too."""
 
     def kernel(*args, **kwargs):
         sharding.rules()
         if not concerned(op, args):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below(op):
                 return overload(*args, **kwargs)
         if OPERATORS[op].derivatives is not None:
             refuse_what_would_get_lost(op, args)
@@ -340,5 +375,19 @@ def register(op: str) -> None:
         except ValueError as error:
             raise RuntimeError(str(error)) from error
 
+    def writing_kernel(*args, **kwargs):
+        written = {name: kwargs[name] for name in written_by(op) if kwargs.get(name) is not None}
+        try:
+            check_written(written)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        results = kernel(*args, **kwargs)
+        torch.autograd.graph.increment_version(written.values())
+        return results
+
     overload = getattr(torch.ops.condense, op).default
-    library.register_kernel(op, kernel, "Autograd")
+    if written_by(op):
+        library.register_kernel(op, writing_kernel, "Autograd")
+        library.register_kernel(op, writing_kernel, "ADInplaceOrView")
+    else:
+        library.register_kernel(op, kernel, "Autograd")

@@ -76,9 +76,26 @@ def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
     reason = unavailable(backend, device)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
-    if backend == "reference" or (backend == "triton" and device.type == "cpu"):
-        return getattr(OPERATORS[op], backend)
+    if backend == "triton" and device.type == "cpu":
+        return on_stored(OPERATORS[op].triton)
+    if backend == "reference":
+        return OPERATORS[op].reference
     return getattr(torch.ops.condense, op).default
+
+
+def on_stored(kernel: Callable) -> Callable:
+    """``kernel``, which reads memory, on tensors that are in it: neither views that negate it nor zeros without it. On
+    its own ways the dispatcher sees to that."""
+
+    def stored(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.zeros_like(value, device=value.device) if value._is_zerotensor() else value.resolve_neg()
+
+    def run(*args, **kwargs):
+        return kernel(*map(stored, args), **{name: stored(value) for name, value in kwargs.items()})
+
+    return run
 
 
 def run(op: str, backend: str, args: tuple, kwargs: dict):
@@ -97,7 +114,7 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         backward = autograd.backward_of(op)
         backward = sharding.on_shards(backward, kernel_of(backward, backend, args[0].device))
         return autograd.differentiate(autograd.Call(op, kernel, backward), *autograd.flatten(op, args, kwargs))
-    with torch._C._AutoDispatchBelowAutograd():
+    with autograd.below(op):
         return kernel(*args, **kwargs)
 
 

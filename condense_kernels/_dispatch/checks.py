@@ -62,6 +62,36 @@ def check_output(
         )
 
 
+def address_range(value: torch.Tensor) -> tuple[int, int]:
+    """From its first byte to behind its last one; (0, 0) of a tensor without bytes, or without an address."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(value) or not (count := value.numel()):
+        return 0, 0
+    storage = torch._C._data_address(value)  # data_ptr() would make a copy of a tensor that is copied on write
+    if storage == 0:  # of meta and fake tensors, of subclasses, of zeros that are not stored
+        return 0, 0
+    size = value.itemsize
+    start = storage + value.storage_offset() * size
+    if not value.is_contiguous():
+        count = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return start, start + count * size
+
+
+def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor | None]) -> None:
+    """No range of addresses that is written overlaps another one. As csrc/checks.h."""
+    for value in written.values():
+        if torch._C._is_cow_tensor(value):
+            value.data_ptr()  # from here on it has memory of its own, as a kernel that writes would give it
+    ranges = [(*address_range(t), name) for name, t in (*written.items(), *read.items()) if t is not None]
+    for i, (first, end, name) in enumerate(ranges[: len(written)]):
+        for other_first, other_end, other in ranges[i + 1 :]:
+            if first < other_end and other_first < end:
+                overlap = min(end, other_end) - max(first, other_first)
+                raise ValueError(
+                    f"{name}: expected memory apart from that of {other}, got {overlap} bytes in the address ranges of "
+                    f"both. Remedy: torch.empty_like({name})."
+                )
+
+
 def check_not_empty(name: str, value: torch.Tensor, axis: int, what: str) -> None:
     if value.shape[axis] == 0:
         raise ValueError(f"{name}: expected at least one {what}, got shape {list(value.shape)}.")

@@ -1,6 +1,7 @@
 """The host's side of a launch: which device, which strides, and what a packed batch hands to a kernel."""
 
 import contextlib
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,11 @@ import torch
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def as_fp32(number: float) -> float:
+    """Rounded, as a GPU's argument is. The interpreter would go on with more bits, and not take 1e-60 for 0."""
+    return ctypes.c_float(number).value
 
 
 def reject_float64(**tensors: torch.Tensor | None) -> None:

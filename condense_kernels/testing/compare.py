@@ -82,6 +82,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
 
 
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
 def _exact(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Finding:
     equal = same_bits(actual, expected)
     if bool(equal.all()):
@@ -135,8 +143,10 @@ def _score_bound(
     return 2 * float((utility_error + suppression * s_bound + rounding).amax())
 
 
-def _utility(prior, prior_error, sbar, sbar_error, tier, eps):
+def _utility(prior, prior_error, sbar, sbar_error, tier, suppression, eps):
     """u = sbar / mean|prior| * prior in fp64 [N], and its error [N] when computed with unit roundoff eps."""
+    if suppression == 0:  # u = prior
+        return prior.nan_to_num(), prior_error
     utility = greedy_reference.scaled_prior(prior, sbar, tier)
     per_sbar = greedy_reference.scaled_prior(prior, torch.ones_like(sbar), tier).abs()  # |prior| / mean
     counted = (tier == VALID) | (tier == TAKEN)
@@ -161,7 +171,7 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
             ("background", stages.background[b], g[b], g_error, rest),
         ):
             live = now == VALID
-            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, eps)
+            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, inputs.suppression, eps)
             gap = replay(s[b], utility, now, order.tolist(), inputs.suppression)
             bound = _score_bound(utility[live], error[live], s_bound, inputs.suppression, eps) if live.any() else 0.0
             gaps[name].append(gap)
@@ -177,10 +187,11 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
     if inputs.spatial_weight == 0:
         return torch.zeros(len(valid), len(kept), dtype=torch.float64, device=valid.device), 0.0
     if inputs.grid is not None:
-        at = assign_reference.grid_positions(inputs.grid).double()
+        at = assign_reference.grid_positions(inputs.grid)
     else:
-        at = (inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]).double()
+        at = inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]
     boxed = at[valid & at.isfinite().all(dim=-1)]
+    boxed = boxed.double() if boxed.is_floating_point() else torch.zeros(0, 1)  # integers are subtracted exactly
     extent = float((boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) if len(boxed) else 0.0
     # About 8 roundings and one an axis, at d <= dmax; far from 0, the coordinates' own in fp64.
     offset = 4 * float(boxed.abs().amax()) / extent if extent > 0 else 0.0
@@ -227,14 +238,14 @@ def _compare_merge(inputs: Inputs, condensed: Condensed) -> list[Finding]:
     magnitude, _ = merge_reference.merge(x.abs(), a, indices, assignment)
     out = torch.finfo(inputs.features.dtype)
     bound = (2 * members + 4)[..., None] * eps * magnitude + out.eps / 2 * merged.abs() + out.smallest_normal * out.eps
-    own = x.gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-    copied = ((members <= 1) | (mass == 0)) & (indices >= 0)
+    own = inputs.features.gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    copied, bits = merge_reference.is_copied(indices, assignment, mass), _BITS[own.dtype]
     return [
         _largest("merged", _difference(condensed.merged, merged), bound.nan_to_num(nan=0.0, posinf=0.0)),
         _largest(
             "mass", _difference(condensed.mass, mass), ((members + 1) * eps * mass).nan_to_num(nan=0.0, posinf=0.0)
         ),
-        _exact("rows of one token or zero mass", condensed.merged[copied], own[copied].to(inputs.features.dtype)),
+        _exact("rows of one token or zero mass", condensed.merged[copied].view(bits), own[copied].view(bits)),
     ]
 
 

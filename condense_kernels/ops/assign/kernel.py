@@ -22,6 +22,7 @@ from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASKED = tl.constexpr(2)  # the tier
+TOO_WIDE = tl.constexpr(2.0**1021 / 8)
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,47 @@ def grid_place(token, HEIGHT, WIDTH):
 
 @triton.jit
 def frexp_exponent(x):
-    """e of the smallest power of two 2**e above x, an fp64 in its normal range; 0 for 0."""
+    """e of the smallest power of two 2**e above x, an fp64; 0 for 0, and -1022 for a subnormal number."""
     return tl.where(x > 0, ((x.to(tl.int64, bitcast=True) >> 52) - 1022), 0)
 
 
 @triton.jit
 def power_of_two_fp64(exponent):
+    """2**exponent, for exponents in [-1022, 1023]."""
     return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def load_coordinate(where_ptr, token, axis, origin, shrink, shrink_again, stride_n, stride_p):
+def apart(x, origin, shrink_first):
+    """x - origin in fp64, rounded once: of int64, which fp64 does not hold, as integers; of fp64 after
+    shrinking, as origin has been."""
+    if x.dtype == tl.int64:
+        return (x - origin).to(tl.uint64, bitcast=True).to(tl.float64)  # masked tokens, which may lie below, wrap
+    else:
+        return x.to(tl.float64) * shrink_first - origin
+
+
+@triton.jit
+def load_coordinate(where_ptr, token, axis, origin, shrink_first, shrink, stride_n, stride_p):
     """In fp64 until it lies in [0, 1]: fp32 would swallow what is small beside its distance from 0."""
-    x = tl.load(where_ptr + token * stride_n + axis * stride_p).to(tl.float64)
-    return ((x - origin) * shrink * shrink_again).to(tl.float32)
+    x = tl.load(where_ptr + token * stride_n + axis * stride_p)
+    return (apart(x, origin, shrink_first) * shrink).to(tl.float32)
 
 
 @triton.jit
 def all_coordinates(where_ptr, token, axes, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr):
-    """[BLOCK_N, AXES] fp64, as they are."""
+    """[BLOCK_N, AXES], as they are: int64, or else fp64."""
     if MODE == GRID:
         t, h, w = grid_place(token, HEIGHT, WIDTH)
         x = tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
         return x.to(tl.float64)
     else:
         pointers = where_ptr + token[:, None] * stride_n + axes[None, :].to(tl.int64) * stride_p
-        return tl.load(pointers).to(tl.float64)
+        x = tl.load(pointers)
+        if x.dtype == tl.int64:
+            return x
+        else:
+            return x.to(tl.float64)
 
 
 @triton.jit
@@ -89,23 +105,28 @@ def bounding_box(
     where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
     AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
-    """Lowest coordinates and extents [AXES] fp64 of the valid tokens that have a place; an extent is 0 without any."""
-    low = tl.full([BLOCK_N, AXES], float("inf"), tl.float64)
-    high = tl.full([BLOCK_N, AXES], float("-inf"), tl.float64)
+    """Lowest and highest coordinates [AXES] of the valid tokens that have a place, int64 or fp64; lowest > highest
+    without any."""
+    if MODE == POSITIONS and where_ptr.dtype.element_ty == tl.int64:
+        low = tl.full([BLOCK_N, AXES], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        high = ~low
+    else:
+        low = tl.full([BLOCK_N, AXES], float("inf"), tl.float64)
+        high = -low
     start = tl.zeros([], tl.int64)
     while start < N:
         offs_n = start + tl.arange(0, BLOCK_N)
         token = tl.minimum(offs_n, N - 1)
         x = all_coordinates(where_ptr, token, axes, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE)
-        boxed = (tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1) != 0) & (offs_n < N)
+        boxed = offs_n < N
+        if x.dtype == tl.float64:
+            boxed = boxed & (tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1) != 0)
         if HAS_TIER:
             boxed = boxed & (tl.load(tier_ptr + token * stride_tier) != MASKED)
         low = tl.where(boxed[:, None], tl.minimum(low, x), low)
         high = tl.where(boxed[:, None], tl.maximum(high, x), high)
         start += BLOCK_N
-    lowest = tl.min(low, axis=0)
-    highest = tl.max(high, axis=0)
-    return lowest, tl.where(lowest < highest, highest - lowest, 0.0)
+    return tl.min(low, axis=0), tl.max(high, axis=0)
 
 
 @triton.jit
@@ -113,26 +134,31 @@ def distance_frame(
     where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
-    """Where the origin of one image's coordinates is moved to, two powers of two to scale them with (one alone may not
-    be representable), and spatial_weight / dmax."""
+    """Where the origin of one image's coordinates is moved to, two powers of two to scale them with, one before that
+    and one after it, and spatial_weight / dmax."""
     axes = tl.minimum(tl.arange(0, AXES), P - 1)  # padding repeats the last axis
-    origin, extent = bounding_box(
+    lowest, highest = bounding_box(
         where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
         AXES, BLOCK_N, MODE, HAS_TIER,
     )  # fmt: skip
+    origin = lowest
+    shrink_first = 1.0
+    if MODE == POSITIONS and lowest.dtype == tl.float64:  # an eighth where the extent, or 2**-exponent, has no fp64
+        widest = tl.max(tl.where(lowest < highest, highest * 0.125 - lowest * 0.125, 0.0), axis=0)
+        shrink_first = tl.where(widest < TOO_WIDE, 1.0, 0.125)
+        origin = lowest * shrink_first
+    extent = tl.where(lowest < highest, apart(highest, origin, shrink_first), 0.0)
     exponent = tl.zeros([], tl.int64)
     if MODE == POSITIONS:
         exponent = frexp_exponent(tl.max(extent, axis=0))
-    half = exponent >> 1
-    shrink = power_of_two_fp64(-half)
-    shrink_again = power_of_two_fp64(half - exponent)
-    box = (extent * shrink * shrink_again).to(tl.float32)
+    shrink = power_of_two_fp64(-exponent)
+    box = (extent * shrink).to(tl.float32)
     square = 0.0
     for p in range(P):  # in order, each operation rounded alone
         side = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
         square += side * side
     factor = tl.div_rn(spatial_weight, tl.sqrt_rn(tl.where(square > 0, square, 1.0)))
-    return origin, shrink, shrink_again, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
+    return origin, shrink_first, shrink, tl.where(square > 0, tl.minimum(factor, FLOAT32_MAX), 0.0)
 
 
 @triton.jit
@@ -158,7 +184,7 @@ def rows_of(
 
 @triton.jit
 def compare_rows(
-    best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+    best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
     stride_where_n, stride_where_p, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
@@ -175,9 +201,9 @@ def compare_rows(
         else:
             for p in range(P):
                 axis = tl.full([], p, tl.int64)
-                low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0.0), axis=0)
-                x = load_coordinate(where_ptr, kept, axis, low, shrink, shrink_again, stride_where_n, stride_where_p)
-                y = load_coordinate(where_ptr, tokens, axis, low, shrink, shrink_again, stride_where_n, stride_where_p)
+                low = tl.sum(tl.where(tl.arange(0, AXES) == p, origin, 0), axis=0)
+                x = load_coordinate(where_ptr, kept, axis, low, shrink_first, shrink, stride_where_n, stride_where_p)
+                y = load_coordinate(where_ptr, tokens, axis, low, shrink_first, shrink, stride_where_n, stride_where_p)
                 square = add_square(square, x, y)
         # Coordinates in the box are at most 1: only one without a place makes the square non-finite: distance 0.
         distance = tl.sqrt_rn(tl.where(is_finite(square), square, 0.0))
@@ -193,7 +219,7 @@ def compare_rows(
 
 @triton.jit
 def nearest_rows(
-    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink, shrink_again, factor,
+    s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink_first, shrink, factor,
     stride_s_i, stride_s_j, stride_index, stride_tier, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr,
     HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
@@ -210,7 +236,7 @@ def nearest_rows(
         if SANITISE:
             s = tl.where(is_finite(s), s, 0.0)
         best, row, own = compare_rows(
-            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+            best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
             stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK_N, BLOCK_K, MODE,
         )  # fmt: skip
         start += BLOCK_K
@@ -246,15 +272,15 @@ def assign_kernel(
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     tier_ptr += at_b * stride_tier_b
     where_ptr += at_b * stride_where_b
-    origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+    origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
-        origin, shrink, shrink_again, factor = distance_frame(
+        origin, shrink_first, shrink, factor = distance_frame(
             where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, WIDTH,
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
         s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
-        origin, shrink, shrink_again, factor,
+        origin, shrink_first, shrink, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
     )  # fmt: skip

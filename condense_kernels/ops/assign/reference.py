@@ -10,19 +10,33 @@ def grid_positions(grid: list[int]) -> torch.Tensor:  # [N, P] int64 on CPU
     return torch.cartesian_prod(*(torch.arange(size, dtype=torch.int64, device="cpu") for size in grid))
 
 
+def apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x - y in fp64, rounded once: also of int64, which fp64 does not hold."""
+    if x.is_floating_point():
+        return x - y
+    high, low = (x >> 32) - (y >> 32), (x & 0xFFFFFFFF) - (y & 0xFFFFFFFF)  # x = 2**32 * high + low
+    return high.double() * 2.0**32 + low.double()
+
+
 def relative_distance(
     positions: torch.Tensor,  # [N, P]
     indices: torch.Tensor,  # [K]
     valid: torch.Tensor,  # [N] bool
 ) -> torch.Tensor:  # [N, K] in [0, 1]
     """d_ij / dmax of Eq. 6: dmax is the diagonal of the valid tokens' bounding box."""
-    positions = positions.double()
+    positions = positions.double() if positions.is_floating_point() else positions.long()
     finite = positions.isfinite().all(dim=-1)
     boxed = positions[finite & valid]
-    if len(boxed) == 0 or (extent := (boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) == 0:
-        return positions.new_zeros(len(positions), len(indices))
-    box = (boxed.amax(dim=0) - boxed.amin(dim=0)) / extent
-    difference = (positions[:, None] - positions[indices]) / extent  # [N, K, P]
+    if len(boxed) == 0:
+        return torch.zeros(len(positions), len(indices), dtype=torch.float64, device=positions.device)
+    if apart(boxed.amax(dim=0), boxed.amin(dim=0)).isinf().any():
+        positions, boxed = positions / 2, boxed / 2  # too far apart for fp64, and what this rounds is nothing to that
+    sides = apart(boxed.amax(dim=0), boxed.amin(dim=0))
+    extent = sides.amax()
+    if extent == 0:
+        return torch.zeros(len(positions), len(indices), dtype=torch.float64, device=positions.device)
+    box = sides / extent
+    difference = apart(positions[:, None], positions[indices]) / extent  # [N, K, P]
     distance = difference.square().sum(dim=-1).sqrt() / box.square().sum().sqrt()
     return torch.where(finite[:, None] & finite[indices], distance, 0.0)
 

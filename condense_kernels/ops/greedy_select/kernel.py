@@ -24,7 +24,7 @@ from ..._triton.device import (
     magnitude_bits,
     order_key,
 )
-from ..._triton.launcher import on_device_of, reject_float64, strides_of
+from ..._triton.launcher import as_fp32, on_device_of, reject_float64, strides_of
 from ..._triton.tables import MAX_STORED, SelectConfig
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
@@ -81,31 +81,40 @@ def counted_magnitude(prior, counted):
 
 
 @triton.jit
-def counted_fixed(unit, counted):
-    """|unit|, which is below 1, as an integer; 0 where it is not counted in the mean."""
-    return (tl.where(counted & is_finite(unit), tl.abs(unit), 0.0) * FIXED_POINT).to(tl.int64)
+def prior_scale(tops, suppression):
+    """Two factors that bring priors below 1 in magnitude; 1 where nothing is suppressed: u is then the prior itself."""
+    first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
+    return tl.where(suppression == 0, 1.0, first), tl.where(suppression == 0, 1.0, second)
 
 
 @triton.jit
-def prior_factor(sbar, total, count):
+def counted_fixed(unit, counted, suppression):
+    """|unit|, which is below 1, as an integer; 0 where it is not counted in the mean, or where no mean is needed."""
+    counted = counted & is_finite(unit) & (suppression != 0)
+    return (tl.where(counted, tl.abs(unit), 0.0) * FIXED_POINT).to(tl.int64)
+
+
+@triton.jit
+def prior_factor(sbar, total, count, suppression):
     """sbar / mean|prior| of Eq. 2 and 4 and whether the mean is above 0, given the fixed-point sum of scaled priors."""
     mean = total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64) * (1.0 / FIXED_POINT)
-    return (sbar.to(tl.float64) / tl.where(mean > 0, mean, 1.0)).to(tl.float32), mean > 0
+    factor = (sbar.to(tl.float64) / tl.where(mean > 0, mean, 1.0)).to(tl.float32)
+    return tl.where(suppression == 0, 1.0, factor), (mean > 0) | (suppression == 0)
 
 
 @triton.jit
-def scaled_priors(prior, counted, sbar):
+def scaled_priors(prior, counted, sbar, suppression):
     """u = sbar / mean|prior| * prior (Eq. 2, 4), the mean over the counted tokens; 0 where the mean is 0."""
     tops = counted_magnitude(prior[0], counted[0])
     for c in tl.static_range(1, len(prior)):
         tops = tl.maximum(tops, counted_magnitude(prior[c], counted[c]))
-    first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
+    first, second = prior_scale(tops, suppression)
     unit = ()
     fixed = tl.zeros(prior[0].shape, tl.int64)
     for c in tl.static_range(len(prior)):
         unit = unit + (prior[c] * first * second,)
-        fixed += counted_fixed(unit[c], counted[c])
-    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), count_tokens(counted))
+        fixed += counted_fixed(unit[c], counted[c], suppression)
+    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), count_tokens(counted), suppression)
     u = ()
     for c in tl.static_range(len(prior)):
         u = u + (tl.where(positive, factor * unit[c], 0.0),)
@@ -235,7 +244,7 @@ def greedy_select_kernel(
         tier = tier + (tl.where(new[c], of, DUPLICATE),)
         counted = counted + ((tier[c] == 0) | (tier[c] == TAKEN),)
     if HAS_SBAR:
-        u = scaled_priors(u, counted, tl.load(sbar_ptr + pid_b * stride_sbar_b))
+        u = scaled_priors(u, counted, tl.load(sbar_ptr + pid_b * stride_sbar_b), suppression)
     nu = ()
     live = ()
     for c in tl.static_range(CHUNKS):
@@ -282,7 +291,7 @@ def greedy_select(
     config = SelectConfig.for_shape(n)
     with on_device_of(s):
         greedy_select_kernel[(b,)](
-            s, prior, s if sbar is None else sbar, s if tier is None else tier, order, float(suppression),
+            s, prior, s if sbar is None else sbar, s if tier is None else tier, order, as_fp32(suppression),
             *s.stride(), *prior.stride(), *strides_of(sbar, 1), *strides_of(tier, 2), n, k,
             BLOCK=config.block, CHUNKS=config.num_chunks(n), BLOCK_FILL=256,
             HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,

@@ -93,10 +93,11 @@ def greedy_select(
         s: [B, N, N] fp32 or fp64, symmetric similarities; NaN and infinities count as 0.
         prior: [B, N] floating; the utility u, or with ``sbar`` what u is made of. A NaN utility counts as the lowest.
         k: picks per image, 0 <= k <= N.
-        sbar: [B] fp32 or fp64; where given, u = sbar / mean|prior| * prior, the mean over tiers 0 and 3.
+        sbar: [B] fp32 or fp64; where given and suppression is not 0, u = sbar / mean|prior| * prior, the mean over
+            tiers 0 and 3.
         tier: [B, N] int8; tier 0 is picked by score, then tier 1 by index, then tier 2 by index, tier 3 never.
             None: all tokens are in tier 0.
-        suppression: finite, >= 0; 0 gives plain top-k.
+        suppression: finite, >= 0; 0 gives plain top-k of the prior, whatever sbar is.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:

@@ -32,8 +32,8 @@ def fake(features, scores, indices, assignment):
 def on_reference(features, scores, indices, assignment):
     check_values("indices", indices, -1, features.shape[1])
     check_values("assignment", assignment, -1, indices.shape[1])
-    merged, mass = reference.merge(features, scores, indices, assignment)
-    return reference.rounded_once(merged, features.dtype), mass.to(compute_dtype(features, scores))
+    merged, mass = reference.merge_as(features, scores, indices, assignment)
+    return merged, mass.to(compute_dtype(features, scores))
 
 
 def on_triton(features, scores, indices, assignment):

@@ -14,13 +14,41 @@ def rounded_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(inexact, odd, nearest).to(dtype)
 
 
+def is_copied(
+    indices: torch.Tensor,  # [B, K] int64, -1 = no such row
+    assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
+    mass: torch.Tensor,  # [B, K]
+) -> torch.Tensor:  # [B, K] bool
+    """Which rows are their kept token: those of zero mass, and those that nothing else went into."""
+    row = torch.arange(indices.shape[1], device=indices.device)
+    member = assignment[:, None] == row[:, None]  # [B, K, N]
+    own = member.gather(2, indices.clamp(min=0)[..., None])[..., 0]
+    return (indices >= 0) & ((mass == 0) | (own & (member.sum(dim=2) == 1)))
+
+
+def with_copies(
+    merged: torch.Tensor,  # [B, K, D]
+    features: torch.Tensor,  # [B, N, D], in the dtype of merged
+    indices: torch.Tensor,  # [B, K]
+    assignment: torch.Tensor,  # [B, N]
+    mass: torch.Tensor,  # [B, K]
+) -> torch.Tensor:
+    """merged, the copied rows among them moved as bits; torch.where would convert 16-bit numbers, and lose NaNs'."""
+    image, row = is_copied(indices, assignment, mass).nonzero(as_tuple=True)
+    merged[image, row] = features[image, indices[image, row]]
+    return merged
+
+
 def merge(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
     indices: torch.Tensor,  # [B, K] int64, -1 = no such row
     assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return merged [B, K, D] fp64 and mass [B, K] fp64."""
+    """Return merged [B, K, D] fp64 and mass [B, K] fp64.
+
+    fp64 holds every number of features, but not the bits of every NaN: see merge_as.
+    """
     x, a = features.double(), scores.double()
     merged = x.new_zeros(x.shape[0], indices.shape[1], x.shape[2])
     mass = x.new_zeros(x.shape[0], indices.shape[1])
@@ -30,11 +58,20 @@ def merge(
                 continue
             members = (assignment[b] == k).nonzero().flatten()
             mass[b, k] = a[b, members].sum()
-            if mass[b, k] == 0 or members.tolist() == [own]:
-                merged[b, k] = x[b, own]
-            else:
-                merged[b, k] = (a[b, members, None] * x[b, members]).sum(dim=0) / mass[b, k]  # Eq. 8
-    return merged, mass
+            merged[b, k] = (a[b, members, None] * x[b, members]).sum(dim=0) / mass[b, k]  # Eq. 8
+    return with_copies(merged, x, indices, assignment, mass), mass
+
+
+def merge_as(
+    features: torch.Tensor,  # [B, N, D]
+    scores: torch.Tensor,  # [B, N]
+    indices: torch.Tensor,  # [B, K] int64, -1 = no such row
+    assignment: torch.Tensor,  # [B, N] int64 in [-1, K)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return merged [B, K, D] in the dtype of features, rounded once, and mass [B, K] fp64. What is copied is copied
+    bit for bit, NaN payloads and all."""
+    merged, mass = merge(features, scores, indices, assignment)
+    return with_copies(rounded_once(merged, features.dtype), features, indices, assignment, mass), mass
 
 
 def merge_backward(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import image_rows, image_tokens, tokens_before
-from ..._triton.launcher import on_device_of, reject_float64, strides_of
+from ..._triton.launcher import as_fp32, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -103,7 +103,7 @@ def select_kernel(
     sbar = mean_similarity(abs_sums_ptr, num_valid, num_tiles, 256)
 
     # Anchors (Eq. 2)
-    u = scaled_priors(u, valid, sbar)
+    u = scaled_priors(u, valid, sbar, suppression)
     nu = ()
     for c in tl.static_range(CHUNKS):
         nu = nu + (tl.where(valid[c], negated(u[c]), dead(tier[c])),)
@@ -118,7 +118,7 @@ def select_kernel(
     for c in tl.static_range(CHUNKS):
         g = g + (global_similarity(row_sums_ptr, offs[c], (offs[c] < N) & new[c], N, num_blocks),)
         counted = counted + ((nu[c] == nu[c]) | (died_of(nu[c], 0) & new[c]),)
-    v = scaled_priors(g, counted, sbar)
+    v = scaled_priors(g, counted, sbar, suppression)
     rest = ()
     for c in tl.static_range(CHUNKS):
         rest = rest + (tl.where(nu[c] == nu[c], negated(v[c]), nu[c]),)
@@ -148,9 +148,9 @@ def select_kernel(
         tl.debug_barrier()  # the indices are read back by other threads
         assignment_ptr += first
         where_ptr += at_b * stride_where_b
-        origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+        origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
         if MODE != NO_DISTANCE:
-            origin, shrink, shrink_again, factor = distance_frame(
+            origin, shrink_first, shrink, factor = distance_frame(
                 where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_BOX, MODE, True,
             )  # fmt: skip
@@ -158,7 +158,7 @@ def select_kernel(
         while start < N:
             offs_n = start + tl.arange(0, BLOCK_N)
             row = nearest_rows(
-                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink, shrink_again, factor,
+                s_ptr, indices_ptr, tier_ptr, where_ptr, offs_n, origin, shrink_first, shrink, factor,
                 WIDTH, 1, 1, 1, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
                 P, AXES, BLOCK_N, BLOCK_K, MODE, True, False,
             )  # fmt: skip
@@ -203,7 +203,7 @@ def launch_select(w, scores, indices, assignment, num_anchors, space, suppressio
         select = SelectConfig.for_shape(span)
         select_kernel[(images,)](
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
-            indices, assignment, float(suppression), float(spatial_weight), *strides_of(scores, 2), *space.strides,
+            indices, assignment, as_fp32(suppression), float(spatial_weight), *strides_of(scores, 2), *space.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, space.height, space.width, packed,
             P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span),
             LOW=low, LONGEST=span == config.width,

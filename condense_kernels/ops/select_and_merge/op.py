@@ -3,11 +3,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..._dispatch import backends, tracing
+from ..._dispatch import autograd, backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
     as_count,
     as_grid,
+    check_apart,
     check_budget,
     check_not_empty,
     check_num_tokens,
@@ -81,6 +82,14 @@ def check_workspace(workspace: torch.Tensor, features: torch.Tensor, needed: int
         )
 
 
+def check_memory(features, scores, out: Condensed, workspace, *, keys=None, positions=None, mask=None, **_) -> None:
+    written = {f"out.{name}": tensor for name, tensor in out._asdict().items()}
+    if workspace is not None:
+        written["workspace"] = workspace
+    autograd.check_written(written)
+    check_apart(written, {"features": features, "scores": scores, "keys": keys, "positions": positions, "mask": mask})
+
+
 def fake(features, scores, num_anchors, num_background, **_):
     b, n, d = features.shape
     k = num_anchors + num_background
@@ -113,7 +122,11 @@ def check_raw_out(
     features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
 ) -> None:
     check(features, scores, num_anchors, num_background, **options)
-    check_out(features, scores, num_anchors + num_background, Condensed(merged, indices, assignment, mass))
+    out = Condensed(merged, indices, assignment, mass)
+    check_out(features, scores, num_anchors + num_background, out)
+    if workspace is not None:
+        check_workspace(workspace, features, 0)  # enough or not, the kernel will say
+    check_memory(features, scores, out, workspace, **options)
 
 
 def on_triton_out(*args, workspace=None, merged, indices, assignment, mass, **options):
@@ -261,13 +274,16 @@ def select_and_merge(
         grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
         positions: [N, P] or [B, N, P] coordinates of a float or signed integer dtype (or uint8).
         mask: [B, N] bool, False = padding: not a candidate, never merged, in no mean.
-        suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k.
+        suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k
+            of the scores, unscaled.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
-        out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into; they must
-            overlap neither each other nor an argument. None: new tensors.
+        out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
+            addresses must overlap neither each other's nor those of an argument, from first to last, and none may
+            require grad where gradients are recorded. None: new tensors.
         workspace: [bytes] uint8 on the device of features, workspace_bytes(...) of them at least: then no other
-            working memory is taken. What it holds before and after means nothing. None: the operator allocates.
+            working memory is taken. What it holds before and after means nothing; it is apart from all others, as out
+            is. None: the operator allocates.
 
     Returns:
         A named tuple
@@ -302,6 +318,7 @@ def select_and_merge(
     tracing.checked(check_out, features, scores, num_anchors + num_background, out)
     if workspace is not None and not torch.compiler.is_compiling():
         tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
+    tracing.checked(check_memory, features, scores, out, workspace, **options)
     options |= {"workspace": workspace, **out._asdict()}
     backends.run("select_and_merge_out", backend, args, options)
     if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to

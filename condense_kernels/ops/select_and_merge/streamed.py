@@ -22,7 +22,6 @@ import triton.language as tl
 from ..._triton.device import (
     INTERPRETED,
     NOWHERE,
-    downscale,
     first_block_of,
     has_block,
     image_of_block,
@@ -32,11 +31,19 @@ from ..._triton.device import (
     order_key,
     tokens_before,
 )
-from ..._triton.launcher import strides_of
+from ..._triton.launcher import as_fp32, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
-from ..greedy_select.kernel import counted_fixed, counted_magnitude, dead, died_of, negated, prior_factor
+from ..greedy_select.kernel import (
+    counted_fixed,
+    counted_magnitude,
+    dead,
+    died_of,
+    negated,
+    prior_factor,
+    prior_scale,
+)
 from ..similarity.kernel import (
     blocks_of_image,
     can_overflow,
@@ -88,6 +95,7 @@ def begin_kernel(
     batch_ptr,  # [B, BATCH] the last picks
     fresh_ptr,  # [B] how many they are
     due_ptr,  # [B] how many are still to come
+    suppression,
     stride_score_b, stride_score_n,
     N, K, num_anchors, num_blocks, packed,
     CHUNK: tl.constexpr, BATCH: tl.constexpr, BACKGROUND: tl.constexpr,
@@ -113,16 +121,16 @@ def begin_kernel(
         tops = tl.maximum(tops, counted_magnitude(prior, tier == 0))
         start += CHUNK
     num_valid = tl.sum(counts, axis=0)
-    shrink, shrink_again = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
+    shrink, shrink_again = prior_scale(tops, suppression)
 
     fixed = tl.zeros([CHUNK], tl.int64)
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, _, _ = load_priors(scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND)
-        fixed += counted_fixed(prior * shrink * shrink_again, tier == 0)
+        fixed += counted_fixed(prior * shrink * shrink_again, tier == 0, suppression)
         start += CHUNK
     sbar = mean_similarity(abs_sums_ptr, num_valid, num_blocks, CHUNK)
-    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid)
+    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid, suppression)
 
     best = tl.full([CHUNK], NOBODY, tl.int64)
     start = tl.zeros([], tl.int64)
@@ -365,9 +373,9 @@ def assign_streamed_kernel(
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
     tier = tl.load(tier_ptr + tokens)
-    origin, shrink, shrink_again, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
+    origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
-        origin, shrink, shrink_again, factor = distance_frame(
+        origin, shrink_first, shrink, factor = distance_frame(
             where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, WIDTH,
             P, AXES, BLOCK_BOX, MODE, True,
         )  # fmt: skip
@@ -390,7 +398,7 @@ def assign_streamed_kernel(
             offs_k, kept, takes = rows_of(indices_ptr, tier_ptr, start + part, 1, 1, N, K, BLOCK_K, True)
             s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
             best, row, own = compare_rows(
-                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink, shrink_again, factor,
+                best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
                 stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
             )  # fmt: skip
             part += BLOCK_K
@@ -435,11 +443,11 @@ def launch_select(w, keys, scores, indices, num_anchors, suppression, packed=Non
         "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
     }  # fmt: skip
     factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
-    sizes = (float(suppression), *strides_of(keys, 3), n, blocks, dk, packed)
+    sizes = (as_fp32(suppression), *strides_of(keys, 3), n, blocks, dk, packed)
     for background, count in zip((False, True), picks, strict=True):
         begin_kernel[(images,)](
             scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
-            *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
+            as_fp32(suppression), *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
