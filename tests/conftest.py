@@ -8,12 +8,32 @@ import torch
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
-import triton  # noqa: F401  the test extra brings it: without it half of the tests would be skipped
+import triton.language as tl  # the test extra brings it: without it half of the tests would be skipped
+from triton.runtime import interpreter
 
 from condense_kernels._dispatch import backends
 
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
+
+
+def look_up_builtins_once() -> None:
+    """In Triton 3.9's interpreter every call of a jit function looks through all names of triton.language for those
+    to replace: half of the time of our kernels there. Which they are does not change; replaced they are as before."""
+    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    names = {
+        place: [name for name in dir(place) if tl.core.is_builtin(getattr(place, name, None))] for place in places
+    }
+
+    def patch(place, *rest):
+        for name in names[place]:
+            if tl.core.is_builtin(member := getattr(place, name)):  # else it has been replaced before
+                interpreter._patch_attr(place, name, member, *rest)
+
+    interpreter._patch_builtin = patch
+
+
+look_up_builtins_once()
 
 
 def _or_skip(backend: str):

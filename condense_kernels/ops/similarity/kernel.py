@@ -86,7 +86,7 @@ def dot_tile(
             x = (x.to(tl.float32) * scale_i[:, None]).to(x.dtype)
             y = (y.to(tl.float32) * scale_j[:, None]).to(y.dtype)
         if INTERPRETED:
-            lanes = tl.fma(x.to(tl.float32)[:, None, :], y.to(tl.float32)[None, :, :], lanes)
+            lanes += x.to(tl.float32)[:, None, :] * y.to(tl.float32)[None, :, :]
         else:
             acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
     if INTERPRETED:
