@@ -41,7 +41,7 @@ def test_on_other_processors(processor):
     environment["OPENBLAS_CORETYPE"] = processor
     if subprocess.run([sys.executable, "-c", "import numpy"], env=environment).returncode != 0:
         pytest.skip(f"this processor lacks instructions of {processor}")
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", "triton and (similarity or stored or flagship)"]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", "triton and (similarity or stored)"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, TESTS / "test_similarity.py", TESTS / "test_triton.py"],
         env=environment,
