@@ -15,7 +15,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
-# Beside each other, as many as there are cores, in an order of the day; ARGS="-n 0 -p no:randomly" for neither.
+# Beside each other, a worker a core, and in another order each time; ARGS="-n 0 -p no:randomly" for neither.
 TEST := -m pytest -n auto --maxprocesses 8
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings -p no:randomly
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
