@@ -15,7 +15,9 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
-BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings
+# Beside each other, a worker a core, and in another order each time; ARGS="-n 0 -p no:randomly" for neither.
+TEST := -m pytest -n auto --maxprocesses 8
+BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings -p no:randomly
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
@@ -32,10 +34,10 @@ demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
 	$(RUN) -m condense_kernels demo $(ARGS)
 
 test: $(VENV)/installed ## run the tests
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) $(TEST) -m "not slow" $(ARGS)
 
 test-full: $(VENV)/installed $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) $(TEST) $(ARGS)
 
 lint: $(VENV)/linters ## check style and formatting (needs no torch)
 	$(RUN) -m ruff check .
@@ -136,4 +138,4 @@ $(COMPAT:=/torch): .venv-compat/%/torch:
 $(COMPAT:=/status): .venv-compat/%/status: .venv-compat/%/torch .venv-compat/wheel force
 	@wheel=$$(echo .venv-compat/wheel/*.whl) && pip="$(@D)/bin/python -m pip --disable-pip-version-check" && \
 	    $$pip install --quiet "$$wheel[test]" && $$pip install --quiet --force-reinstall --no-deps "$$wheel"
-	@cd $(@D) && (PYTHONSAFEPATH=1 bin/python -m pytest -q ../../tests $(ARGS); echo $$? > status) 2>&1 | tee report
+	@cd $(@D) && (PYTHONSAFEPATH=1 bin/python $(TEST) -q ../../tests $(ARGS); echo $$? > status) 2>&1 | tee report

@@ -1,19 +1,47 @@
+import functools
 import os
 import subprocess
 import sys
+import zlib
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: who waits leaves the core to others
+
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
-import triton  # noqa: F401  the test extra brings it: without it half of the tests would be skipped
+import triton.language as tl  # the test extra brings it: without it half of the tests would be skipped
+from triton.runtime import interpreter
 
 from condense_kernels._dispatch import backends
 
+# A busy machine is slow, and not wrong.
+too_slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=too_slow)
+hypothesis.settings.load_profile("any machine")
+
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
+
+
+def look_up_builtins_once() -> None:
+    """In Triton 3.9's interpreter every call of a jit function looks through all names of triton.language for those
+    to replace: half of the time of our kernels there. Which they are does not change; replaced they are as before."""
+    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    names = {place: [name for name in dir(place) if tl.core.is_builtin(getattr(place, name, None))] for place in places}
+
+    def patch(place, *rest):
+        if tl.core.is_builtin(getattr(place, names[place][0])):  # else all of them have been replaced before
+            for name in names[place]:
+                interpreter._patch_attr(place, name, getattr(place, name), *rest)
+
+    interpreter._patch_builtin = patch
+
+
+look_up_builtins_once()
 
 
 def _or_skip(backend: str):
@@ -48,6 +76,33 @@ def bare_python(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     return str(folder / "bin" / "python")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker gets test by test, but all of a file that has fixtures of its module, which take long; those first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def has_fixtures_of_the_module(file: str) -> bool:
+        return 'scope="module"' in (config.rootpath / file).read_text()
+
+    class TestByTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if has_fixtures_of_the_module(file) else nodeid
+
+    return TestByTest(config, log)
+
+
+def pytest_collectstart():
+    torch.manual_seed(0)  # for what a module draws when it is imported
+
+
+@pytest.fixture(autouse=True)
+def inputs_of_its_own(request):
+    """What a test draws follows from its name: alone, in any order and beside any other, it is the same."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problem=problems())
 def test_similarity_alone_with_ties(backend, problem):
     s, kept, tier = problem
@@ -39,7 +39,7 @@ def test_similarity_alone_with_ties(backend, problem):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problem=problems(), weight=st.sampled_from([0.5, 1.0, 4.0]))
 def test_on_a_line_with_ties(backend, problem, weight):
     """Positions 0, 1, 2 ... on one axis, scaled so that dmax is a power of two: distances are exact."""

@@ -43,7 +43,7 @@ def problems(draw):
     return s, prior, draw(st.integers(0, n)), draw(suppressions)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_reference_is_the_sequential_greedy(problem):
     s, prior, k, suppression = problem
@@ -52,7 +52,7 @@ def test_reference_is_the_sequential_greedy(problem):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problem=problems())
 def test_selection_is_exactly_the_sequential_greedy(backend, problem):
     s, prior, k, suppression = problem
@@ -77,7 +77,7 @@ def hostile_problems(draw):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(problem=hostile_problems())
 def test_anything_goes_as_the_reference_goes(backend, problem):
     """NaN, infinities, tiers, scaled priors: the same picks to the last."""

@@ -342,7 +342,7 @@ def test_offsets_that_decrease(fields, backend):
 lengths_of_segments = st.lists(st.integers(0, 60), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), lengths=lengths_of_segments, channels=st.sampled_from([1, 8, 130]))
 def test_any_segmentation(data, lengths, channels):
     keep = [data.draw(st.integers(0, n)) for n in lengths]
@@ -356,7 +356,7 @@ def test_any_segmentation(data, lengths, channels):
 some_offset = st.integers(-3, 20) | st.integers(INT32.min, INT32.max)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     ascending=st.booleans(),
     columns=st.lists(st.tuples(some_offset, some_offset, some_offset), min_size=1, max_size=8),

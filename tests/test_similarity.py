@@ -23,6 +23,15 @@ def test_equal_tokens_have_equal_rows_to_the_bit(backend):
         assert torch.equal(g[0, i], g[0, 5])
 
 
+def test_a_cosine_does_not_depend_on_its_place(backend):
+    """In its tile, or in another: else two places that are computed apart would not agree."""
+    keys = make_inputs("clustered", batch=1, num_tokens=131, channels=37).features
+    order = torch.randperm(131)
+    s, *_ = similarity(keys, backend=backend)
+    moved, *_ = similarity(keys[:, order], backend=backend)
+    assert torch.equal(moved[0], s[0][order][:, order])
+
+
 def test_power_of_two_lengths_do_not_matter(backend):
     keys = make_inputs("random", batch=1, num_tokens=20, channels=9).features
     lengths = 2.0 ** torch.arange(-60, 60, 6)[None, :, None]

@@ -72,17 +72,25 @@ def dot_tile(
     keys_ptr, offs_i, offs_j, scale_i, scale_j, stride_n, stride_d, channels,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """[BLOCK, BLOCK] products, each summed in an order that its place has no part in.
+
+    In the interpreter tl.dot is a BLAS, which rounds an element by its place, so there the channels are added apart.
+    """
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if INTERPRETED:
+        lanes = tl.zeros([BLOCK, BLOCK, BLOCK_D], tl.float32)
     for d in range(0, channels, BLOCK_D):
         x = load_rows(keys_ptr, offs_i, d, stride_n, stride_d, DK, BLOCK_D)
         y = load_rows(keys_ptr, offs_j, d, stride_n, stride_d, DK, BLOCK_D)
         if SCALED:  # exact in the input's own dtype, too
             x = (x.to(tl.float32) * scale_i[:, None]).to(x.dtype)
             y = (y.to(tl.float32) * scale_j[:, None]).to(y.dtype)
-        if INTERPRETED:  # the interpreter's dot does not know bf16
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
+        if INTERPRETED:
+            lanes += x.to(tl.float32)[:, None, :] * y.to(tl.float32)[None, :, :]
+        else:
+            acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
+    if INTERPRETED:
+        acc = tl.reshape(sum_in_pairs(tl.reshape(lanes, [BLOCK * BLOCK, BLOCK_D])), [BLOCK, BLOCK])
     return acc
 
 
