@@ -1,11 +1,12 @@
 import torch
 
-from ..._dispatch import autograd, backends, tracing
+from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..._dispatch.debug import check_finite, check_indices, check_scores, refuse
-from ..._dispatch.declaration import Derivatives, Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, random
 from ..similarity.op import compute_dtype
 from . import reference
+from .derivatives import OF_MERGE, OF_MERGE_BACKWARD
 
 
 def check(features, scores, indices, assignment) -> None:
@@ -114,8 +115,6 @@ def backward_examples(b: int) -> list[Example]:
     return [*found, Example((*grads, None, scores, None, mass, indices, assignment))]
 
 
-DERIVATIVES = Derivatives(autograd.Merge, of=2, backward="merge_backward")
-
 backends.register(
     Operator(
         "merge",
@@ -126,7 +125,7 @@ backends.register(
         flops=flops,
         examples=examples,
         look=look,
-        derivatives=DERIVATIVES,
+        derivatives=OF_MERGE,
     )
 )
 backends.register(
@@ -138,7 +137,7 @@ backends.register(
         fake=fake_backward,
         flops=backward_flops,
         examples=backward_examples,
-        derivatives=Derivatives(autograd.MergeBackward, of=6),
+        derivatives=OF_MERGE_BACKWARD,
     )
 )
 

@@ -22,6 +22,7 @@ from ..._dispatch.declaration import Example, Operator, random
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
+from ..merge.derivatives import OF_MERGE
 from ..similarity import op as similarity
 from .pipeline import Stages, compose
 
@@ -207,7 +208,7 @@ backends.register(
         flops=flops,
         examples=examples,
         look=look,
-        derivatives=merge.DERIVATIVES,
+        derivatives=OF_MERGE,
         shared={"positions": 2},
     )
 )

@@ -13,7 +13,7 @@ from ..._dispatch.checks import (
 )
 from ..._dispatch.debug import check_finite, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, random
-from ..merge.op import DERIVATIVES
+from ..merge.derivatives import OF_MERGE
 from ..select_and_merge import Condensed
 from ..select_and_merge import op as dense
 from ..similarity.op import compute_dtype
@@ -147,7 +147,7 @@ backends.register(
         flops=flops,
         examples=examples,
         look=look,
-        derivatives=DERIVATIVES,
+        derivatives=OF_MERGE,
         looped=True,
         no_shards="its offsets count the tokens of all images, and a shard holds only some of them",
     )
