@@ -71,7 +71,8 @@ def greedy_select(
     tier = torch.zeros_like(prior, dtype=torch.int8) if tier is None else tier
     order = torch.empty(s.shape[0], k, dtype=torch.int64, device=s.device)
     for b in range(s.shape[0]):
-        scaled = sbar is not None and torch.tensor(suppression, dtype=dtype, device="cpu") != 0  # nothing to scale for, else
+        # Nothing to scale for where suppression is 0, or rounds to it.
+        scaled = sbar is not None and torch.tensor(suppression, dtype=dtype, device="cpu") != 0
         utility = scaled_prior(prior[b], sbar[b], tier[b]) if scaled else prior[b]
         order[b] = torch.tensor(
             greedy_select_one(s[b], utility, tier[b], k, suppression), dtype=torch.int64, device=s.device
