@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import baselines
+import bench_calls
 import gates
 import harness
 import memory
@@ -17,6 +18,8 @@ import rows
 import shapes
 import targets
 import torch
+
+from condense_kernels._dispatch.declaration import OPERATORS as DECLARED
 
 OPERATORS = ("similarity", "greedy_select", "assign", "merge", "select_and_merge")
 TINY = {f"tiny-{batch}": shapes.Shape(batch, (8, 9), 32, 12, 6) for batch in (1, 3)}
@@ -312,3 +315,16 @@ def test_make_bench(tmp_path, cpp):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "assign, llava15-192: 1 x 576 x 1024, K = 192" in done.stdout and "targets" in done.stdout
     assert {(row.op, row.side) for row in rows.read_path(path)} == {("assign", "torch"), ("assign", "ours")}
+
+
+def test_every_declared_operator_is_timed_as_a_call():
+    """And checked before: a result that is not the reference's is not timed."""
+
+    shape, inputs = shapes.ALL["overhead"], shapes.make(shapes.ALL["overhead"])
+    built = bench_calls.sides(shape, *inputs)
+    assert {name.partition(",")[0] for name in built} == set(DECLARED) - {"select_and_merge_out", "workspace_bytes"}
+    for side in built.values():
+        side.check(side.call())
+    right = built["similarity, function"].call()
+    with pytest.raises(gates.Mismatch, match="sbar"):
+        built["similarity, function"].check((right[0], right[1] * 1.001, *right[2:]))
