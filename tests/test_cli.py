@@ -78,7 +78,7 @@ def test_demo_brings_its_picture():
     [
         (["--keep", "0"], "keep: expected 1 <= keep <= 576"),
         (["--keep", "577"], "keep: expected 1 <= keep <= 576"),
-        (["--keep", "1.5"], "ratio in (0, 1)"),
+        (["--keep", "1.5"], "ratio in (0, 1]"),
         (["--keep", "many"], "a count or a ratio"),
         (["--background-ratio", "2"], "background_ratio"),
         (["--grid", "0"], "--grid"),

@@ -31,14 +31,14 @@ def count_or_ratio(text: str) -> int | float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a count or a ratio in (0, 1), got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a count or a ratio in (0, 1], got {text!r}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures (default: a photograph that "
                         "ships with matplotlib)")  # fmt: skip
     parser.add_argument("--keep", type=count_or_ratio, default=64, metavar="K", help="tokens to keep: a count, or a "
-                        "ratio in (0, 1) (default: 64)")  # fmt: skip
+                        "ratio in (0, 1] (default: 64)")  # fmt: skip
     parser.add_argument("--background-ratio", type=float, default=DEFAULT_BACKGROUND_RATIO, metavar="R",
                         help="share of background tokens among the kept, in [0, 1] (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE.png", help="the figure "

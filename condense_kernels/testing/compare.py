@@ -191,7 +191,7 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
     else:
         at = inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]
     boxed = at[valid & at.isfinite().all(dim=-1)]
-    boxed = boxed.double() if boxed.is_floating_point() else torch.zeros(0, 1)  # integers are subtracted exactly
+    boxed = boxed.double() if boxed.is_floating_point() else boxed[:0].double()  # integers are exact
     extent = float((boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) if len(boxed) else 0.0
     # About 8 roundings and one an axis, at d <= dmax; far from 0, the coordinates' own in fp64.
     offset = 4 * float(boxed.abs().amax()) / extent if extent > 0 else 0.0

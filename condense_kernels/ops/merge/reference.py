@@ -20,7 +20,7 @@ def is_copied(
     mass: torch.Tensor,  # [B, K]
 ) -> torch.Tensor:  # [B, K] bool
     """Which rows are their kept token: those of zero mass, and those that nothing else went into."""
-    row = torch.arange(indices.shape[1], device=indices.device)
+    row = torch.arange(indices.shape[1], dtype=torch.int64, device=indices.device)
     member = assignment[:, None] == row[:, None]  # [B, K, N]
     own = member.gather(2, indices.clamp(min=0)[..., None])[..., 0]
     return (indices >= 0) & ((mass == 0) | (own & (member.sum(dim=2) == 1)))
