@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 from .cli import CommandError, MissingPackage, check, demo, env
 
@@ -9,15 +10,15 @@ PROGRAM = "python -m condense_kernels"
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line, without the usage
+    def error(self, message: str) -> NoReturn:  # one line, without the usage
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description=__doc__.split(": ", 1)[1].capitalize())
+    parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition(": ")[2].capitalize())
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,check,env}")
     for name, module in (("demo", demo), ("check", check), ("env", env)):
-        summary = module.__doc__.split("\n", 1)[0]
+        summary = (module.__doc__ or "").split("\n", 1)[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

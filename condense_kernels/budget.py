@@ -3,10 +3,10 @@
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from .ops.select_and_merge import Condensed, select_and_merge
 
 DEFAULT_BACKGROUND_RATIO = 0.25
 MAX_PACKED = torch.iinfo(torch.int32).max
+
+F = TypeVar("F", bound=Callable)
 
 
 @tracing.leaf(tuple, 2)
@@ -86,9 +88,9 @@ def rounded(count: int, ratio: float) -> int:
 LARGEST = 1 << 30  # of a denominator: with counts up to 2**31, no product leaves int64
 
 
-def constant_in_graphs(function):
+def constant_in_graphs(function: F) -> F:
     """torch.compiler.assume_constant_result, which imports dynamo for that: seconds."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of dynamo's own
     return function
 
 
@@ -118,7 +120,7 @@ def simplest(low: Fraction, high: Fraction) -> Fraction:
     return whole - 1 + 1 / simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
-def as_number(name: str, value):
+def as_number(name: str, value: Any) -> Any:
     """The int or float that a number of numpy, or a tensor without axes, stands for; all else as it is."""
     value = as_count(name, value)
     if isinstance(value, (int, float, torch.SymInt)):
@@ -171,9 +173,19 @@ def condense(
             f"keep: expected an int, as torch.jit.trace records the count of this size for all sizes, got {keep}. "
             f"Remedy: keep={num_anchors + num_background}, or torch.export, which records the ratio."
         )
-    options = {"keys": keys, "grid": grid, "positions": positions, "mask": mask, "backend": backend}
-    weights = {"suppression": suppression, "spatial_weight": spatial_weight}
-    return select_and_merge(features, scores, num_anchors, num_background, **options, **weights)
+    return select_and_merge(
+        features,
+        scores,
+        num_anchors,
+        num_background,
+        keys=keys,
+        grid=grid,
+        positions=positions,
+        mask=mask,
+        suppression=suppression,
+        spatial_weight=spatial_weight,
+        backend=backend,
+    )
 
 
 def budget_of(features: torch.Tensor, keep: int | float, background_ratio: float) -> tuple[int, int]:
@@ -192,7 +204,7 @@ class VarlenBudget(NamedTuple):
     max_seqlen: int
 
 
-def of_images(name: str, values) -> list:
+def of_images(name: str, values: Any) -> list[Any]:
     """A number for each image, where nothing has to be waited for."""
     if isinstance(values, torch.Tensor):
         if values.device.type != "cpu" or values.dim() != 1:
@@ -245,16 +257,16 @@ def varlen_budget(
     seqlens = [as_count("seqlens", n) for n in of_images("seqlens", seqlens)]
     check_seqlens(seqlens)
     one_each = (isinstance(keep, Sequence) and not isinstance(keep, str)) or getattr(keep, "ndim", 0) > 0
-    keep = of_images("keep", keep) if one_each else [keep] * len(seqlens)
-    if len(keep) != len(seqlens):
+    keeps: list[Any] = of_images("keep", keep) if one_each else [keep] * len(seqlens)
+    if len(keeps) != len(seqlens):
         raise ValueError(
-            f"keep: expected one for each of the {len(seqlens)} images of seqlens, got {len(keep)}. Remedy: a number "
+            f"keep: expected one for each of the {len(seqlens)} images of seqlens, got {len(keeps)}. Remedy: a number "
             "by itself is for all of them."
         )
 
     def of_image(i: int, n: int) -> tuple[int, int]:
         name = f"keep[{i}]" if one_each else "keep"
-        kept = as_number(name, keep[i])
+        kept = as_number(name, keeps[i])
         nothing = one_each and type(kept) is int and kept == 0
         if n == 0 or nothing:
             return 0, 0
@@ -270,5 +282,5 @@ def varlen_budget(
             sums = sums.pin_memory()
         return sums.to(device, non_blocking=True)
 
-    offsets = (running_sums(counts) for counts in (seqlens, anchors, background))
-    return VarlenBudget(*offsets, sum(anchors) + sum(background), max(seqlens, default=0))
+    total_keep, max_seqlen = sum(anchors) + sum(background), max(seqlens, default=0)
+    return VarlenBudget(running_sums(seqlens), running_sums(anchors), running_sums(background), total_keep, max_seqlen)

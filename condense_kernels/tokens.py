@@ -1,5 +1,7 @@
 """What is done with the results: other planes of the kept tokens, and the way back to all tokens."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ._dispatch import tracing
@@ -36,8 +38,8 @@ def gather_tokens(
             are kept; without dim, [B, B, ...] of up to 4 images, which may be positions along B axes.
         RuntimeError: on CPU, an index beyond the last token. In a packed batch such a row gets zeros.
     """
-    packed, axes = tracing.unrecorded(check_gather, indices, tensors, dim, cu_seqlens, cu_kept)
-    if packed:
+    axes = tracing.unrecorded(check_gather, indices, tensors, dim, cu_seqlens, cu_kept)
+    if cu_seqlens is not None and cu_kept is not None:
         indices = over_all_segments(indices, cu_kept, cu_seqlens, tensors[0].shape[axes[0]] if tensors else 0)
     rows = tuple(take_along(tensor, indices, axis) for tensor, axis in zip(tensors, axes, strict=True))
     return rows[0] if len(rows) == 1 else rows
@@ -70,8 +72,8 @@ def unmerge(
             [B, B, ...] as in :func:`gather_tokens`.
         RuntimeError: on CPU, an assignment beyond the last row. In a packed batch such a token gets zeros.
     """
-    packed, axis = tracing.unrecorded(check_unmerge, merged, assignment, dim, cu_seqlens, cu_kept)
-    if packed:
+    axis = tracing.unrecorded(check_unmerge, merged, assignment, dim, cu_seqlens, cu_kept)
+    if cu_seqlens is not None and cu_kept is not None:
         assignment = over_all_segments(assignment, cu_seqlens, cu_kept, merged.shape[axis])
     return take_along(merged, assignment, axis)
 
@@ -106,11 +108,18 @@ def over_all_segments(
     return torch.where((within >= 0) & (total < limit), total, -1)
 
 
-def check_gather(indices, tensors, dim, cu_seqlens, cu_kept) -> tuple[bool, list[int]]:
-    """Whether the batch is packed, and where the tokens' axis of each tensor is."""
+def check_gather(
+    indices: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    dim: int | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_kept: torch.Tensor | None,
+) -> list[int]:
+    """The tokens' axis of each tensor."""
     packed = check_offsets(cu_seqlens, cu_kept, indices)
     check_tensor("indices", indices, "total_keep" if packed else "B K", {}, INTEGER)
-    letters, axes = "T" if packed else "B N", []
+    letters = "T" if packed else "B N"
+    axes: list[int] = []
     for number, tensor in enumerate(tensors):
         name = f"tensors[{number}]"
         axes.append(check_plane(name, tensor, indices, packed, letters, dim))
@@ -124,17 +133,23 @@ def check_gather(indices, tensors, dim, cu_seqlens, cu_kept) -> tuple[bool, list
                 f"{name}: expected [{letters} ...] with {letters[-1]} >= {indices.shape[-1]}, the kept tokens, got "
                 f"{got} with {limit} at axis {axes[-1]}. {OTHER_AXIS}"
             )
-    return packed, axes
+    return axes
 
 
-def check_unmerge(merged, assignment, dim, cu_seqlens, cu_kept) -> tuple[bool, int]:
-    """Whether the batch is packed, and where the rows' axis is."""
+def check_unmerge(
+    merged: torch.Tensor,
+    assignment: torch.Tensor,
+    dim: int | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_kept: torch.Tensor | None,
+) -> int:
+    """The axis of the rows."""
     packed = check_offsets(cu_seqlens, cu_kept, assignment)
     check_tensor("assignment", assignment, "T" if packed else "B N", {}, INTEGER)
-    return packed, check_plane("merged", merged, assignment, packed, "total_keep" if packed else "B K", dim)
+    return check_plane("merged", merged, assignment, packed, "total_keep" if packed else "B K", dim)
 
 
-def check_offsets(cu_seqlens, cu_kept, like) -> bool:
+def check_offsets(cu_seqlens: torch.Tensor | None, cu_kept: torch.Tensor | None, like: torch.Tensor) -> bool:
     """Whether the batch is packed."""
     if cu_seqlens is None and cu_kept is None:
         return False
@@ -154,7 +169,9 @@ OTHER_AXIS = "Remedy: dim=, the axis of the tokens: -1 of positions [P B N] or [
 MAX_POSITION_AXES = 4  # time, height, width, and one more
 
 
-def check_plane(name: str, tensor, index: torch.Tensor, packed: bool, letters: str, dim: int | None) -> int:
+def check_plane(
+    name: str, tensor: torch.Tensor, index: torch.Tensor, packed: bool, letters: str, dim: int | None
+) -> int:
     """The axis of its tokens."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor [{letters} ...], got {type(tensor).__name__}.")

@@ -111,8 +111,8 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         kernel = debug.checked(op, kernel)
     kernel = sharding.on_shards(op, kernel)
     if torch._C._are_functorch_transforms_active() or autograd.concerned(op, args):
-        backward = autograd.backward_of(op)
-        backward = sharding.on_shards(backward, kernel_of(backward, backend, args[0].device))
+        name = autograd.backward_of(op)
+        backward = sharding.on_shards(name, kernel_of(name, backend, args[0].device))
         return autograd.differentiate(autograd.Call(op, kernel, backward), *autograd.flatten(op, args, kwargs))
     with autograd.below(op):
         return kernel(*args, **kwargs)

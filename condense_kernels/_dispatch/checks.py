@@ -66,7 +66,8 @@ def address_range(value: torch.Tensor) -> tuple[int, int]:
     """From its first byte to behind its last one; (0, 0) of a tensor without bytes, or without an address."""
     if torch._C._functorch.is_functorch_wrapped_tensor(value) or not (count := value.numel()):
         return 0, 0
-    storage = torch._C._data_address(value)  # data_ptr() would make a copy of a tensor that is copied on write
+    # Not data_ptr(), which would make a copy of a tensor that is copied on write.
+    storage = torch._C._data_address(value)  # type: ignore[attr-defined]  # its stub lacks it
     if storage == 0:  # of meta and fake tensors, of subclasses, of zeros that are not stored
         return 0, 0
     size = value.itemsize
@@ -79,7 +80,7 @@ def address_range(value: torch.Tensor) -> tuple[int, int]:
 def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor | None]) -> None:
     """No range of addresses that is written overlaps another one. As csrc/checks.h."""
     for value in written.values():
-        if torch._C._is_cow_tensor(value):
+        if torch._C._is_cow_tensor(value):  # type: ignore[attr-defined]  # its stub lacks it
             value.data_ptr()  # from here on it has memory of its own, as a kernel that writes would give it
     ranges = [(*address_range(t), name) for name, t in (*written.items(), *read.items()) if t is not None]
     for i, (first, end, name) in enumerate(ranges[: len(written)]):

@@ -38,10 +38,10 @@ def on_shards(op: str, kernel: Callable) -> Callable:
             return kernel(*args, **kwargs)
         positional = [argument.name for argument in library.schema_of(op).arguments[: len(args)]]
         arguments = dict(zip(positional, args, strict=True)) | kwargs
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        given = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         without_batch = OPERATORS[op].shared
-        shared = {name for name, t in tensors.items() if without_batch.get(name) == t.dim()}
-        check(op, tensors, shared)
+        shared = {name for name, t in given.items() if without_batch.get(name) == t.dim()}
+        tensors = as_checked(op, given, shared)
         first = next(iter(tensors.values()))  # [B, ...], as all others but shared
         mesh = first.device_mesh
         axes = zip(*(t.placements for name, t in tensors.items() if name not in shared), strict=True)
@@ -62,20 +62,23 @@ def on_shards(op: str, kernel: Callable) -> Callable:
     return run
 
 
-def check(op: str, tensors: dict[str, torch.Tensor], shared: set[str]) -> None:
-    """What a rank's own part would not show, so that all ranks raise the same error before they communicate."""
+def as_checked(op: str, given: dict[str, torch.Tensor], shared: set[str]) -> dict[str, DTensor]:
+    """Looks for what a rank's own part would not show, so that all ranks raise the same error before they
+    communicate."""
     reason = OPERATORS[op].no_shards
     if reason is not None:
         raise RuntimeError(
             f"{op}: expected plain tensors, got DTensors: {reason}. Remedy: call it on tensor.to_local(), each rank on "
             "images of its own."
         )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
+    tensors: dict[str, DTensor] = {}
+    for name, value in given.items():
+        if not isinstance(value, DTensor):
             raise RuntimeError(
                 f"{name}: expected a DTensor, as others are, got a torch.Tensor, which may be the whole or a part. "
                 f"Remedy: distribute_tensor({name}, mesh, placements) of the whole, DTensor.from_local of a part."
             )
+        tensors[name] = value
     (name_of_first, first), *others = tensors.items()
     if first.device_mesh.get_coordinate() is None:
         raise RuntimeError(f"{op}: this rank is not in {first.device_mesh}. Remedy: call it on the ranks of the mesh.")
@@ -89,6 +92,7 @@ def check(op: str, tensors: dict[str, torch.Tensor], shared: set[str]) -> None:
             raise RuntimeError(
                 f"{name}: expected B = {first.shape[0]} images, as {name_of_first} has, got shape {list(tensor.shape)}."
             )
+    return tensors
 
 
 def register(op: str) -> None:

@@ -55,7 +55,6 @@ def _exists(op: str) -> bool:
 
 def _claim() -> None:
     """Bring the operators into this process, unless they are there; then they have to be those of this version."""
-    _owner.library = _owner.library or torch.library.Library(NAMESPACE, "FRAGMENT")
     if any(_exists(op) for op in SCHEMAS):
         if _owner.source is None:
             _owner.source = "something else than this version of the package"
@@ -74,7 +73,7 @@ def _claim() -> None:
         stacklevel=4,  # this module, the package, who imports it
     )
     for op, schema in SCHEMAS.items():
-        _owner.library.define(op + schema)
+        registry.define(op + schema)
     _owner.source, _owner.cpp_unavailable = THIS_COPY, reason
 
 
@@ -170,7 +169,7 @@ def listed(results) -> tuple[torch.Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def as_returned(op: str, results: tuple[torch.Tensor, ...]):
+def as_returned(op: str, results: tuple):
     """One result is no tuple."""
     return results if len(schema_of(op).returns) > 1 else results[0]
 
@@ -182,6 +181,7 @@ def cpp_unavailable() -> str | None:
 
 def source() -> str:
     """Which copy of the package, or what else, brought the operators of this process."""
+    assert _owner.source is not None  # once this is imported
     return _owner.source
 
 
@@ -219,5 +219,5 @@ def _on_one_device(fake: Callable) -> Callable:
 
 environment.check()
 with _owner.lock:
+    registry = _owner.library = _owner.library or torch.library.Library(NAMESPACE, "FRAGMENT")
     _claim()
-registry = _owner.library

@@ -19,4 +19,5 @@ def rules() -> ModuleType | None:
 
 def on_shards(op: str, kernel: Callable) -> Callable:
     """``kernel`` of ``op``, also for DTensors."""
-    return kernel if rules() is None else rules().on_shards(op, kernel)
+    dtensor = rules()
+    return kernel if dtensor is None else dtensor.on_shards(op, kernel)

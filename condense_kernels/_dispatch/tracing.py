@@ -2,21 +2,25 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx import Proxy
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def leaf(pack: Callable | None = None, count: int = 1) -> Callable:
+
+def leaf(pack: Callable[..., Any] | None = None, count: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator: calls of the function are single nodes of what torch.fx.symbolic_trace records, whose Proxies have
     no shapes to check. ``pack`` makes one result of ``count`` Proxies, which cannot be iterated themselves."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def called(*args, **kwargs):
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Proxy):
-                    node = value.tracer.create_proxy("call_function", called, args, kwargs)
+                    node: Any = value.tracer.create_proxy("call_function", called, args, kwargs)
                     return node if pack is None else pack(node[i] for i in range(count))
             return function(*args, **kwargs)
 
@@ -25,19 +29,19 @@ def leaf(pack: Callable | None = None, count: int = 1) -> Callable:
     return decorate
 
 
-def unrecorded(function: Callable, *args, **options):
+def unrecorded(function: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
     """What ``function`` makes of shapes, unseen by torch.jit.trace, which would warn of each comparison."""
     if not torch.jit.is_tracing():
         return function(*args, **options)
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # its stub lacks it
     try:
         return function(*args, **options)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]  # likewise
 
 
-def checked(check: Callable, *args, **options) -> None:
+def checked(check: Callable[P, object], *args: P.args, **options: P.kwargs) -> None:
     """Not while torch.compile or torch.export trace: each question would be one open size less in the graph, and the
     operator asks them when it runs."""
     if not torch.compiler.is_compiling():

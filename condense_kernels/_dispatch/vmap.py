@@ -4,6 +4,7 @@ torch.library.register_vmap does not take operators with keyword-only tensors; t
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
@@ -57,12 +58,13 @@ def register(op: str, call: Callable) -> None:
     """The raw operator under vmap; ``call`` takes its arguments in the schema's order."""
 
     def kernel(*args, **kwargs):
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter: Any = retrieve_current_functorch_interpreter()  # vmap's, which alone has a batch_size
         level, size = interpreter.level(), interpreter.batch_size()
         values = [*args, *(kwargs.get(a.name, a.default_value) for a in schema_of(op).arguments[len(args) :])]
         pairs = [_unwrap_batched(v, level) if isinstance(v, torch.Tensor) else (v, None) for v in values]
+        unwrapped, axes = zip(*pairs, strict=True)
         with torch._C._ExcludeDispatchKeyGuard(BATCHED):  # and not interpreter.lower(), which would hide autograd
-            results = mapped(op, call, *zip(*pairs, strict=True), size)
+            results = mapped(op, call, unwrapped, axes, size)
         return as_returned(op, tuple(_add_batch_dim(result, 0, level) for result in results))
 
     register_kernel(op, kernel, "FuncTorchBatched")

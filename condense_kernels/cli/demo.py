@@ -78,8 +78,8 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
     try:
         torch.empty(1, dtype=torch.uint8, device=arguments.device).cpu()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"--device {arguments.device} is not available here: {reason}") from None
+        first = str(error).splitlines()[0]
+        raise CommandError(f"--device {arguments.device} is not available here: {first}") from None
     reason = backends.unavailable(arguments.backend, torch.device(arguments.device))
     if reason is not None:
         raise CommandError(f"--backend {arguments.backend} is not available here: {reason}")

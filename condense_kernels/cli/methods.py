@@ -8,6 +8,7 @@ import torch
 
 from .. import assign, merge
 from ..testing import Inputs, Stages
+from .patches import side_of
 
 SIMILAR = 0.75  # the cosine from which the paper's Table 1 calls two tokens similar
 RANDOM_SEEDS = 20
@@ -50,11 +51,16 @@ def pooling_blocks(keep: int, side: int) -> tuple[int, int]:
     return max(splits, key=lambda split: (split[0] * split[1], split[0]))
 
 
+def keys_of(inputs: Inputs, kept: torch.Tensor) -> torch.Tensor:
+    assert inputs.keys is not None  # a picture's patches have some
+    return inputs.keys[0, kept]
+
+
 def run_ours(inputs: Inputs, stages: Stages, backend: str) -> Result:
     """The flagship; as it returns the kept tokens in picture order, its stages tell which are anchors."""
     whole = inputs.run(backend)
     anchors, background = stages.anchors[0].tolist(), stages.background[0].tolist()
-    return Result(whole.merged[0], whole.assignment[0], anchors, background, [], inputs.keys[0, whole.indices[0]])
+    return Result(whole.merged[0], whole.assignment[0], anchors, background, [], keys_of(inputs, whole.indices[0]))
 
 
 def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: str) -> Result:
@@ -62,11 +68,11 @@ def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: s
     indices = kept.sort().values[None]
     assignment = assign(s, indices, grid=inputs.grid, backend=backend)
     merged, _ = merge(inputs.features, inputs.scores, indices, assignment, backend=backend)
-    return Result(merged[0], assignment[0], [], [], indices[0].tolist(), inputs.keys[0, indices[0]])
+    return Result(merged[0], assignment[0], [], [], indices[0].tolist(), keys_of(inputs, indices[0]))
 
 
 def run_pooling(inputs: Inputs, keep: int) -> Result:
-    side = inputs.grid[0]
+    side = side_of(inputs)
     rows, columns = pooling_blocks(keep, side)
     at = torch.arange(side, dtype=torch.int64, device=inputs.features.device)
     block = ((at * rows // side)[:, None] * columns + at * columns // side).flatten()  # [N]
@@ -118,7 +124,7 @@ def compare_methods(inputs: Inputs, backend: str, step: Callable[[str], None]) -
         drawn.append(run_selected(inputs, stages.s, random_choice(inputs.scores, keep, seed), backend))
     spread = [measure(result, inputs) for result in drawn]
     middle = sorted(range(RANDOM_SEEDS), key=lambda seed: spread[seed].psnr)[RANDOM_SEEDS // 2]  # neither luck is drawn
-    rows, columns = pooled.blocks
+    rows, columns = pooling_blocks(keep, side_of(inputs))
     return [
         Row("select_and_merge", ours, measure(ours, inputs)),
         Row("top-k by score", top, measure(top, inputs)),

@@ -48,6 +48,12 @@ def put_together(patches: torch.Tensor, side: int) -> torch.Tensor:  # [N, D] ->
     return rearrange(patches, "(h w) (p q c) -> (h p) (w q) c", h=side, p=PATCH, q=PATCH)
 
 
+def side_of(inputs: Inputs) -> int:
+    """How many patches a side of the picture has, in what make_inputs made."""
+    assert inputs.grid is not None
+    return inputs.grid[0]
+
+
 def make_inputs(picture: torch.Tensor, num_anchors: int, num_background: int) -> Inputs:
     """Features: pixels in [0, 1]. Keys: patch minus mean patch, as raw pixels are nearly parallel. Scores: SCORE."""
     patches = cut(picture)

@@ -7,7 +7,7 @@ import torch
 
 from ..testing import Inputs
 from .methods import Result, Row
-from .patches import PATCH, put_together
+from .patches import PATCH, put_together, side_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 ANCHOR, BACKGROUND, KEPT = "#D55E00", "#0072B2", "#CC79A7"
@@ -71,7 +71,8 @@ def mean_colours(result: Result, side: int) -> torch.Tensor:
 
 
 def show_scores(axes, inputs: Inputs) -> None:
-    axes.imshow(inputs.scores.reshape(inputs.grid).cpu().numpy(), cmap="cividis", interpolation="nearest")
+    side = side_of(inputs)
+    axes.imshow(inputs.scores.reshape(side, side).cpu().numpy(), cmap="cividis", interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel("score: unlike the mean patch\n(bright is high)", fontsize=SMALL, labelpad=6)
@@ -126,7 +127,7 @@ def draw(path: Path, name: str, picture: torch.Tensor, inputs: Inputs, rows: lis
     figure = Figure(figsize=(14.4, 9.7), dpi=92, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 1 + len(rows))
-    side, tokens = inputs.grid[0], inputs.num_anchors + inputs.num_background
+    side, tokens = side_of(inputs), inputs.num_anchors + inputs.num_background
     title = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
     show(panels[0, 0], picture, title, f"{side * side} patches → {tokens} tokens")
     show_scores(panels[1, 0], inputs)

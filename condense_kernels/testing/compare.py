@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -189,6 +189,7 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
     if inputs.grid is not None:
         at = assign_reference.grid_positions(inputs.grid)
     else:
+        assert inputs.positions is not None  # as spatial_weight is not 0
         at = inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]
     boxed = at[valid & at.isfinite().all(dim=-1)]
     boxed = boxed.double() if boxed.is_floating_point() else boxed[:0].double()  # integers are exact
@@ -265,7 +266,8 @@ def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: 
     ``exact`` is exact_similarity(inputs), for callers who compare several results for the same inputs.
     """
     stages = inputs.run_stages(backend)
-    stages = Stages(*(t.cpu() for t in stages[:-1]), Condensed(*(t.cpu() for t in stages.condensed)))
+    *tensors, condensed = stages
+    stages = Stages._make([*(t.cpu() for t in tensors), Condensed(*(t.cpu() for t in condensed))])
     result, inputs = Condensed(*(t.cpu() for t in result)), inputs.to("cpu")
     keys = inputs.features if inputs.keys is None else inputs.keys
     exact = exact_similarity(inputs) if exact is None else exact
@@ -278,7 +280,7 @@ def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: 
         _largest("g", _difference(stages.g, exact[2]), _sum_bound(s_bound, n0, dtype)[:, None]),
         _exact("tier", stages.tier, exact[3]),
     ]
-    picking = {"sbar": stages.sbar, "suppression": inputs.suppression}
+    picking: dict[str, Any] = {"sbar": stages.sbar, "suppression": inputs.suppression}
     rest = stages.tier.scatter(1, stages.anchors.clamp(min=0), TAKEN)
     anchors = greedy_reference.greedy_select(stages.s, inputs.scores, inputs.num_anchors, tier=stages.tier, **picking)
     background = greedy_reference.greedy_select(stages.s, stages.g, inputs.num_background, tier=rest, **picking)

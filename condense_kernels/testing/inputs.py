@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,22 +42,23 @@ class Inputs:
     spatial_weight: float = 1.0
 
     @property
-    def args(self) -> tuple:
+    def args(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         return self.features, self.scores, self.num_anchors, self.num_background
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> "Inputs":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        fields = vars(self).items()
+        moved: dict[str, Any] = {name: value.to(device) for name, value in fields if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def image(self, b: int) -> "Inputs":
         """Image ``b`` as a batch of one."""
         shared = self.positions is not None and self.positions.dim() == 2
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value[b : b + 1]
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor) and not (name == "positions" and shared)
@@ -71,12 +72,12 @@ class Inputs:
         """The same through the operators of the single stages, which also tell the order of the picks."""
         keys = self.features if self.keys is None else self.keys
         s, sbar, g, tier = similarity(keys, self.scores, self.mask, backend=backend)
-        picking = {"sbar": sbar, "suppression": self.suppression, "backend": backend}
+        picking: dict[str, Any] = {"sbar": sbar, "suppression": self.suppression, "backend": backend}
         anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, **picking)
         rest = tier.scatter(1, anchors, TAKEN)
         background = greedy_select(s, g, self.num_background, tier=rest, **picking)
         indices = torch.cat([anchors, background], dim=1).sort(dim=1).values
-        where = {"grid": self.grid, "positions": self.positions, "spatial_weight": self.spatial_weight}
+        where: dict[str, Any] = {"grid": self.grid, "positions": self.positions, "spatial_weight": self.spatial_weight}
         assignment = assign(s, indices, tier=tier, **where, backend=backend)
         merged, mass = merge(self.features, self.scores, indices, assignment, backend=backend)
         return Stages(s, sbar, g, tier, anchors, background, Condensed(merged, indices, assignment, mass))
@@ -260,7 +261,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    **options,  # further fields of Inputs, e.g. suppression=0.5; they have the last word
+    **options: Any,  # further fields of Inputs, e.g. suppression=0.5; they have the last word
 ) -> Inputs:
     """Inputs of a named kind (the keys of ``KINDS``): normal features, uniform scores, the grid nearest to a square.
 

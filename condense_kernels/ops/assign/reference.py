@@ -1,11 +1,13 @@
 """Every token to the kept token that is most similar and near (Eq. 6, 7): the definition, in fp64."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..similarity.reference import MASKED
 
 
-def grid_positions(grid: list[int]) -> torch.Tensor:  # [N, P] int64 on CPU
+def grid_positions(grid: Sequence[int]) -> torch.Tensor:  # [N, P] int64 on CPU
     """The coordinates of a row-major token grid: (h, w) or (t, h, w)."""
     return torch.cartesian_prod(*(torch.arange(size, dtype=torch.int64, device="cpu") for size in grid))
 
@@ -46,7 +48,7 @@ def assign(
     indices: torch.Tensor,  # [B, K] int64, -1 = no such row
     *,
     tier: torch.Tensor | None = None,  # [B, N] int8
-    grid: list[int] | None = None,
+    grid: Sequence[int] | None = None,
     positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
     spatial_weight: float = 1.0,
 ) -> torch.Tensor:
@@ -61,6 +63,7 @@ def assign(
             kept = indices[b, rows]
             affinity = s[b].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)[kept].T  # [N, rows]
             if spatial_weight != 0:
+                assert positions is not None  # or a grid was given
                 where = positions if positions.dim() == 2 else positions[b]
                 affinity = affinity - spatial_weight * relative_distance(where, kept, ~masked[b])  # Eq. 6
             best = (affinity == affinity.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)  # Eq. 7, lowest row

@@ -69,11 +69,11 @@ def greedy_select(
     dtype = torch.float64 if torch.float64 in (s.dtype, prior.dtype) else torch.float32
     s, prior = s.to(dtype), prior.to(dtype)
     tier = torch.zeros_like(prior, dtype=torch.int8) if tier is None else tier
+    if torch.tensor(suppression, dtype=dtype, device="cpu") == 0:  # or rounded to it: nothing to scale for
+        sbar = None
     order = torch.empty(s.shape[0], k, dtype=torch.int64, device=s.device)
     for b in range(s.shape[0]):
-        # Nothing to scale for where suppression is 0, or rounds to it.
-        scaled = sbar is not None and torch.tensor(suppression, dtype=dtype, device="cpu") != 0
-        utility = scaled_prior(prior[b], sbar[b], tier[b]) if scaled else prior[b]
+        utility = prior[b] if sbar is None else scaled_prior(prior[b], sbar[b], tier[b])
         order[b] = torch.tensor(
             greedy_select_one(s[b], utility, tier[b], k, suppression), dtype=torch.int64, device=s.device
         )

@@ -79,7 +79,7 @@ class Merge(Function):
         grad_merged, grad_mass = gradients[0], gradients[-1]  # the other results have none
         if grad_merged is None:
             grad_merged = torch.zeros_like(mass[..., None].expand(*mass.shape, ctx.channels), dtype=ctx.dtype)
-        grads = grad_merged, torch.zeros_like(mass) if grad_mass is None else grad_mass
+        grads: tuple[torch.Tensor, ...] = grad_merged, torch.zeros_like(mass) if grad_mass is None else grad_mass
         if packed:
             saved, grads = as_one_image(*saved), tuple(grad[None] for grad in grads)
         grads = differentiate(Call("merge_backward", ctx.call.backward, ctx.call.backward), *grads, *saved)
@@ -122,6 +122,7 @@ def token_gradients(
     grad_features = (scores.to(dtype) * inverse)[..., None] * gradient
     grad_scores = torch.where(member, take_rows(grad_mass, assignment), 0)
     if features is not None:
+        assert merged is not None  # both or neither
         apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
         grad_scores = (apart * gradient).sum(dim=-1) * inverse + grad_scores
     itself = torch.where(((mass == 0) & (indices >= 0))[..., None], grad_merged.to(dtype), 0)
@@ -138,7 +139,7 @@ class MergeBackward(Function):
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def pullback(saved: Sequence[torch.Tensor]) -> Callable:
+    def pullback(saved: Sequence[torch.Tensor | None]) -> Callable:
         """From slopes of the two results to those of the arguments that were given."""
         given = MergeBackward.given(saved)
 
@@ -146,11 +147,12 @@ class MergeBackward(Function):
             arguments = dict(enumerate(saved)) | dict(zip(given, primals, strict=True))
             return token_gradients(*arguments.values())
 
-        return torch.func.vjp(of_given, *(saved[i] for i in given))[1]
+        return torch.func.vjp(of_given, *given.values())[1]
 
     @staticmethod
-    def given(saved: Sequence[torch.Tensor | None]) -> list[int]:
-        return [i for i in range(MergeBackward.NUM_DIFFERENTIABLE) if saved[i] is not None]
+    def given(saved: Sequence[torch.Tensor | None]) -> dict[int, torch.Tensor]:
+        """The arguments that are differentiable, by their place, less those that are None."""
+        return {i: t for i, t in enumerate(saved[: MergeBackward.NUM_DIFFERENTIABLE]) if t is not None}
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -163,8 +165,9 @@ class MergeBackward(Function):
         # The pullback is linear, and its transpose is the tangent map: no forward mode inside forward mode.
         with outer_tangents(ctx.saved_tensors) as saved:
             given = MergeBackward.given(saved)
-            tangents = tuple(torch.zeros_like(saved[i]) if tangents[i] is None else tangents[i] for i in given)
-            grad_merged, scores, assignment = saved[0], saved[3], saved[-1]
+            tangents = tuple(torch.zeros_like(t) if tangents[i] is None else tangents[i] for i, t in given.items())
+            grad_merged, scores, assignment = given[0], given[3], saved[-1]
+            assert assignment is not None  # features and merged alone may be
             zeros = torch.zeros_like(take_rows(grad_merged, assignment)), torch.zeros_like(scores)
             return torch.func.vjp(MergeBackward.pullback(saved), zeros)[1](tangents)[0]
 

@@ -104,6 +104,7 @@ def merge_backward(
             else:
                 grad_features[b, members] += a[b, members, None] / total * gradient
                 if features is not None:
+                    assert merged is not None  # both or neither
                     apart = features[b, members].double() - merged[b, k].double()
                     grad_scores[b, members] += (apart * gradient).sum(dim=-1) / total
     return grad_features, grad_scores

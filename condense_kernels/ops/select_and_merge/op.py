@@ -141,8 +141,9 @@ def bytes_on_reference(*args, **options) -> int:
 def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, **_) -> int:
     from .kernel import workspace_bytes as count
 
+    batch, n = features.shape[:2]
     keys = features if keys is None else keys
-    return count(*features.shape[:2], num_anchors + num_background, keys.shape[2], keys.dtype)
+    return count(batch, n, num_anchors + num_background, keys.shape[2], keys.dtype)
 
 
 def count_bytes(backend: str, args: tuple, options: dict) -> int:

@@ -1,11 +1,16 @@
 """torch.nested: jagged tensors are packed batches that carry their offsets."""
 
+from typing import TYPE_CHECKING, Any, TypeGuard
+
 import torch
 
 from ..select_and_merge import Condensed
 
+if TYPE_CHECKING:
+    from torch.nested._internal.nested_tensor import NestedTensor
 
-def is_nested(value) -> bool:
+
+def is_nested(value: object) -> "TypeGuard[NestedTensor]":
     return isinstance(value, torch.Tensor) and value.is_nested
 
 
@@ -23,13 +28,14 @@ def unfit(value) -> str | None:
 
 
 def unpack(
-    features: torch.Tensor,  # [S, j, D] jagged
+    features: "NestedTensor",  # [S, j, D] jagged
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     **others: torch.Tensor | None,  # [S, j, ...] jagged each
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], torch.Tensor, int]:
+) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor, int]:
     """The values [T, ...] of features and of the others, cu_seqlens [S + 1] int32 and max_seqlen."""
-    for name, value in {"features": features, **others}.items():
+    nested: dict[str, Any] = {"features": features, **others}
+    for name, value in nested.items():
         if value is None:
             continue
         found = unfit(value)
@@ -51,7 +57,7 @@ def unpack(
     return features.values(), values, cu_seqlens, max_seqlen
 
 
-def pack(results: Condensed, like: torch.Tensor, cu_kept: torch.Tensor) -> Condensed:
+def pack(results: Condensed, like: "NestedTensor", cu_kept: torch.Tensor) -> Condensed:
     """assignment with the offsets of the tokens, the others with those of the kept ones."""
     offsets = cu_kept.to(like.offsets().dtype)
     rows = [torch.nested.nested_tensor_from_jagged(t, offsets) for t in (results.merged, results.indices, results.mass)]
