@@ -39,9 +39,11 @@ test: $(VENV)/installed ## run the tests
 test-full: $(VENV)/installed $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
 
-lint: $(VENV)/linters ## check style and formatting (needs no torch)
+# The types need torch's own, and nothing else of what is installed changes the verdict.
+lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(LINTED))
 
 format: $(VENV)/linters ## format the code, and mend what the style check can mend
@@ -73,7 +75,7 @@ compat: $(COMPAT:=/status) ## test one wheel on several torch: COMPAT_TORCH="tor
 	@for env in $(COMPAT); do test "$$(cat $$env/status)" = 0 || exit 1; done
 
 clean: ## remove what was built; the packages in .venv stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo.png
 	rm -f condense_kernels/_C.abi3.so condense_kernels/_not_built.txt $(VENV)/installed
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 

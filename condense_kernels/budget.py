@@ -235,7 +235,7 @@ def check_seqlens(seqlens: Sequence[int]) -> None:
 
 
 def varlen_budget(
-    seqlens: Sequence[int],
+    seqlens: Sequence[int] | torch.Tensor,
     keep: int | float | Sequence[int | float] | torch.Tensor = 64,
     background_ratio: float = DEFAULT_BACKGROUND_RATIO,
     device: torch.device | str | None = None,

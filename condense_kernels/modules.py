@@ -1,6 +1,7 @@
 """torch.nn: the flagship as a layer."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -75,6 +76,9 @@ class Condense(torch.nn.Module):
             spatial_weight=self.spatial_weight,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:  # to whom Module says that a call takes and returns anything
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The budget, and what differs from the defaults."""

@@ -1,6 +1,7 @@
 """What is done with the results: other planes of the kept tokens, and the way back to all tokens."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -8,6 +9,31 @@ from ._dispatch import tracing
 from ._dispatch.checks import as_count, check_not_empty, check_tensor
 
 INTEGER = (torch.int64,)
+
+
+@overload
+def gather_tokens(
+    indices: torch.Tensor,
+    tensor: torch.Tensor,
+    /,
+    *,
+    dim: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_kept: torch.Tensor | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def gather_tokens(
+    indices: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    /,
+    *others: torch.Tensor,
+    dim: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]: ...
 
 
 @tracing.leaf()

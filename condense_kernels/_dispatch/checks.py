@@ -7,6 +7,7 @@ csrc/checks.h says the same to callers of the raw operators.
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ def shown(value: object) -> str:
     return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 128 else str(value)
 
 
-def number_on_host(name: str, value: torch.Tensor):
+def number_on_host(name: str, value: torch.Tensor) -> Any:
     """Of a tensor without axes; from a GPU it would be waited for."""
     if value.device.type != "cpu":
         raise TypeError(
@@ -129,7 +130,7 @@ def number_on_host(name: str, value: torch.Tensor):
     return value.item()
 
 
-def as_count(name: str, value):
+def as_count(name: str, value: Any) -> Any:
     """The int that a numpy integer or an integer tensor without axes stands for; all else as it is, to be checked."""
     if isinstance(value, (int, torch.SymInt)):
         return value
@@ -139,7 +140,7 @@ def as_count(name: str, value):
     return int(value) if isinstance(value, numbers.Integral) else value
 
 
-def as_grid(grid):
+def as_grid(grid: Any) -> Any:
     """Its sizes as ints; a row of image_grid_thw, on the host, will do."""
     if isinstance(grid, torch.Tensor) and grid.dim() == 1:
         grid = grid.unbind()

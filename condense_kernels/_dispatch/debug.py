@@ -7,6 +7,7 @@ is picked last, a wrong offset reads nothing) is for servers that must go on; he
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def checked(op: str, kernel: Callable) -> Callable:
 
     look = OPERATORS[op].look
 
-    def look_and_run(*args, **kwargs):
+    def look_and_run(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if look is not None and all(has_values(tensor) for tensor in tensors):
             look(*args, **kwargs)

@@ -143,7 +143,15 @@ def _score_bound(
     return 2 * float((utility_error + suppression * s_bound + rounding).amax())
 
 
-def _utility(prior, prior_error, sbar, sbar_error, tier, suppression, eps):
+def _utility(
+    prior: torch.Tensor,  # [N] fp64
+    prior_error: torch.Tensor,  # [N] fp64
+    sbar: torch.Tensor,  # [] fp64
+    sbar_error: float,
+    tier: torch.Tensor,  # [N]
+    suppression: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """u = sbar / mean|prior| * prior in fp64 [N], and its error [N] when computed with unit roundoff eps."""
     if suppression == 0:  # u = prior
         return prior.nan_to_num(), prior_error
@@ -182,7 +190,9 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
     ]
 
 
-def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, eps: float):
+def _distances(
+    inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, float]:
     """d / dmax of image ``b`` [N, K] in fp64, and how far it may be off in arithmetic of unit roundoff eps."""
     if inputs.spatial_weight == 0:
         return torch.zeros(len(valid), len(kept), dtype=torch.float64, device=valid.device), 0.0
@@ -200,7 +210,9 @@ def _distances(inputs: Inputs, b: int, kept: torch.Tensor, valid: torch.Tensor, 
     return assign_reference.relative_distance(at, kept, valid), error
 
 
-def _compare_assignment(inputs: Inputs, stages: Stages, result: Condensed, exact: tuple, s_bound: float, eps: float):
+def _compare_assignment(
+    inputs: Inputs, stages: Stages, result: Condensed, exact: tuple, s_bound: float, eps: float
+) -> list[Finding]:
     """Given the backend's kept tokens: the chosen row's exact score against the best row's (Eq. 6, 7), and ties."""
     s, tier, weight = exact[0], exact[3], inputs.spatial_weight
     gap = torch.zeros_like(tier, dtype=torch.float64)
