@@ -110,6 +110,7 @@ def test_a_wheel_serves_every_python(builder):
     assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert f"condense_kernels/{LIBRARY.name}" in names
+    assert "condense_kernels/py.typed" in names
     assert "condense_kernels/_not_built.txt" not in names
 
 
