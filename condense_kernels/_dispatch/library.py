@@ -181,8 +181,7 @@ def cpp_unavailable() -> str | None:
 
 def source() -> str:
     """Which copy of the package, or what else, brought the operators of this process."""
-    assert _owner.source is not None  # once this is imported
-    return _owner.source
+    return str(_owner.source)
 
 
 def _has_kernel(op: str, key: str) -> bool:

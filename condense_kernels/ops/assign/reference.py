@@ -62,8 +62,7 @@ def assign(
         if rows:
             kept = indices[b, rows]
             affinity = s[b].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)[kept].T  # [N, rows]
-            if spatial_weight != 0:
-                assert positions is not None  # or a grid was given
+            if positions is not None and spatial_weight != 0:
                 where = positions if positions.dim() == 2 else positions[b]
                 affinity = affinity - spatial_weight * relative_distance(where, kept, ~masked[b])  # Eq. 6
             best = (affinity == affinity.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)  # Eq. 7, lowest row

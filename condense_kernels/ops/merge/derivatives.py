@@ -121,8 +121,7 @@ def token_gradients(
     gradient = take_rows(grad_merged, assignment).to(dtype)
     grad_features = (scores.to(dtype) * inverse)[..., None] * gradient
     grad_scores = torch.where(member, take_rows(grad_mass, assignment), 0)
-    if features is not None:
-        assert merged is not None  # both or neither
+    if features is not None and merged is not None:  # both or neither
         apart = torch.where(weighted[..., None], (features - take_rows(merged, assignment)).to(dtype), 0)
         grad_scores = (apart * gradient).sum(dim=-1) * inverse + grad_scores
     itself = torch.where(((mass == 0) & (indices >= 0))[..., None], grad_merged.to(dtype), 0)
@@ -166,8 +165,8 @@ class MergeBackward(Function):
         with outer_tangents(ctx.saved_tensors) as saved:
             given = MergeBackward.given(saved)
             tangents = tuple(torch.zeros_like(t) if tangents[i] is None else tangents[i] for i, t in given.items())
-            grad_merged, scores, assignment = given[0], given[3], saved[-1]
-            assert assignment is not None  # features and merged alone may be
+            grad_merged, scores = given[0], given[3]
+            *_, assignment = (t for t in saved if t is not None)  # features and merged alone may be None
             zeros = torch.zeros_like(take_rows(grad_merged, assignment)), torch.zeros_like(scores)
             return torch.func.vjp(MergeBackward.pullback(saved), zeros)[1](tangents)[0]
 

@@ -103,8 +103,7 @@ def merge_backward(
                 grad_features[b, own] += gradient
             else:
                 grad_features[b, members] += a[b, members, None] / total * gradient
-                if features is not None:
-                    assert merged is not None  # both or neither
+                if features is not None and merged is not None:  # both or neither
                     apart = features[b, members].double() - merged[b, k].double()
                     grad_scores[b, members] += (apart * gradient).sum(dim=-1) / total
     return grad_features, grad_scores
