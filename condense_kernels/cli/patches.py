@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -50,8 +51,7 @@ def put_together(patches: torch.Tensor, side: int) -> torch.Tensor:  # [N, D] ->
 
 def side_of(inputs: Inputs) -> int:
     """How many patches a side of the picture has, in what make_inputs made."""
-    assert inputs.grid is not None
-    return inputs.grid[0]
+    return cast(tuple[int, ...], inputs.grid)[0]
 
 
 def make_inputs(picture: torch.Tensor, num_anchors: int, num_background: int) -> Inputs:

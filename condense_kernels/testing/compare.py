@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -199,8 +199,8 @@ def _distances(
     if inputs.grid is not None:
         at = assign_reference.grid_positions(inputs.grid)
     else:
-        assert inputs.positions is not None  # as spatial_weight is not 0
-        at = inputs.positions if inputs.positions.dim() == 2 else inputs.positions[b]
+        positions = cast(torch.Tensor, inputs.positions)  # there are some, as spatial_weight is not 0
+        at = positions if positions.dim() == 2 else positions[b]
     boxed = at[valid & at.isfinite().all(dim=-1)]
     boxed = boxed.double() if boxed.is_floating_point() else boxed[:0].double()  # integers are exact
     extent = float((boxed.amax(dim=0) - boxed.amin(dim=0)).amax()) if len(boxed) else 0.0
