@@ -1,0 +1,216 @@
+"""apply_condense: a stock transformers model on K visual tokens an image.
+
+Images are encoded by the model's own get_image_features, while one attention module of the encoder is listened to; the
+placeholders of dropped tokens leave the prompt; the model's own forward or generate gets the rest, and the condensed
+features by its own argument mm_encoder_outputs. No forward is copied, no class is changed.
+"""
+
+import inspect
+import types
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..budget import DEFAULT_BACKGROUND_RATIO
+from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
+from .families import Family, Inputs, layer_of
+from .generation import mask_of, with_lengths, with_prompt
+from .images import Images, joined_by_row
+from .methods import Condenser, Method
+from .prompt import kept_columns, pad_token_of, shortened, text_positions
+from .report import Report
+from .scoring import Recorder, attention_of, has_class_token, is_recomputed, recording
+from .timing import Stopwatch
+
+MARK = "condense_handle"  # the attribute of a model that a handle is applied to
+VIDEO = "pixel_values_videos"
+
+
+class CondenseHandle:
+    """What apply_condense returns: ``remove()`` gives the model back as it was; ``report()`` says what was done."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, keep: int | float, condenser: Condenser) -> None:
+        self.model, self.family, self.keep, self.condenser = model, family, keep, condenser
+        self.base = model.base_model
+        self.tower = self.base.get_encoder(modality="image")
+        self.class_token = has_class_token(self.tower)
+        self.encoder_arguments = tuple(inspect.signature(self.base.get_image_features).parameters)
+        self.layer: int | None = None  # these three of the last call with images
+        self.counts: list[tuple[int, int]] = []  # N, K of each image, or of each of its crops
+        self.watch: Stopwatch | None = None
+        attention_of(
+            self.tower, layer_of(model.config, {})
+        )  # a model without any is refused now, not at its first call
+        self.hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        setattr(model, MARK, self)
+        if model.can_generate():
+            model.generate = types.MethodType(generate, model)
+
+    def remove(self) -> None:
+        """Give the model back as it was. A second call does nothing."""
+        if self.model.__dict__.get(MARK) is self:
+            self.hook.remove()
+            self.model.__dict__.pop("generate", None)
+            delattr(self.model, MARK)
+
+    def __enter__(self) -> "CondenseHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def report(self) -> Report:
+        """What is listened to; of the last call that had images, N -> K of each and the times. Waits for the device."""
+        path, attention = attention_of(
+            self.tower, layer_of(self.model.config, {}) if self.layer is None else self.layer
+        )
+        rows = "[CLS] row" if self.class_token else "mean over all rows"
+        how = "from its input and weights" if is_recomputed(attention) else "from its queries and keys as it runs"
+        method, projector = self.condenser.method, self.family.projector
+        names = ("encoder", "scores", "operator")
+        return Report(
+            model=type(self.model).__name__,
+            method=method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__),
+            scores=f"{rows} of {type(self.tower).__name__}.{path}, {how}",
+            features="after the projector" if projector is None else f"before {projector}",
+            images=tuple(self.counts),
+            **{} if self.watch is None else {f"{name}_ms": self.watch.milliseconds(name) for name in names},
+        )
+
+    # What follows is the way of one call.
+
+    def before_forward(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+        named = {name: value for name, value in bound.items() if name != "self"}
+        inputs = {**named.pop("kwargs", {}), **named}
+        if inputs.get("pixel_values") is None:
+            return None
+        check_call(inputs)
+        return (), self.rewritten(inputs, text_row=False)
+
+    def rewritten(self, inputs: Inputs, text_row: bool) -> Inputs:
+        """The arguments of forward or generate, with condensed features in place of pixels."""
+        positions = self.positions(inputs)
+        images, output = self.encode(inputs)
+        outputs = {"image": output}
+        if inputs.get(VIDEO) is not None:
+            outputs["video"] = self.encode_video(inputs)
+        spent = {*self.encoder_arguments, VIDEO, "video_grid_thw"}
+        rest = {name: value for name, value in inputs.items() if name not in spent}
+        if positions is not None:
+            rest["position_ids"] = positions
+        ids, image_token_id = inputs["input_ids"], self.model.config.image_token_id
+        stays = kept_columns(ids, image_token_id, images.tokens, images.kept)
+        of_rows = (stays & (ids == image_token_id)).sum(dim=1).tolist()
+        for name in ("pooler_output", *self.family.planes):
+            setattr(output, name, joined_by_row(getattr(output, name), of_rows))
+        rest = shortened(rest, stays, pad_token_of(self.model.config))
+        if positions is not None:
+            self.set_positions(rest, text_row)
+        return {**rest, "mm_encoder_outputs": outputs}
+
+    def positions(self, inputs: Inputs) -> torch.Tensor | None:
+        """[3, B, L] of the prompt with all tokens, of models whose tokens have a place in the picture (M-RoPE)."""
+        known = getattr(self.base, "get_rope_index", None)
+        if known is None or inputs.get("position_ids") is not None or inputs.get("mm_token_type_ids") is None:
+            return None
+        accepted = inspect.signature(known).parameters
+        return known(**{name: inputs[name] for name in accepted if inputs.get(name) is not None})[0]
+
+    def set_positions(self, inputs: Inputs, text_row: bool) -> None:
+        """Tokens keep their places; the next one comes after the last, however many there are."""
+        positions, mask = inputs["position_ids"], inputs.get("attention_mask")
+        text = text_positions(mask, inputs["input_ids"])
+        real = torch.ones_like(text) if mask is None else mask
+        last = positions.amax(dim=0).masked_fill(real == 0, 0).amax(dim=1, keepdim=True)  # [B, 1]
+        self.base.rope_deltas = last + 1 - real.sum(dim=1, keepdim=True)
+        if text_row:  # as generate wants them
+            inputs["position_ids"] = torch.cat([text[None], positions])
+
+    def encode_video(self, inputs: Inputs) -> Any:
+        accepted = inspect.signature(self.base.get_video_features).parameters
+        given = {name: inputs[name] for name in accepted if inputs.get(name) is not None}
+        return self.base.get_video_features(**given, return_dict=True)
+
+    def encode(self, inputs: Inputs) -> tuple[Images, Any]:
+        config, watch = self.model.config, Stopwatch(self.model.device)
+        if self.class_token and self.family.projector is not None:
+            check_features(config, inputs)
+        layer = layer_of(config, inputs)
+        _, attention = attention_of(self.tower, layer)
+        grids = None if self.family.segments is None else self.family.segments(config, inputs)
+        recorder = Recorder(self.class_token, None if grids is None else [h * w for h, w in grids], watch)
+        images = Images(self.base, self.family, self.keep, self.condenser, inputs, recorder, watch)
+        given = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
+        with recording(attention, recorder), images.before_projector(), watch.span("encoder"):
+            output = self.base.get_image_features(**given, return_dict=True)
+        images.after_projector(output)
+        self.layer, self.counts, self.watch = layer, images.counts, watch
+        return images, output
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own generate, on condensed images. What it returns begins with the prompt as it was given."""
+    handle: CondenseHandle = getattr(model, MARK)
+    stock = type(model).generate
+    named = inspect.signature(stock).bind(model, *args, **kwargs).arguments
+    given = {**named.pop("kwargs", {}), **named}
+    del given["self"]
+    ids = given.pop("inputs", None)
+    if ids is not None:
+        given["input_ids"] = ids
+    if given.get("pixel_values") is None:
+        check_continued(given, model.config.image_token_id)
+        return stock(model, *args, **kwargs)
+    check_call(given)
+    if given.get("attention_mask") is None:
+        given["attention_mask"] = mask_of(model, given)
+    rewritten = handle.rewritten(given, text_row=True)
+    long, short = given["input_ids"], rewritten["input_ids"]
+    result = stock(model, **with_lengths(model, rewritten, long.shape[1] - short.shape[1]))
+    return with_prompt(result, long, short.shape[1])
+
+
+def apply_condense(
+    model: PreTrainedModel,
+    num_tokens: int | float = 64,
+    *,
+    method: str | Method = "condensevlm",
+    background_ratio: float = DEFAULT_BACKGROUND_RATIO,
+    suppression: float = 1.0,
+    spatial_weight: float = 1.0,
+    family: str | None = None,
+    backend: str = "auto",
+) -> CondenseHandle:
+    """Make a stock multimodal model run on ``num_tokens`` visual tokens an image; ``handle.remove()`` takes it back.
+
+    ``model.generate(**inputs)`` and ``model(**inputs, labels=labels)`` go on as before, on what the processor returned:
+    the images are encoded, condensed by :func:`condense_kernels.condense` (Eq. 2 to 8 of CondenseVLM), and the prompt
+    loses the placeholders of the rest. Scores (Eq. 1) are the attention of [CLS] to each patch in one layer of the
+    vision encoder, the mean over all patches' attention where it has no [CLS]. generate returns the prompt as it was
+    given, followed by the new tokens; max_length counts the prompt as it was given, too. Videos go through untouched.
+
+    Args:
+        model: a transformers model with images, by its checkpoint, on one device and not quantised.
+        num_tokens: a count (int) or a ratio in (0, 1] (float) of each image's tokens, rounded as
+            :func:`split_budget` says; of each crop, where an image is several (LLaVA-NeXT, LLaVA-OneVision).
+        method: "condensevlm", "topk" (the highest scores, nothing merged), "random" (likewise, by torch's generator),
+            or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images of one size.
+        background_ratio, suppression, spatial_weight: as in :func:`condense_kernels.condense`, of "condensevlm".
+        family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
+            like one of it; "generic" for one that has no row: a warning says what is then assumed.
+        backend: "auto" (by device), "cpp", "triton" or "reference".
+
+    Returns:
+        The handle: ``remove()``, ``report()``; as a context manager it removes itself. copy.deepcopy(model) copies it.
+
+    Raises:
+        TypeError, ValueError: from here, a model without images, quantised, on several devices, of an unknown family,
+            or condensed already; a wrong option. From calls, more tokens kept than there are, placeholders that do not
+            match the images, a filled cache together with images. The model is left as it was found.
+    """
+    check_model(model, MARK)
+    condenser = Condenser(method, background_ratio, suppression, spatial_weight, backend)
+    check_options(num_tokens, condenser)
+    return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)
