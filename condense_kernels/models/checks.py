@@ -141,7 +141,7 @@ def check_cache(inputs: Inputs) -> None:
         name, tokens = filled
         raise ValueError(
             f"{name}: expected none, or an empty one, in a call whose prompt has images, got one of {tokens} tokens, "
-            "whose places are those of a condensed prompt. Remedy: the whole conversation in one call, with all its images."
+            "whose places are those of a condensed prompt. Remedy: the whole conversation in one call, with its images."
         )
 
 

@@ -30,8 +30,8 @@ def kept_columns(
     if found != sum(tokens):
         raise ValueError(
             f"input_ids: expected {sum(tokens)} image placeholders (token {image_token_id}), as the {len(tokens)} "
-            f"images of this call have {shown_counts(tokens)} tokens, got {found}. Remedy: the processor that belongs to the "
-            "model makes input_ids and pixel_values together; apply_condense takes them as it returned them."
+            f"images of this call have {shown_counts(tokens)} tokens, got {found}. Remedy: the processor that belongs "
+            "to the model makes input_ids and pixel_values together; apply_condense takes them as it returned them."
         )
     stays = torch.zeros(found, dtype=torch.bool, device=input_ids.device)
     start = 0
