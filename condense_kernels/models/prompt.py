@@ -59,8 +59,10 @@ class Columns:
 
     @classmethod
     def of(cls, stays: torch.Tensor, attention_mask: torch.Tensor | None) -> "Columns":
-        """Rows that lost more than others are padded on the side that was padded before; on the left, where none was,
-        so that logits[:, -1] is the last token's."""
+        """Rows shorter than the longest are padded on the side that was padded before; on the left, where none was, so
+        that logits[:, -1] is the last token's. What was padding goes with the dropped tokens."""
+        if attention_mask is not None:
+            stays = stays & (attention_mask != 0)
         counts = stays.sum(dim=1)  # [B]
         length = int(counts.max()) if len(counts) else 0
         right = attention_mask is not None and bool(
