@@ -9,6 +9,8 @@ ARGS ?=
 # The versions that `make compat` compares, oldest first, and arguments for pip, e.g. --index-url of builds for CPU.
 COMPAT_TORCH ?= $(firstword $(TORCH))
 COMPAT_PIP_ARGS ?= $(wordlist 2,$(words $(TORCH)),$(TORCH))
+# The transformers that it tests condense_kernels.models on: the oldest, the last that vLLM's CPU build takes, the newest.
+COMPAT_TRANSFORMERS ?= transformers==5.18.0 transformers==5.19.0 transformers
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -21,7 +23,8 @@ BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
-COMPAT := $(patsubst torch==%,.venv-compat/%,$(COMPAT_TORCH))
+COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
+MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -70,9 +73,9 @@ wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch 
 sdist: $(VENV)/installed ## build dist/*.tar.gz, which builds and tests itself as a checkout does
 	$(RUN) setup.py --quiet sdist
 
-compat: $(COMPAT:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
-	@for env in $(COMPAT); do printf 'torch %-12s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
-	@for env in $(COMPAT); do test "$$(cat $$env/status)" = 0 || exit 1; done
+compat: $(COMPAT:=/status) $(MODELS:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
+	@for env in $(COMPAT) $(MODELS); do printf '%-22s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
+	@for env in $(COMPAT) $(MODELS); do test "$$(cat $$env/status)" = 0 || exit 1; done
 
 clean: ## remove what was built; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo.png
@@ -125,9 +128,9 @@ $(VENV)/auditors: $(VENV)/created pyproject.toml
 
 # One environment for each torch, one wheel for all of them: built on the first, so that no later torch can leak into it.
 $(COMPAT:=/torch): .venv-compat/%/torch:
-	@echo "creating .venv-compat/$* with torch $*"
+	@echo "creating .venv-compat/$*"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* $(COMPAT_PIP_ARGS)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $* $(COMPAT_PIP_ARGS)
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77.0.3'
 	@touch $@
 
@@ -136,8 +139,22 @@ $(COMPAT:=/torch): .venv-compat/%/torch:
 	@rm -rf $@
 	@CONDENSE_BUILD_EXT=1 $(<D)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $@ .
 
+# One for each transformers, on the first torch.
+$(MODELS:=/torch): .venv-compat/%/torch:
+	@echo "creating .venv-compat/$*"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(firstword $(COMPAT_TORCH)) $(COMPAT_PIP_ARGS)
+	@touch $@
+
 # From another folder, and with none of its own on the path, so that the wheel is what is imported.
-$(COMPAT:=/status): .venv-compat/%/status: .venv-compat/%/torch .venv-compat/wheel force
+define tested
 	@wheel=$$(echo .venv-compat/wheel/*.whl) && pip="$(@D)/bin/python -m pip --disable-pip-version-check" && \
-	    $$pip install --quiet "$$wheel[test]" && $$pip install --quiet --force-reinstall --no-deps "$$wheel"
-	@cd $(@D) && (PYTHONSAFEPATH=1 bin/python $(TEST) -q ../../tests $(ARGS); echo $$? > status) 2>&1 | tee report
+	    $$pip install --quiet "$$wheel[test]" $(1) && $$pip install --quiet --force-reinstall --no-deps "$$wheel"
+	@cd $(@D) && (PYTHONSAFEPATH=1 bin/python $(TEST) -q $(2) $(ARGS); echo $$? > status) 2>&1 | tee report
+endef
+
+$(COMPAT:=/status): .venv-compat/%/status: .venv-compat/%/torch .venv-compat/wheel force
+	$(call tested,,../../tests)
+
+$(MODELS:=/status): .venv-compat/%/status: .venv-compat/%/torch .venv-compat/wheel force
+	$(call tested,$*,$(addprefix ../../,$(wildcard tests/test_models*.py)))
