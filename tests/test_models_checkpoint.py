@@ -68,4 +68,5 @@ def test_whatever_the_attention_implementation(checkpoint, inputs, attention):
     expected = AutoModelForImageTextToText.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation=attention)
     with apply_condense(expected, 9), apply_condense(model, 9):
-        torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits, rtol=1e-4, atol=1e-5)
+        found, by_default = (m(**inputs).logits[:, -10:] for m in (model, expected))  # what is padded may be anything
+    torch.testing.assert_close(found, by_default, rtol=1e-4, atol=1e-5)
