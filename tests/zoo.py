@@ -1,5 +1,5 @@
-"""Tiny models of transformers, one row a family, with random weights and inputs made by hand: no processor, no tokenizer,
-no network. What is drawn follows from the number of an image and from the row it is in, not from the batch around it."""
+"""Tiny models of transformers, one row a family, with random weights and inputs made by hand: no processor, tokenizer
+or network. What is drawn follows from the number of an image and from its row, not from the batch around it."""
 
 import functools
 import os
@@ -21,7 +21,8 @@ MIXED = ((0,), (), (1, 2))  # one image, none, two
 
 _text = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+    tie_word_embeddings=False,
 )  # fmt: skip
 _tower = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=PATCH, image_size=SIDE
@@ -290,7 +291,8 @@ FAMILIES = [
     Family(
         "gemma4", "Gemma4",
         lambda: dict(
-            vision_config=_tower | dict(num_key_value_heads=4, head_dim=8, pooling_kernel_size=2, position_embedding_size=16),
+            vision_config=_tower
+            | dict(num_key_value_heads=4, head_dim=8, pooling_kernel_size=2, position_embedding_size=16),
             text_config=_text | _gemma | dict(
                 global_head_dim=16, rope_parameters=_gemma4_rope, use_bidirectional_attention="vision",
                 vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8,
