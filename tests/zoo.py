@@ -11,11 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 
 import torch
 import transformers
+from transformers.image_processing_utils import select_best_resolution
 
 PAD, IMAGE, VIDEO, AUDIO, START, END, BREAK = 0, 90, 91, 92, 93, 94, 95
 VOCABULARY = 96
 TEXT = range(5, 80)
 PATCH, SIDE = 4, 32  # pixels; an image of fixed size has 8 x 8 patches
+CROP = 16  # tokens of a crop of LLaVA-NeXT and LLaVA-OneVision, and pixels of its side
 Rows = Sequence[Sequence[int]]  # of a batch: the numbers of the images in each row
 MIXED = ((0,), (), (1, 2))  # one image, none, two
 
@@ -33,6 +35,10 @@ _mrope = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrop
 _grids = [[16, 32], [32, 16], [32, 32]]  # of tiles of 16 x 16 pixels
 
 
+def one_crop(size: tuple[int, int], alone: bool) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Family:
     name: str
@@ -43,6 +49,7 @@ class Family:
         ["Case", tuple[int, int], bool], list[int]
     ]  # what stands for an image of a size, alone in its row or not
     sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),)  # height and width in pixels; images take them in turn
+    crops: Callable[[tuple[int, int], bool], int] = one_crop
     types: dict[str, tuple[int, int]] = field(
         default_factory=dict
     )  # further inputs: what they say of text, of an image
@@ -66,9 +73,12 @@ class Case:
     def size(self, image: int) -> tuple[int, int]:
         return self.family.sizes[image % len(self.family.sizes)]
 
-    def inputs(self, rows: Rows = ((0,),), side: str = "left", labels: bool = False) -> dict[str, torch.Tensor]:
-        """What the processor of the family would return for this batch; without images it returns no pixels."""
-        prompts = [self.prompt(row) for row in rows]
+    def inputs(
+        self, rows: Rows = ((0,),), side: str = "left", labels: bool = False, unpacked: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """What the processor of the family would return for this batch; without images it returns no pixels. Unpacked:
+        as if an image of several crops were all tokens of each crop, one crop after the other."""
+        prompts = [self.prompt(row, unpacked) for row in rows]
         length = max(map(len, prompts))
         masks = [[1] * len(prompt) for prompt in prompts]
         ids, mask = (torch.tensor([_padded(row, length, side) for row in rows]) for rows in (prompts, masks))
@@ -79,15 +89,22 @@ class Case:
             batch["labels"] = torch.where((mask == 1) & torch.isin(ids, torch.tensor(TEXT)), ids, -100)
         return batch | (self.family.pixels(self, rows) if any(rows) else {})
 
-    def prompt(self, row: Sequence[int]) -> list[int]:
+    def crops(self, row: Sequence[int]) -> list[int]:
+        """How many of them each image of the row has."""
+        return [self.family.crops(self.size(image), len(row) == 1) for image in row]
+
+    def prompt(self, row: Sequence[int], unpacked: bool = False) -> list[int]:
         draw = torch.Generator().manual_seed(zlib.crc32(repr(tuple(row)).encode()))
 
         def text() -> list[int]:
             length = int(torch.randint(3, 7, (), generator=draw))
             return torch.randint(TEXT.start, TEXT.stop, (length,), generator=draw).tolist()
 
-        alone = len(row) == 1
-        return sum(([*self.family.tokens(self, self.size(image), alone), *text()] for image in row), text())
+        if unpacked and self.family.crops is not one_crop:
+            images = [[IMAGE] * (CROP * count) for count in self.crops(row)]
+        else:
+            images = [self.family.tokens(self, self.size(image), len(row) == 1) for image in row]
+        return sum(([*image, *text()] for image in images), text())
 
 
 def _padded(row: list[int], length: int, side: str) -> list[int]:
@@ -119,17 +136,21 @@ def rows_broken(case: Case, size: tuple[int, int], alone: bool) -> list[int]:
 
 def as_packed(case: Case, size: tuple[int, int], alone: bool) -> list[int]:
     """LLaVA-NeXT's: the base and the tiles, unpadded, a newline after each row; counted by packing them."""
-    uncut = case.name == "llava_onevision" and not alone
-    tiles = torch.zeros(1 if uncut else _tile_count(size), 16, case.model.config.text_config.hidden_size)
+    crops = torch.zeros(case.family.crops(size, alone), CROP, case.model.config.text_config.hidden_size)
     packing = {"llava_next": {"vision_feature_select_strategy": "default"}}.get(case.name, {})
     newline = case.base.image_newline.detach()
-    packed, _ = case.base.pack_image_features([tiles], torch.tensor([size]), image_newline=newline, **packing)
+    packed, _ = case.base.pack_image_features([crops], torch.tensor([size]), image_newline=newline, **packing)
     return [IMAGE] * len(packed[0])
 
 
-def _tile_count(size: tuple[int, int]) -> int:
-    height, width = transformers.image_processing_utils.select_best_resolution(size, _grids)
-    return 1 + height // 16 * (width // 16)
+def tiles(size: tuple[int, int], alone: bool) -> int:
+    """And the base."""
+    height, width = select_best_resolution(size, _grids)
+    return 1 + height // CROP * (width // CROP)
+
+
+def tiles_if_alone(size: tuple[int, int], alone: bool) -> int:
+    return tiles(size, alone) if alone else 1
 
 
 # What the tower gets
@@ -142,10 +163,10 @@ def plain(case: Case, rows: Rows) -> dict:
 def tiled(case: Case, rows: Rows) -> dict:
     """As many tiles as the image of the most has, the rest zero."""
     images = flat(rows)
-    counts = [_tile_count(case.size(image)) for image in images]
-    pixels = torch.zeros(len(images), max(counts), 3, 16, 16)
+    counts = [tiles(case.size(image), True) for image in images]
+    pixels = torch.zeros(len(images), max(counts), 3, CROP, CROP)
     for at, (image, count) in enumerate(zip(images, counts, strict=True)):
-        pixels[at, :count] = draw(image, count, 3, 16, 16)
+        pixels[at, :count] = draw(image, count, 3, CROP, CROP)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([case.size(image) for image in images])}
 
 
@@ -226,7 +247,7 @@ _gemma4_rope = dict(
     full_attention=dict(rope_type="proportional", rope_theta=10000.0, partial_rotary_factor=0.25),
 )
 _token_types = dict(mm_token_type_ids=(0, 1))
-_three_sizes = ((32, 32), (16, 32), (32, 48))
+_three_sizes = ((32, 32), (16, 32), (24, 40))
 _qwen = dict(pixels=patches, tokens=one_for(2 * PATCH), sizes=_three_sizes, types=_token_types, mrope=True)
 
 FAMILIES = [
@@ -236,13 +257,13 @@ FAMILIES = [
         one_for(PATCH), sizes=((24, 24),),
     ),
     Family(
-        "llava_next", "LlavaNext", lambda: _llava("llama", **_clip, image_size=16) | dict(image_grid_pinpoints=_grids),
-        tiled, as_packed, sizes=((32, 32), (16, 32), (20, 30)),
+        "llava_next", "LlavaNext", lambda: _llava("llama", **_clip, image_size=CROP) | dict(image_grid_pinpoints=_grids),
+        tiled, as_packed, sizes=((32, 32), (16, 32), (20, 30)), crops=tiles,
     ),
     Family(
         "llava_onevision", "LlavaOnevision",
-        lambda: _llava("qwen2", **_siglip, image_size=16) | dict(image_grid_pinpoints=_grids, video_token_index=VIDEO),
-        tiled_if_alone, as_packed, sizes=((32, 32), (16, 32), (20, 30)),
+        lambda: _llava("qwen2", **_siglip, image_size=CROP) | dict(image_grid_pinpoints=_grids, video_token_index=VIDEO),
+        tiled_if_alone, as_packed, sizes=((32, 32), (16, 32), (20, 30)), crops=tiles_if_alone,
     ),
     Family(
         "internvl", "InternVL",
@@ -374,10 +395,10 @@ def sharpen(model: torch.nn.Module) -> None:
             spread = 1.0 if embeds or "position" in name or "token" in name else weight[0].numel() ** -0.5
             weight.normal_(std=spread)
             if name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.linear.weight", "k_proj.linear.weight")):
-                weight.mul_(2)
+                weight.mul_(3)
             elif name.endswith("qkv.weight"):
-                weight[: 2 * len(weight) // 3].mul_(2)
+                weight[: 2 * len(weight) // 3].mul_(3)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            weight.add_(0.7)
+            weight.add_(1.0)
         else:
             weight.add_(torch.randn_like(weight), alpha=0.1)
