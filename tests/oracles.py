@@ -1,5 +1,5 @@
-"""What a model with condensed images must equal, from the stock model alone: attention maps written out in full, dropped
-placeholders hidden by the attention mask, or prompts that never had them."""
+"""What a model with condensed images must equal, from the stock model alone: attention maps written out in full,
+dropped placeholders hidden by the attention mask, or prompts that never had them."""
 
 import contextlib
 import copy
@@ -205,9 +205,9 @@ def removed(
     selection: Selection,
     condensed: Sequence[torch.Tensor] | None = None,
     planes: Sequence[Sequence[torch.Tensor]] | None = None,
-) -> Iterator[dict | None]:
-    """Arguments of the stock model, a row at a time and without padding: a prompt that never had the other placeholders,
-    and features [K, D] for those that it has: what was selected, unless something else is given."""
+) -> Iterator[dict]:
+    """Arguments of the stock model, a row at a time and without padding: a prompt that never had the other
+    placeholders, and features [K, D] for those that it has: what was selected, unless something else is given."""
     batch = case.inputs(rows, unpacked=True)
     encoded = encode(case, rows, batch)
     lengths = [len(image) for image in encoded.features]

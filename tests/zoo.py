@@ -257,12 +257,14 @@ FAMILIES = [
         one_for(PATCH), sizes=((24, 24),),
     ),
     Family(
-        "llava_next", "LlavaNext", lambda: _llava("llama", **_clip, image_size=CROP) | dict(image_grid_pinpoints=_grids),
+        "llava_next", "LlavaNext",
+        lambda: _llava("llama", **_clip, image_size=CROP) | dict(image_grid_pinpoints=_grids),
         tiled, as_packed, sizes=((32, 32), (16, 32), (20, 30)), crops=tiles,
     ),
     Family(
         "llava_onevision", "LlavaOnevision",
-        lambda: _llava("qwen2", **_siglip, image_size=CROP) | dict(image_grid_pinpoints=_grids, video_token_index=VIDEO),
+        lambda: _llava("qwen2", **_siglip, image_size=CROP)
+        | dict(image_grid_pinpoints=_grids, video_token_index=VIDEO),
         tiled_if_alone, as_packed, sizes=((32, 32), (16, 32), (20, 30)), crops=tiles_if_alone,
     ),
     Family(
