@@ -12,6 +12,8 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from zoo import IMAGE, PATCH, Case, Rows, one_crop
 
+from condense_kernels.ops.select_and_merge import Condensed
+
 # The attention that scores the patches: of the layer whose output the features are, or the last one before it that
 # attends to the whole image. The towers have three layers.
 ATTENTION = {
@@ -185,9 +187,10 @@ def masked(case: Case, rows: Rows, side: str, selection: Selection) -> dict:
     if positions is not None:
         batch["position_ids"] = torch.cat([compact(mask)[None], positions])
     if case.family.crops is not one_crop and any(rows):
-        features = [encoded.finish(image) for image in encoded.features]
+        crops = iter(encoded.finish(image) for image in encoded.features)
+        features = [torch.cat([next(crops) for _ in range(sum(case.crops(row)))]) for row in rows if row]
         batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        batch["mm_encoder_outputs"] = outputs(encoded, [torch.cat(features)], [])
+        batch["mm_encoder_outputs"] = outputs(encoded, features, [])
     return batch
 
 
@@ -239,3 +242,31 @@ def removed(
 def of_rows(logits: torch.Tensor, lengths: Sequence[int], side: str) -> list[torch.Tensor]:
     """[length, V] of each row of what was padded on that side."""
     return [row[len(row) - n :] if side == "left" else row[:n] for row, n in zip(logits, lengths, strict=True)]
+
+
+def pick(features: torch.Tensor, scores: torch.Tensor, keep: int, grid: tuple) -> Condensed:
+    """A method that keeps the tokens of the highest scores as they are: nothing is merged."""
+    indices = scores.topk(keep).indices.sort().values
+    merged = features.gather(1, indices[..., None].expand(-1, -1, features.shape[2]))
+    kept = torch.full(scores.shape, -1).scatter(1, indices, torch.arange(keep).expand_as(indices))
+    return Condensed(merged, indices, kept, scores.gather(1, indices))
+
+
+def row_lengths(case: Case, rows: Rows, keep: int) -> list[int]:
+    """Text and ``keep`` tokens of each image, or of each of its crops."""
+    return [
+        len(prompt) - prompt.count(IMAGE) + keep * sum(case.crops(row))
+        for row, prompt in ((row, case.prompt(row)) for row in rows)
+    ]
+
+
+@contextlib.contextmanager
+def language_model_positions(case: Case) -> Iterator[list[torch.Tensor]]:
+    """position_ids of each call of the language model."""
+    seen = []
+    text = getattr(case.base, "language_model", None) or case.base.text_model
+    hook = text.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()

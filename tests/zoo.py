@@ -85,8 +85,9 @@ class Case:
         batch = {"input_ids": ids, "attention_mask": mask}
         for name, (text, image) in self.family.types.items():
             batch[name] = torch.where(ids == IMAGE, image, text)
-        if labels:
-            batch["labels"] = torch.where((mask == 1) & torch.isin(ids, torch.tensor(TEXT)), ids, -100)
+        if labels:  # of text; of a row's first token none: behind padding on the left it would be predicted from that
+            predicted = torch.isin(ids, torch.tensor(TEXT)) & (mask.cumsum(-1) > 1)
+            batch["labels"] = torch.where(predicted, ids, -100)
         return batch | (self.family.pixels(self, rows) if any(rows) else {})
 
     def crops(self, row: Sequence[int]) -> list[int]:
