@@ -167,7 +167,7 @@ def staying(batch: dict, selection: Selection, counts: Sequence[int]) -> torch.T
 
 def mrope(case: Case, batch: dict) -> torch.Tensor:
     """[3, B, L], of the prompt with all tokens."""
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     return case.base.get_rope_index(**{name: batch.get(name) for name in names})[0]
 
 

@@ -1,15 +1,17 @@
 """apply_condense on a tiny model of each family: what it computes, against the oracles. test_models_generate.py has
 generation, test_models_handle.py what is done to the model."""
 
+import copy
+
 import oracles
 import pytest
 import torch
 import zoo
-from condense_kernels.models import apply_condense
 from oracles import language_model_positions, pick, row_lengths
 from zoo import IMAGE, MIXED
 
 import condense_kernels
+from condense_kernels.models import apply_condense
 
 KEEP = 5
 MROPE = [family.name for family in zoo.FAMILIES if family.mrope]
@@ -189,3 +191,41 @@ def test_a_batch_is_its_rows(name):
     together = condensed_rows(case, MIXED, "right", KEEP)
     for row, logits in zip(MIXED, together, strict=True):
         torch.testing.assert_close(condensed_rows(case, [row], "left", KEEP)[0], logits, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_video_goes_through_as_it_is(name, side):
+    """In the batch of an image that is condensed: all of its tokens are there, at their places."""
+    case = zoo.case(name)
+    batch = second_as_a_video(case.inputs(((0,), (3,)), side))
+    scores = oracles.scores(case, ((0,),), batch)
+    mask = batch["attention_mask"] * oracles.staying(batch, oracles.best(scores, KEEP), [len(scores[0])])
+    places = oracles.mrope(case, batch)
+    hidden = {**batch, "attention_mask": mask, "position_ids": torch.cat([oracles.compact(mask)[None], places])}
+    with apply_condense(case.model, KEEP, method=pick):
+        found = oracles.of_rows(case.model(**batch).logits, mask.sum(1).tolist(), side)
+    for row, of_all, real in zip(found, case.model(**hidden).logits, mask, strict=True):
+        torch.testing.assert_close(row, of_all[real == 1], rtol=1e-4, atol=1e-4)
+
+
+def second_as_a_video(batch: dict) -> dict:
+    """Of one frame: placeholders, types and pixels of the second image under their other names."""
+    batch["input_ids"][1][batch["input_ids"][1] == IMAGE] = zoo.VIDEO
+    batch["mm_token_type_ids"][1] *= 2
+    grids = batch["image_grid_thw"].split(1)
+    pixels = batch["pixel_values"].split([int(grid.prod()) for grid in grids])
+    batch |= dict(zip(("image_grid_thw", "video_grid_thw"), grids, strict=True))
+    return batch | dict(zip(("pixel_values", "pixel_values_videos"), pixels, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "mistral3"])
+def test_a_layer_by_argument_is_as_one_by_config(name):
+    """The features', and with it that of the scores."""
+    case = zoo.case(name)
+    batch, model = case.inputs(MIXED), copy.deepcopy(case.model)
+    model.config.vision_feature_layer = -3
+    with apply_condense(model, KEEP), apply_condense(case.model, KEEP):
+        expected = model(**batch).logits
+        assert torch.equal(case.model(**batch, vision_feature_layer=-3).logits, expected)
+        assert not torch.equal(case.model(**batch).logits, expected)

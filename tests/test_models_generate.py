@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 import zoo
-from condense_kernels.models import apply_condense
 from oracles import language_model_positions, pick, row_lengths
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo import MIXED
+
+from condense_kernels.models import apply_condense
 
 KEEP, NEW = 5, 6
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in transformers 5.24
@@ -88,7 +89,7 @@ def test_each_sequence_of_a_row_has_the_images_in_their_order(name):
 
 
 def images_stay_in_order(case) -> bool:
-    """transformers <= 5.19 repeats images one by one, A A B B, where a row has A B. Entries of a list can be rows
+    """transformers 5.18 repeats images one by one, A A B B, where a row has A B. Entries of a list can be rows
     instead; where the model wants one tensor of all images, nothing can be done."""
     batch = case.inputs(((1, 2),))
     output = case.base.get_image_features(**oracles.encoder_inputs(case, batch), return_dict=True)

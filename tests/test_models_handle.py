@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 import zoo
-from condense_kernels.models import apply_condense
 from oracles import pick
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo import MIXED
+
+from condense_kernels.models import apply_condense
 
 KEEP = 5
 
