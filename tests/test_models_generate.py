@@ -93,11 +93,23 @@ def images_stay_in_order(case) -> bool:
     instead; where the model wants one tensor of all images, nothing can be done."""
     batch = case.inputs(((1, 2),))
     output = case.base.get_image_features(**oracles.encoder_inputs(case, batch), return_dict=True)
-    if not isinstance(output.pooler_output, torch.Tensor) or case.name in ("smolvlm", "idefics3"):
+    if not isinstance(output.pooler_output, torch.Tensor):
         return True
     before = output.pooler_output
     case.model._expand_multimodal_outputs(batch["input_ids"], {"image": output}, expand_size=2)
     return torch.equal(output.pooler_output, torch.cat([before, before]))
+
+
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("name", ["gemma3", "internvl"])
+def test_images_of_a_row_that_transformers_would_mix_up_are_refused(name, option, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    case = zoo.case(name)
+    options = {"max_new_tokens": 1, "do_sample": True, option: 2}
+    with apply_condense(case.model, KEEP):
+        case.model.generate(**case.inputs(ONE_EACH), **options)
+        with pytest.raises(ValueError, match=f"^{option}: expected 1 on transformers 5.18.0 .*, got 2. Remedy: "):
+            case.model.generate(**case.inputs(MIXED), **options)
 
 
 @pytest.mark.parametrize("name", SOME)

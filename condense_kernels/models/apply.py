@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..budget import DEFAULT_BACKGROUND_RATIO
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
-from .generation import mask_of, with_lengths, with_prompt
+from .generation import check_repeated, mask_of, with_lengths, with_prompt
 from .images import Images, joined_by_row
 from .methods import Condenser, Method
 from .prompt import kept_columns, pad_token_of, shortened, text_positions
@@ -167,6 +167,7 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if given.get("attention_mask") is None:
         given["attention_mask"] = mask_of(model, given)
     rewritten = handle.rewritten(given, text_row=True)
+    check_repeated(model, given, rewritten)
     long, short = given["input_ids"], rewritten["input_ids"]
     result = stock(model, **with_lengths(model, rewritten, long.shape[1] - short.shape[1]))
     return with_prompt(result, long, short.shape[1])

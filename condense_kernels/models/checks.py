@@ -92,7 +92,9 @@ def resolve_family(model: Any, family: str | None) -> Family:
         )
         return GENERIC
     if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}.")
+        raise ValueError(
+            f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}. Remedy: None, which goes by config.model_type."
+        )
     return FAMILIES[family]
 
 

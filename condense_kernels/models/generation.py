@@ -3,8 +3,13 @@
 from typing import Any
 
 import torch
+import transformers
 
 from .families import Inputs
+
+
+def release() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def from_configs(model: Any, given: Inputs, name: str) -> Any:
@@ -19,6 +24,21 @@ def mask_of(model: Any, given: Inputs) -> torch.Tensor:
     ids, pad, end = (given["input_ids"], *(from_configs(model, given, f"{name}_token_id") for name in ("pad", "eos")))
     ends = end.flatten().tolist() if isinstance(end, torch.Tensor) else [end] if isinstance(end, int) else end or []
     return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+
+
+def check_repeated(model: Any, given: Inputs, rewritten: Inputs) -> None:
+    """Of several sequences a prompt: transformers 5.18 repeats images A B as A A B B where they are one tensor."""
+    pooled = rewritten["mm_encoder_outputs"]["image"].pooler_output
+    if release() >= (5, 19) or not isinstance(pooled, torch.Tensor):
+        return
+    several = bool(((rewritten["input_ids"] == model.config.image_token_id).sum(dim=1) > pooled.shape[1]).any())
+    for name in ("num_beams", "num_return_sequences"):
+        count = from_configs(model, given, name) or 1
+        if several and count > 1:
+            raise ValueError(
+                f"{name}: expected 1 on transformers {transformers.__version__} where a prompt of {type(model).__name__} "
+                f"has several images, as that release then mixes them up, got {count}. Remedy: transformers >= 5.19."
+            )
 
 
 def with_lengths(model: Any, given: Inputs, removed: int) -> Inputs:
