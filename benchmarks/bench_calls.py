@@ -1,6 +1,7 @@
 """What a call costs where there is next to nothing to compute: every operator that is declared, on its first example,
 by the raw operator and by the Python function."""
 
+import functools
 from collections.abc import Callable
 
 import gates
@@ -22,7 +23,8 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
             continue
         found[f"{op}, operator"] = side_of(operator, getattr(torch.ops.condense, op).default, features.device)
         if hasattr(ck, op):
-            found[f"{op}, function"] = side_of(operator, getattr(ck, op), features.device)
+            function = functools.partial(getattr(ck, op), **operator.as_operator)
+            found[f"{op}, function"] = side_of(operator, function, features.device)
     return found
 
 

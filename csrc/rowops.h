@@ -71,6 +71,13 @@ struct RowOps {
   void (*fold_row)(T* part, int64_t n, T* total);
   void (*divide_row)(T* x, T divisor, int64_t n);
 
+  // The largest of x[0, n); NaN never wins; -infinity of none.
+  T (*max_row)(const T* x, int64_t n);
+  // x[0, n) = exp(scale * x - shift), zeros from there to `end`, a multiple of kTile; the sum is returned.
+  double (*exp_row)(T* x, int64_t n, int64_t end, T scale, T shift);
+  // sums[0, n) = the rows of x [rows, ld], each times its weight, added; n is a multiple of kTile.
+  void (*sum_columns)(const T* x, int64_t ld, int64_t rows, const T* weights, int64_t n, T* sums);
+
   // dx[0, n) = weight * g; the sum of (x - mean) * g is returned. dx may be x.
   double (*gradient_row)(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx);
 };

@@ -126,6 +126,8 @@ def wrong_values(value, alone: bool) -> list[tuple[str, object]]:
             ("no tensor", value.tolist()),
         ]
         return found if alone else [*found, ("elsewhere", value.to("meta"))]
+    if isinstance(value, bool):
+        return [("text", "yes"), ("a number", 1)]
     if isinstance(value, float):
         return [("nan", float("nan")), ("negative", -1.0), ("too large", 1e300), ("text", "much")]
     if isinstance(value, int):
@@ -154,8 +156,8 @@ def test_a_wrong_argument_is_named(operator, name, what, wrong, example):
         match += r"|expected device meta"
     with pytest.raises((TypeError, ValueError), match=match):
         operator.check(**arguments)
-    if what in ("no tensor", "text", "a fraction") or (what == "elsewhere" and operator.fake is None):
-        return  # torch itself refuses what is not of the schema's type, and a device without a kernel
+    if what in ("no tensor", "text", "a fraction", "a number") or (what == "elsewhere" and operator.fake is None):
+        return  # torch itself refuses, or converts, what is not of the schema's type; and a device without a kernel
     if what == "sparse":  # likewise, where it is the first
         match += "|[Ss]parse"
     with pytest.raises(RuntimeError, match=rf"{match}|expected all tensors on the device of the first argument"):
@@ -186,6 +188,19 @@ def test_vmap_is_a_loop(operator):
         alone = [listed(raw(operator)(**{n: t[i] for n, t in stacked.items()}, **rest)) for i in range(2)]
         for result, expected in zip(listed(mapped), zip(*alone, strict=True), strict=True):
             assert_same_bits(result, torch.stack(expected))
+
+
+@BY_NAME
+def test_the_public_function_returns_what_the_operator_returns(operator):
+    if public(operator) is None or not schema_of(operator.name).returns:
+        return
+    for args, kwargs in operator.examples(2):
+        results = public(operator)(*args, **kwargs, **operator.as_operator)
+        expected = raw(operator)(*args, **kwargs)
+        if operator.fake is None:
+            assert results == expected
+        else:
+            assert_same_bits(tuple(listed(results)), listed(expected))
 
 
 @BY_NAME

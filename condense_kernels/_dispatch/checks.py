@@ -161,6 +161,11 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}. Remedy: 0 switches the term off.")
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}: {value!r}. Remedy: bool({name}).")
+
+
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:
     check_count("num_anchors", num_anchors, 0, num_tokens, f"N = {num_tokens} tokens")
     check_count("num_background", num_background, 0, num_tokens, f"N = {num_tokens} tokens")

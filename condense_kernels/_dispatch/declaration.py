@@ -38,6 +38,7 @@ class Operator:
     looped: bool = False  # under vmap, where there is no batch axis to fold the mapped one into
     no_vmap: str | None = None  # the remedy
     no_shards: str | None = None  # why
+    as_operator: Mapping[str, Any] = field(default_factory=dict)  # with these, the Python function returns its result
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -2,16 +2,19 @@
 
 The data's way, with the equations of CondenseVLM (section 3):
 
-    keys      similarity     cosines s of all pairs, their mean, each token's sum        Eq. 3
-    scores    greedy_select  anchors by score, then background by that sum               Eq. 2, 4
-    grid      assign         every other token to the kept one most similar and near     Eq. 6, 7
-    features  merge          each cluster into its score-weighted mean                   Eq. 8
+    queries   attention_scores  how much attention each token gets, a score to bring along  Eq. 1
+    keys      similarity        cosines s of all pairs, their mean, each token's sum        Eq. 3
+    scores    greedy_select     anchors by score, then background by that sum               Eq. 2, 4
+    grid      assign            every other token to the kept one most similar and near     Eq. 6, 7
+    features  merge             each cluster into its score-weighted mean                   Eq. 8
 
-select_and_merge is all of them in a row, select_and_merge_varlen the same for images of different sizes. Their C++
+select_and_merge is the last four in a row, select_and_merge_varlen the same for images of different sizes. Their C++
 kernels are in csrc/, under the same names.
 """
 
 from .assign import assign as assign
+from .attention_scores import attention_scores as attention_scores
+from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
 from .greedy_select import greedy_select as greedy_select
 from .merge import merge as merge
 from .select_and_merge import Condensed as Condensed

@@ -8,6 +8,7 @@ closer together than that rounding. So nothing is compared with a rerun of the r
 way: every step is checked given what the backend chose before it, against a bound that is derived, not tuned.
 """
 
+from .attention import ExactAttention, exact_attention
 from .compare import (
     Finding,
     assert_matches_reference,
@@ -24,6 +25,7 @@ from .inputs import KINDS, Inputs, PackedInputs, Stages, make_inputs, near_squar
 
 __all__ = [
     "KINDS",
+    "ExactAttention",
     "Finding",
     "Inputs",
     "PackedInputs",
@@ -32,6 +34,7 @@ __all__ = [
     "assert_same_bits",
     "compare",
     "compare_alone",
+    "exact_attention",
     "exact_similarity",
     "make_inputs",
     "near_square",

@@ -1,0 +1,3 @@
+from .op import attention_scores
+
+__all__ = ["attention_scores"]
