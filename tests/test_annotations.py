@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import condense_kernels as ck
-from condense_kernels import testing
+from condense_kernels import models, testing
 from condense_kernels._dispatch.declaration import OPERATORS
 from condense_kernels._dispatch.library import schema_of
 
 PUBLIC = {name: value for name, value in vars(ck).items() if not name.startswith("_")}
 PUBLIC |= {f"testing.{name}": getattr(testing, name) for name in testing.__all__}
+PUBLIC |= {f"models.{name}": getattr(models, name) for name in ("apply_condense", "CondenseHandle", "Report")}
 
 
 def functions_of(name: str, value: object) -> Iterator[tuple[str, types.FunctionType]]:
