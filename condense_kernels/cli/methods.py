@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -41,8 +41,8 @@ class Quality(NamedTuple):
 class Row(NamedTuple):
     title: str
     result: Result
-    quality: Quality  # of the result that is drawn
-    spread: Sequence[Quality] = ()  # of all seeds, where the choice is random
+    quality: Any  # of the result that is drawn: Quality, or what ``judge`` of compare_methods returns
+    spread: Sequence[Any] = ()  # of all seeds, where the choice is random
 
 
 def pooling_blocks(keep: int, side: int) -> tuple[int, int]:
@@ -51,15 +51,15 @@ def pooling_blocks(keep: int, side: int) -> tuple[int, int]:
     return max(splits, key=lambda split: (split[0] * split[1], split[0]))
 
 
-def keys_of(inputs: Inputs, kept: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, inputs.keys)[0, kept]  # a picture's patches have some
+def all_keys(inputs: Inputs) -> torch.Tensor:
+    return cast(torch.Tensor, inputs.keys)[0]  # a picture's patches have some
 
 
 def run_ours(inputs: Inputs, stages: Stages, backend: str) -> Result:
     """The flagship; as it returns the kept tokens in picture order, its stages tell which are anchors."""
     whole = inputs.run(backend)
     anchors, background = stages.anchors[0].tolist(), stages.background[0].tolist()
-    return Result(whole.merged[0], whole.assignment[0], anchors, background, [], keys_of(inputs, whole.indices[0]))
+    return Result(whole.merged[0], whole.assignment[0], anchors, background, [], all_keys(inputs)[whole.indices[0]])
 
 
 def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: str) -> Result:
@@ -67,7 +67,7 @@ def run_selected(inputs: Inputs, s: torch.Tensor, kept: torch.Tensor, backend: s
     indices = kept.sort().values[None]
     assignment = assign(s, indices, grid=inputs.grid, backend=backend)
     merged, _ = merge(inputs.features, inputs.scores, indices, assignment, backend=backend)
-    return Result(merged[0], assignment[0], [], [], indices[0].tolist(), keys_of(inputs, indices[0]))
+    return Result(merged[0], assignment[0], [], [], indices[0].tolist(), all_keys(inputs)[indices[0]])
 
 
 def run_pooling(inputs: Inputs, keep: int) -> Result:
@@ -75,10 +75,11 @@ def run_pooling(inputs: Inputs, keep: int) -> Result:
     rows, columns = pooling_blocks(keep, side)
     at = torch.arange(side, dtype=torch.int64, device=inputs.features.device)
     block = ((at * rows // side)[:, None] * columns + at * columns // side).flatten()  # [N]
-    patches = inputs.features[0].double()
-    merged = torch.stack([patches[block == k].mean(dim=0) for k in range(rows * columns)])
-    keys = (merged - patches.mean(dim=0)).float()
-    return Result(merged.float(), block, [], [], [], keys, (rows, columns))
+
+    def means(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[block == k].double().mean(dim=0) for k in range(rows * columns)]).to(x.dtype)
+
+    return Result(means(inputs.features[0]), block, [], [], [], means(all_keys(inputs)), (rows, columns))
 
 
 def random_choice(scores: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
@@ -107,8 +108,17 @@ def measure(result: Result, inputs: Inputs) -> Quality:
     return Quality(redundancy(result.keys), rmse, psnr(rmse), psnr(float(error[detail].mean().sqrt())))
 
 
-def compare_methods(inputs: Inputs, backend: str, step: Callable[[str], None]) -> list[Row]:
-    """Ours, then the three others at the same budget. ``step`` is told what is about to happen."""
+def compare_methods(
+    inputs: Inputs,
+    backend: str,
+    step: Callable[[str], None],
+    judge: Callable[[Result, Inputs], Any] = measure,
+    headline: str = "psnr",
+) -> list[Row]:
+    """Ours, then the three others at the same budget. ``step`` is told what is about to happen.
+
+    Of the random choices, that in the middle by ``headline``, a field of what ``judge`` returns, is drawn.
+    """
     keep = inputs.num_anchors + inputs.num_background
     step("select_and_merge")
     stages = inputs.run_stages(backend)
@@ -121,12 +131,13 @@ def compare_methods(inputs: Inputs, backend: str, step: Callable[[str], None]) -
     for seed in range(RANDOM_SEEDS):
         step(f"random tokens, {seed + 1} of {RANDOM_SEEDS}")
         drawn.append(run_selected(inputs, stages.s, random_choice(inputs.scores, keep, seed), backend))
-    spread = [measure(result, inputs) for result in drawn]
-    middle = sorted(range(RANDOM_SEEDS), key=lambda seed: spread[seed].psnr)[RANDOM_SEEDS // 2]  # neither luck is drawn
+    spread = [judge(result, inputs) for result in drawn]
+    by_headline = sorted(range(RANDOM_SEEDS), key=lambda seed: getattr(spread[seed], headline))
+    middle = by_headline[RANDOM_SEEDS // 2]  # neither luck is drawn
     rows, columns = pooling_blocks(keep, side_of(inputs))
     return [
-        Row("select_and_merge", ours, measure(ours, inputs)),
-        Row("top-k by score", top, measure(top, inputs)),
-        Row(f"pooling, {rows} x {columns}", pooled, measure(pooled, inputs)),
+        Row("select_and_merge", ours, judge(ours, inputs)),
+        Row("top-k by score", top, judge(top, inputs)),
+        Row(f"pooling, {rows} x {columns}", pooled, judge(pooled, inputs)),
         Row(f"random (median of {RANDOM_SEEDS})", drawn[middle], spread[middle], spread),
     ]

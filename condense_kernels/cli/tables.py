@@ -2,21 +2,47 @@
 
 import math
 import statistics
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from ..testing import Inputs
-from .methods import SIMILAR, Quality, Row
+from .methods import SIMILAR, Row
 from .patches import SCORE
 from .timing import Timing
+
+
+class Column(NamedTuple):
+    header: str
+    field: str  # of a row's quality
+    form: str
+    scale: float = 1.0
+    claim: str = ""  # what the verdict calls it; nothing where that leaves it out
+    less: bool = False  # is better
+
+
+PIXELS = (
+    Column("redundancy %", "redundancy", ".1f", 100, "redundancy", less=True),
+    Column("RMSE", "rmse", ".4f"),
+    Column("PSNR dB", "psnr", ".2f", claim="PSNR"),
+    Column("detail dB", "detail", ".2f", claim="detail PSNR"),
+)
+TOKENS = (
+    Column("redundancy %", "redundancy", ".1f", 100, "redundancy", less=True),
+    Column("[CLS]", "cls", ".3f", claim="[CLS]"),
+    Column("tokens", "tokens", ".3f", claim="tokens"),
+    Column("[CLS], prop.", "cls_prop", ".3f", claim="[CLS] with proportional attention"),
+    Column("tokens, prop.", "tokens_prop", ".3f", claim="tokens with it"),
+)
 
 
 def written(value: float, form: str, scale: float = 1.0) -> str:
     return "-" if math.isnan(value) else "exact" if math.isinf(value) else format(scale * value, form)
 
 
-def with_spread(row: Row, field: str, form: str, scale: float = 1.0) -> str:
+def with_spread(row: Row, column: Column) -> str:
     """The number, or for random tokens mean ± standard deviation over the seeds."""
+    _, field, form, scale, *_ = column
     values = [getattr(quality, field) for quality in row.spread]
     if not values or not all(math.isfinite(value) for value in values):
         return written(getattr(row.quality, field), form, scale)
@@ -24,11 +50,11 @@ def with_spread(row: Row, field: str, form: str, scale: float = 1.0) -> str:
     return f"{mean:{form}} ± {deviation:{form}}"
 
 
-def quality_table(rows: list[Row]) -> Table:
+def quality_table(rows: list[Row], columns: tuple[Column, ...] = PIXELS) -> Table:
     patches = len(rows[0].result.assignment)
     table = Table(title=f"{patches} patches condensed, four ways", title_justify="left", title_style="bold")
     table.add_column("method", no_wrap=True)
-    for name in ("kept", "anchors", "background", "redundancy %", "RMSE", "PSNR dB", "detail dB"):
+    for name in ("kept", "anchors", "background", *(column.header for column in columns)):
         table.add_column(name, justify="right")
     for row in rows:
         result = row.result
@@ -38,32 +64,29 @@ def quality_table(rows: list[Row]) -> Table:
             str(result.size),
             str(len(result.anchors)) if ours else "-",
             str(len(result.background)) if ours else "-",
-            with_spread(row, "redundancy", ".1f", 100),
-            with_spread(row, "rmse", ".4f"),
-            with_spread(row, "psnr", ".2f"),
-            with_spread(row, "detail", ".2f"),
+            *(with_spread(row, column) for column in columns),
             style="bold" if ours else "",
         )
     return table
 
 
-def beats_ours(row: Row, ours: Quality, field: str) -> bool:
-    values = [getattr(quality, field) for quality in row.spread or [row.quality]]
+def beats_ours(row: Row, ours: Any, column: Column) -> bool:
+    values = [getattr(quality, column.field) for quality in row.spread or [row.quality]]
     value = statistics.mean(values) if all(math.isfinite(v) for v in values) else values[0]
-    own = getattr(ours, field)
-    return value < own if field == "redundancy" else value > own
+    own = getattr(ours, column.field)
+    return value < own if column.less else value > own
 
 
-def verdict(rows: list[Row]) -> str:
+def verdict(rows: list[Row], columns: tuple[Column, ...] = PIXELS) -> str:
     """Who beats ours, said in words, so that nobody has to look for it."""
     parts = []
-    for field, what in (("psnr", "PSNR"), ("detail", "detail PSNR"), ("redundancy", "redundancy")):
-        better = [row.title.split(",")[0].split(" (")[0] for row in rows[1:] if beats_ours(row, rows[0].quality, field)]
+    for column in sorted(filter(lambda column: column.claim, columns), key=lambda column: column.less):
+        better = [row.title.split(",")[0].split(" (")[0] for row in rows[1:] if beats_ours(row, rows[0].quality, column)]
         if not better:
-            parts.append(f"none beats it on {what}")
+            parts.append(f"none beats it on {column.claim}")
         else:
             listed = " and ".join(filter(None, [", ".join(better[:-1]), better[-1]]))
-            parts.append(f"{listed} {'beats' if len(better) == 1 else 'beat'} it on {what}")
+            parts.append(f"{listed} {'beats' if len(better) == 1 else 'beat'} it on {column.claim}")
     return "select_and_merge against the others on this picture: " + "; ".join(parts) + "."
 
 
