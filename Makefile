@@ -14,6 +14,7 @@ COMPAT_TRANSFORMERS ?= transformers==5.18.0 transformers==5.19.0 transformers
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
+VISION := $(shell sed -n 's/^vision = \["[^"]*", \(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
@@ -28,7 +29,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -36,10 +37,13 @@ help: ## this list
 demo: $(VENV)/installed ## condense a picture: prints a table, writes demo.png
 	$(RUN) -m condense_kernels demo $(ARGS)
 
+demo-vision: $(VENV)/vision ## the same with a model's attention: writes demo-vision.png and -sheet.png
+	$(RUN) -m condense_kernels demo --score dinov2 $(ARGS)
+
 test: $(VENV)/installed ## run the tests
 	$(RUN) $(TEST) -m "not slow" $(ARGS)
 
-test-full: $(VENV)/installed $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
+test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
@@ -78,7 +82,7 @@ compat: $(COMPAT:=/status) $(MODELS:=/status) ## test one wheel on several torch
 	@for env in $(COMPAT) $(MODELS); do test "$$(cat $$env/status)" = 0 || exit 1; done
 
 clean: ## remove what was built; the packages in .venv stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo.png
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo*.png
 	rm -f condense_kernels/_C.abi3.so condense_kernels/_not_built.txt $(VENV)/installed
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
@@ -109,6 +113,12 @@ $(VENV)/installed: $(VENV)/torch $(CPP) $(SCHEMAS) setup.py pyproject.toml conde
 	    cat condense_kernels/_not_built.txt >&2; \
 	    echo "To build them then: make clean, then CONDENSE_BUILD_EXT=1 make $(MAKECMDGOALS)" >&2; \
 	fi
+	@touch $@
+
+# cli and models are there with the tests' requirements.
+$(VENV)/vision: $(VENV)/installed pyproject.toml
+	@echo "installing $(VISION)"
+	@$(PIP) install --quiet $(VISION)
 	@touch $@
 
 $(VENV)/ray: $(VENV)/installed pyproject.toml

@@ -9,7 +9,7 @@ from PIL import Image
 
 from condense_kernels import __main__, __version__, testing
 from condense_kernels._dispatch import backends, environment
-from condense_kernels.cli import check, demo, env, methods, patches, tables
+from condense_kernels.cli import check, demo, env, methods, patches, photographs, tables
 from condense_kernels.testing import inputs
 
 CPP_OR_REFERENCE = "reference" if backends.unavailable("cpp", torch.device("cpu")) else "cpp"
@@ -70,7 +70,7 @@ def test_demo_numbers_several_pictures(capsys, tmp_path, picture, quick_demo):
 
 
 def test_demo_brings_its_picture():
-    assert patches.open_picture(demo.default_picture(), 28).shape == (28, 28, 3)
+    assert patches.open_picture(photographs.HOPPER.path, 28).shape == (28, 28, 3)
 
 
 @pytest.mark.parametrize(

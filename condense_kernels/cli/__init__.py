@@ -16,13 +16,13 @@ class CommandError(Exception):
 
 
 class MissingPackage(CommandError):
-    """Something of the extra "cli" is not installed."""
+    """Something of an extra is not installed."""
 
-    def __init__(self, package: str):
-        super().__init__(f"needs {package}: pip install {package}")
+    def __init__(self, package: str, remedy: str = ""):
+        super().__init__(f"needs {package}: {remedy or f'pip install {package}'}")
 
 
-def need(*packages: str) -> None:
+def need(*packages: str, remedy: str = "") -> None:
     """Raise MissingPackage for the first package that is not installed; ``packages`` are import names."""
     for package in packages:
         try:
@@ -30,7 +30,7 @@ def need(*packages: str) -> None:
         except ValueError:  # sys.modules[package] is None
             found = False
         if not found:
-            raise MissingPackage({"PIL": "pillow"}.get(package, package))
+            raise MissingPackage({"PIL": "pillow"}.get(package, package), remedy)
 
 
 def make_console() -> "Console":

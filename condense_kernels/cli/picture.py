@@ -43,15 +43,15 @@ def draw_boundaries(axes, label: torch.Tensor, side: int, colour: str, width: fl
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting"))
 
 
-def draw_outlines(axes, patches: list[int], side: int, colour: str) -> None:
+def draw_outlines(axes, patches: list[int], side: int, colour: str, width: float) -> None:
     from matplotlib.patches import Rectangle
 
     for patch in patches:
         corner = (patch % side * PATCH + 0.5, patch // side * PATCH + 0.5)
-        axes.add_patch(Rectangle(corner, PATCH - 2, PATCH - 2, fill=False, edgecolor=colour, linewidth=2))
+        axes.add_patch(Rectangle(corner, PATCH - 2, PATCH - 2, fill=False, edgecolor=colour, linewidth=width))
 
 
-def draw_kept(axes, picture: torch.Tensor, result: Result, side: int) -> None:
+def draw_kept(axes, picture: torch.Tensor, result: Result, side: int, width: float = 2) -> None:
     """Kept patches in full colour with an outline, the others faded; for pooling the blocks."""
     own = torch.zeros(side * side, 1, dtype=picture.dtype, device=picture.device)
     own[result.anchors + result.background + result.kept] = 1
@@ -60,7 +60,7 @@ def draw_kept(axes, picture: torch.Tensor, result: Result, side: int) -> None:
     if result.blocks:
         draw_boundaries(axes, result.assignment, side, KEPT, 1.5)
     for patches, colour in ((result.anchors, ANCHOR), (result.background, BACKGROUND), (result.kept, KEPT)):
-        draw_outlines(axes, patches, side, colour)
+        draw_outlines(axes, patches, side, colour, width)
 
 
 def mean_colours(result: Result, side: int) -> torch.Tensor:

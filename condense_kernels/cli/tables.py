@@ -31,8 +31,8 @@ TOKENS = (
     Column("redundancy %", "redundancy", ".1f", 100, "redundancy", less=True),
     Column("[CLS]", "cls", ".3f", claim="[CLS]"),
     Column("tokens", "tokens", ".3f", claim="tokens"),
-    Column("[CLS], prop.", "cls_prop", ".3f", claim="[CLS] with proportional attention"),
-    Column("tokens, prop.", "tokens_prop", ".3f", claim="tokens with it"),
+    Column("[CLS] prop.", "cls_prop", ".3f", claim="[CLS] with proportional attention"),
+    Column("tokens prop.", "tokens_prop", ".3f", claim="tokens with it"),
 )
 
 
@@ -50,20 +50,18 @@ def with_spread(row: Row, column: Column) -> str:
     return f"{mean:{form}} ± {deviation:{form}}"
 
 
-def quality_table(rows: list[Row], columns: tuple[Column, ...] = PIXELS) -> Table:
-    patches = len(rows[0].result.assignment)
-    table = Table(title=f"{patches} patches condensed, four ways", title_justify="left", title_style="bold")
+def quality_table(rows: list[Row], columns: tuple[Column, ...] = PIXELS, what: str = "patches") -> Table:
+    title = f"{len(rows[0].result.assignment)} {what} condensed, four ways; kept are anchors + background"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("method", no_wrap=True)
-    for name in ("kept", "anchors", "background", *(column.header for column in columns)):
+    for name in ("kept", *(column.header for column in columns)):
         table.add_column(name, justify="right")
     for row in rows:
         result = row.result
         ours = bool(result.anchors or result.background)
         table.add_row(
             row.title.replace("median", "mean") if row.spread else row.title,
-            str(result.size),
-            str(len(result.anchors)) if ours else "-",
-            str(len(result.background)) if ours else "-",
+            f"{len(result.anchors)} + {len(result.background)}" if ours else str(result.size),
             *(with_spread(row, column) for column in columns),
             style="bold" if ours else "",
         )
@@ -81,7 +79,9 @@ def verdict(rows: list[Row], columns: tuple[Column, ...] = PIXELS) -> str:
     """Who beats ours, said in words, so that nobody has to look for it."""
     parts = []
     for column in sorted(filter(lambda column: column.claim, columns), key=lambda column: column.less):
-        better = [row.title.split(",")[0].split(" (")[0] for row in rows[1:] if beats_ours(row, rows[0].quality, column)]
+        better = [
+            row.title.split(",")[0].split(" (")[0] for row in rows[1:] if beats_ours(row, rows[0].quality, column)
+        ]
         if not better:
             parts.append(f"none beats it on {column.claim}")
         else:
