@@ -169,6 +169,7 @@ def test_demo_draws_the_first_picture_and_a_sheet(capsys, tmp_path, picture, sma
     for path in (output, tmp_path / "seen-sheet.png"):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.height > 800
+            assert image.convert("RGB").getpixel((0, image.height - 1)) == (255, 255, 255)
         assert f"wrote {path}" in out
     for words in ("picture.png", "grace_hopper.jpg", "[CLS]", "prop.", "pooling, 3 x 3", "random (mean of 3)", "beat"):
         assert words in out

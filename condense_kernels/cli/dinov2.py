@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import attention_scores
 from . import CommandError, MissingPackage, need
 
 EXTRA = "pip install '.[vision]' in the checkout"
@@ -93,10 +94,10 @@ def load_model(device: torch.device | str = "cpu") -> Any:
     return model.to(device)
 
 
-def attention(block: Any, hidden: torch.Tensor, queries: slice) -> torch.Tensor:  # [1, L, D] -> [1, L]
-    """What the patches and [CLS] get of the queries' attention in this block, mean over queries and heads.
+def attention(block: Any, hidden: torch.Tensor, queries: slice) -> torch.Tensor:  # [1, 1 + N, D] -> [1, N]
+    """What the patches get of the queries' attention in this block: from its own projections, so that no map is stored.
 
-    From the block's own projections, so that nothing has to be stored on the way: for [CLS], one row.
+    ``hidden`` is what goes into the block.
     """
     own = block.attention
     x = block.norm1(hidden)
@@ -104,7 +105,7 @@ def attention(block: Any, hidden: torch.Tensor, queries: slice) -> torch.Tensor:
         y.unflatten(2, (own.num_attention_heads, own.head_dim)).transpose(1, 2)
         for y in (own.q_proj(x[:, queries]), own.k_proj(x))
     )
-    return (q @ k.mT * own.scaling).softmax(dim=-1).mean(dim=(1, 2))
+    return attention_scores(q, k, scale=own.scaling, columns=(1, None))
 
 
 def encode(model: Any, picture: torch.Tensor, queries: slice = slice(1)) -> Tokens:
@@ -114,7 +115,7 @@ def encode(model: Any, picture: torch.Tensor, queries: slice = slice(1)) -> Toke
     scores = hidden
     for block in model.encoder.layer[:BEFORE]:
         if block is model.encoder.layer[BEFORE - 1]:
-            scores = attention(block, hidden, queries)[:, 1:]
+            scores = attention(block, hidden, queries)
         hidden = block(hidden)
     return Tokens(hidden[:, :1], hidden[:, 1:], scores, finish(model, hidden))
 
