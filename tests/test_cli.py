@@ -162,6 +162,9 @@ def test_methods_share_budget_and_stages():
     assert torch.equal(ours.result.merged, whole.merged[0])
     assert top.result.kept == sorted(inputs.scores[0].topk(9).indices.tolist())
     assert torch.equal(pooled.result.assignment.bincount(), torch.full((9,), 4))
+    block = [0, 1, 6, 7]
+    torch.testing.assert_close(pooled.result.merged[0], inputs.features[0, block].mean(dim=0))
+    torch.testing.assert_close(pooled.result.keys[0], inputs.keys[0, block].mean(dim=0))
     assert len(random.spread) == methods.RANDOM_SEEDS
 
 
