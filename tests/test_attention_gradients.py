@@ -114,7 +114,9 @@ def test_transforms_of_torch_func():
     f = lambda q, k: public(q, k, rows=LISTED, causal=True).square().sum()  # noqa: E731
     g = lambda q, k: plain(q, k, rows=LISTED, causal=True).square().sum()  # noqa: E731
     torch.testing.assert_close(grad(f, (0, 1))(Q, K), grad(g, (0, 1))(Q, K))
-    torch.testing.assert_close(jvp(f, (Q, K), (K[:, :1, :5].expand_as(Q), K)), jvp(g, (Q, K), (K[:, :1, :5].expand_as(Q), K)))
+    torch.testing.assert_close(
+        jvp(f, (Q, K), (K[:, :1, :5].expand_as(Q), K)), jvp(g, (Q, K), (K[:, :1, :5].expand_as(Q), K))
+    )
     small = Q[:1, :2, :2], K[:1, :1, :3]
     for transform in (jacrev, hessian):
         f, g = lambda q, k: public(q, k).square().sum(), lambda q, k: plain(q, k).square().sum()
@@ -199,7 +201,9 @@ def test_nan_stays_with_those_who_see_it():
     assert of_queries[1].isfinite().all() and of_keys[1].isfinite().all()
     broken = QT.clone()
     broken[4] = torch.nan  # a segment of one token
-    of_queries, of_keys = packed_gradients.attention_scores_varlen_backward(slopes[0, :, :1].expand(-1, 12), broken, KT, CU, 7)
+    of_queries, of_keys = packed_gradients.attention_scores_varlen_backward(
+        slopes[0, :, :1].expand(-1, 12), broken, KT, CU, 7
+    )
     others = torch.arange(12) != 4
     assert of_queries[others].isfinite().all() and of_keys[others].isfinite().all() and of_keys[4].isnan().all()
 

@@ -170,9 +170,9 @@ def test_a_row_that_sees_no_key_counts_with_zeros(backend):
     causal = run(backend, queries, keys, causal=True)  # the first two of six queries see none of four keys
     torch.testing.assert_close(causal.sum(dim=2), torch.full((2, 2), 4 / 6))
     infinite = torch.full((2, 2, 6), -torch.inf)
-    assert run(backend, queries, keys, lse=infinite).eq(0).all() and run(backend, queries, keys, lse=-infinite).eq(
-        0
-    ).all()
+    assert (
+        run(backend, queries, keys, lse=infinite).eq(0).all() and run(backend, queries, keys, lse=-infinite).eq(0).all()
+    )
 
 
 @pytest.mark.parametrize("value", [6, -2])
