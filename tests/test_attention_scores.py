@@ -13,7 +13,7 @@ import torch
 import condense_kernels as ck
 from condense_kernels._dispatch import backends
 from condense_kernels.ops.attention_scores import reference
-from condense_kernels.testing import assert_same_bits, exact_attention
+from condense_kernels.testing import assert_same_bits, exact_attention, unit_roundoff
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = ("rows", "mask", "lse", "scale", "causal")
@@ -129,6 +129,18 @@ def test_what_is_far_below_counts_as_nothing(fast):
     scores = run(fast, queries, keys, scale=1.0)[0, 0]
     assert scores[0] == 1 and scores[2:].tolist() == [0, 0]
     torch.testing.assert_close(scores[1].item(), torch.tensor(-80.0).exp().item(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_exponential(dtype, fast):
+    """With a normaliser of 1 it is what comes out: to a few roundings, and three more for each unit of its argument."""
+    if fast == "triton" and dtype == torch.float64:
+        pytest.skip("fp64 is for CPU tensors, as the contract says")
+    x = torch.cat([torch.linspace(-2, 2, 4001), torch.linspace(-85, 85, 1001)]).to(dtype)
+    ones = torch.ones(1, 1, 1, 1, dtype=dtype)
+    p = run(fast, ones, x.reshape(1, 1, -1, 1), scale=1.0, lse=torch.zeros(1, 1, 1))[0, 0]
+    error = (p.double() / x.double().exp() - 1).abs()
+    assert (error <= unit_roundoff(dtype) * (6 + 3 * x.abs())).all()
 
 
 def test_a_scale_of_zero_is_attention_to_all_alike(backend):

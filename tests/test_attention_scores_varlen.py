@@ -94,6 +94,13 @@ def test_decreasing_offsets_do_no_harm(offsets, backend):
     assert scores.isfinite().all() and (scores >= 0).all() and scores.sum() <= 4 * len(offsets) + 1e-3
 
 
+def test_no_token_belongs_to_two_segments(cpp):
+    """Else two threads would write its score."""
+    queries, keys = tokens()
+    decreasing, apart = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 90, 40, 151], [0, 90, 90, 151]))
+    assert_same_bits(run(cpp, queries, keys, decreasing, 151), run(cpp, queries, keys, apart, 151))
+
+
 def test_nan_stays_in_its_segment(backend):
     queries, keys = tokens()
     expected = run(backend, queries, keys)
