@@ -17,6 +17,7 @@ from ..._triton.tables import AttentionConfig
 from ..similarity.kernel import load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponents are of 2, as the hardware's are
+NONE = tl.constexpr(-0x7FFFFFFF)  # below every key that a query may see last
 NEVER_SPECIAL = ["M", "N", "R", "num_blocks", "group"]  # else compiled again for a 1, and for multiples of 16
 
 
@@ -32,13 +33,14 @@ def slots_of_image(packed, pid_b, M, N, R):
 
 @triton.jit
 def chosen_queries(rows_ptr, slots, stride_r, M, R):
-    """The queries in some slots, and whether there is one: -1 is none, and so is whatever is not in [0, M)."""
-    query = slots.to(tl.int64)
+    """The queries in some slots, NONE where a row is -1 or whatever else is not in [0, M)."""
     exists = slots < R
+    query = slots
     if rows_ptr is not None:
-        query = tl.load(rows_ptr + query * stride_r, mask=exists, other=-1)
-    exists = exists & (query >= 0) & (query < M)
-    return tl.where(exists, query, 0), exists
+        row = tl.load(rows_ptr + slots.to(tl.int64) * stride_r, mask=exists, other=-1)
+        query = tl.where(row >> 32 == 0, row.to(tl.int32), -1)  # narrow at once: a thread has one for every column
+        exists = (query >= 0) & (query < M)
+    return tl.where(exists, query, NONE)
 
 
 @triton.jit
@@ -57,6 +59,8 @@ def logit_tile(
     DK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """[I, J] logits, in units of log 2, of the rows that a program holds with others; long ones are read again."""
+    offs_i = offs_i.to(tl.int64)
+    offs_j = offs_j.to(tl.int64)
     acc = tl.zeros([offs_i.shape[0], offs_j.shape[0]], tl.float32)
     if DK <= BLOCK_D:
         acc = product(held, load_rows(ptr, offs_j, 0, stride_j, stride_j_d, DK, BLOCK_D), acc)
@@ -97,27 +101,29 @@ def attention_lse_kernel(
     if rows_ptr is not None:
         rows_ptr += at_b * stride_row_b
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query, exists = chosen_queries(rows_ptr, slots, stride_row_r, M, R)
-    held = load_rows(queries_ptr, query, 0, stride_query_m, stride_query_d, DK, BLOCK_D)
+    query = chosen_queries(rows_ptr, slots, stride_row_r, M, R)
+    last = query + (N - M)  # of the keys that it sees, if CAUSAL
+    query = tl.maximum(query, 0)
+    held = load_rows(queries_ptr, query.to(tl.int64), 0, stride_query_m, stride_query_d, DK, BLOCK_D)
 
-    stop = N
-    if CAUSAL:
-        stop = tl.minimum(N, tl.max(tl.where(exists, query, -1), axis=0) + 1 + N - M).to(tl.int32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    stop = N
+    if CAUSAL:
+        stop = tl.minimum(N, tl.max(last, axis=0) + 1)
     for start in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
         offs_n = start + tl.arange(0, BLOCK_N)
-        keys = tl.minimum(offs_n, N - 1).to(tl.int64)
+        keys = tl.minimum(offs_n, N - 1)
         logits = logit_tile(
             held, queries_ptr, query, stride_query_m, stride_query_d, keys_ptr, keys, stride_key_n, stride_key_d,
             factor, num_channels, DK, BLOCK_D,
         )  # fmt: skip
-        visible = offs_n < N
         if mask_ptr is not None:
-            visible = visible & (tl.load(mask_ptr + at_b * stride_mask_b + keys * stride_mask_n) != 0)
-        visible = visible[None, :]
+            present = tl.load(mask_ptr + at_b * stride_mask_b + keys.to(tl.int64) * stride_mask_n) != 0
+            offs_n = tl.where(present, offs_n, N)  # which none sees
+        visible = (offs_n < N)[None, :]
         if CAUSAL:
-            visible = visible & (offs_n[None, :] <= query[:, None] + N - M)
+            visible = visible & (offs_n[None, :] <= last[:, None])
         logits = tl.where(visible, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
@@ -158,8 +164,8 @@ def attention_columns_kernel(
     if rows_ptr is not None:
         rows_ptr += at_b * stride_row_b
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    keys = tl.minimum(offs_n, N - 1).to(tl.int64)
-    held = load_rows(keys_ptr, keys, 0, stride_key_n, stride_key_d, DK, BLOCK_D)
+    keys = tl.minimum(offs_n, N - 1)
+    held = load_rows(keys_ptr, keys.to(tl.int64), 0, stride_key_n, stride_key_d, DK, BLOCK_D)
 
     first = tl.zeros([], tl.int32)
     if CAUSAL and rows_ptr is None:  # the queries before see none of these keys
@@ -168,27 +174,27 @@ def attention_columns_kernel(
     counts = tl.zeros([BLOCK_M], tl.int32)
     for start in tl.range(first, R, BLOCK_M, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_M)
-        query, exists = chosen_queries(rows_ptr, slots, stride_row_r, M, R)
+        query = chosen_queries(rows_ptr, slots, stride_row_r, M, R)
+        at = tl.maximum(query, 0)
         if GIVEN:
-            lse = tl.load(lse_ptr + query * stride_lse_r) * LOG2E
+            lse = tl.load(lse_ptr + at.to(tl.int64) * stride_lse_r) * LOG2E
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key: zeros
         else:
-            lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=exists, other=0.0)
+            lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=slots < R, other=0.0)
         logits = logit_tile(
-            held, keys_ptr, keys, stride_key_n, stride_key_d, queries_ptr, query, stride_query_m, stride_query_d,
+            held, keys_ptr, keys, stride_key_n, stride_key_d, queries_ptr, at, stride_query_m, stride_query_d,
             factor, num_channels, DK, BLOCK_D,
         )  # fmt: skip
-        visible = (exists & (lse != float("-inf")))[None, :]
-        if CAUSAL:
-            visible = visible & (offs_n[:, None] <= query[None, :] + N - M)
+        visible = (offs_n - (N - M))[:, None] <= query[None, :] if CAUSAL else (query >= 0)[None, :]
         sums += tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
-        counts += exists.to(tl.int32)
+        counts += (query >= 0).to(tl.int32)
     count = M
     if rows_ptr is not None:
         count = tl.sum(counts, axis=0)
 
     mean = tl.div_rn(sum_in_pairs(sums), tl.full([BLOCK_N], 1.0, tl.float32) * tl.maximum(count, 1))
     if mask_ptr is not None:
-        mean = tl.where(tl.load(mask_ptr + at_b * stride_mask_b + keys * stride_mask_n) != 0, mean, 0.0)
+        mean = tl.where(tl.load(mask_ptr + at_b * stride_mask_b + keys.to(tl.int64) * stride_mask_n) != 0, mean, 0.0)
     scores_ptr += at_b * stride_score_b + pid_h * stride_score_h
     tl.store(scores_ptr + offs_n.to(tl.int64) * stride_score_n, mean, mask=offs_n < N)
 
