@@ -17,7 +17,7 @@ from ..._triton.tables import AttentionConfig
 from ..similarity.kernel import load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponents are of 2, as the hardware's are
-NONE = tl.constexpr(-0x7FFFFFFF)  # below every key that a query may see last
+NONE = tl.constexpr(-(2**30))  # no query: below the place of every key, also less or plus a number of tokens
 NEVER_SPECIAL = ["M", "N", "R", "num_blocks", "group"]  # else compiled again for a 1, and for multiples of 16
 
 
@@ -179,10 +179,11 @@ def attention_columns_kernel(
     for start in tl.range(first, R, BLOCK_M, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_M)
         query = chosen_queries(rows_ptr, slots, stride_row_r, M, R)
+        counts += (query >= 0).to(tl.int32)
         at = tl.maximum(query, 0)
         if GIVEN:
             lse = tl.load(lse_ptr + at.to(tl.int64) * stride_lse_r) * LOG2E
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key: zeros
+            query = tl.where(tl.abs(lse) == float("inf"), NONE, query)  # a row that saw no key, where lse is from
         else:
             lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=slots < R, other=0.0)
         logits = logit_tile(
@@ -191,7 +192,6 @@ def attention_columns_kernel(
         )  # fmt: skip
         visible = (offs_n - (N - M))[:, None] <= query[None, :] if CAUSAL else (query >= 0)[None, :]
         sums += tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
-        counts += (query >= 0).to(tl.int32)
     count = M
     if rows_ptr is not None:
         count = tl.sum(counts, axis=0)
