@@ -141,7 +141,7 @@ def attention_columns_kernel(
     keys_ptr,  # [B, Hkv, N, d]
     rows_ptr,  # [B, R] or None
     mask_ptr,  # [B, N] or None
-    lse_ptr,  # [B, Hq, R] from the launch before, or GIVEN: [B, Hq, M], natural
+    lse_ptr,  # [B, Hq, R] from the launch before, or GIVEN: [B, Hq, M], the natural logarithm
     scores_ptr,  # [B, Hq, N]
     stride_query_b, stride_query_h, stride_query_m, stride_query_d,  # but for the last, these strides are in UNITs
     stride_key_b, stride_key_h, stride_key_n, stride_key_d,
@@ -182,7 +182,7 @@ def attention_columns_kernel(
         counts += (query >= 0).to(tl.int32)
         at = tl.maximum(query, 0)
         if GIVEN:
-            lse = tl.load(lse_ptr + at.to(tl.int64) * stride_lse_r) * LOG2E
+            lse = (tl.load(lse_ptr + at.to(tl.int64) * stride_lse_r) * LOG2E).to(tl.float32)
             query = tl.where(tl.abs(lse) == float("inf"), NONE, query)  # a row that saw no key, where lse is from
         else:
             lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=slots < R, other=0.0)
@@ -266,7 +266,7 @@ def attention_scores(
     *,
     rows: torch.Tensor | None = None,  # [R] or [B, R] int64 in [-1, M)
     mask: torch.Tensor | None = None,  # [B, N] bool
-    lse: torch.Tensor | None = None,  # [B, Hq, M] fp32
+    lse: torch.Tensor | None = None,  # [B, Hq, M] fp32 or fp64
     scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:

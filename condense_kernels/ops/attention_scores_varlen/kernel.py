@@ -12,7 +12,7 @@ def attention_scores_varlen(
     cu_seqlens: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     *,
-    lse: torch.Tensor | None = None,  # [Hq, T] fp32
+    lse: torch.Tensor | None = None,  # [Hq, T] fp32 or fp64
     scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
@@ -21,8 +21,9 @@ def attention_scores_varlen(
     num_tokens, heads, _ = queries.shape
     max_seqlen = min(max_seqlen, num_tokens)
     scores = queries.new_zeros((heads, num_tokens), dtype=torch.float32)  # and 0 they stay where there is no segment
-    if cu_seqlens.shape[0] > 1 and max_seqlen > 0 and heads > 0:
+    if cu_seqlens.shape[0] > 1 and max_seqlen > 0:
         packed = Packed.of(cu_seqlens, None, None, num_tokens, 0, max_seqlen)
         with on_device_of(queries):
-            launch_attention(queries.transpose(0, 1), keys.transpose(0, 1), None, None, lse, scale, causal, scores, packed)
+            by_head = queries.transpose(0, 1), keys.transpose(0, 1)
+            launch_attention(*by_head, None, None, lse, scale, causal, scores, packed)
     return scores
