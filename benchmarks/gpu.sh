@@ -50,6 +50,7 @@ step 90 "the suite itself: gates, baselines, rows" "${pytest[@]}" tests/test_ben
   -k "not memory and not pictures and not make_bench"
 step 150 "results against the reference, compiled kernels" "${pytest[@]}" -m gpu tests/test_gpu.py \
   tests/test_triton_varlen.py
+step 60 "attention scores against the reference, compiled kernels" "${pytest[@]}" tests/test_triton_attention.py
 
 if [ "$gpu" = 1 ] && command -v compute-sanitizer > /dev/null; then
   if compute-sanitizer --tool memcheck "$python" -c 'import torch; torch.ones(1).cuda()' > /dev/null 2>&1; then
@@ -70,7 +71,7 @@ else
 fi
 csv=$results/times.csv
 cut_off=fine
-for op in similarity greedy_select assign merge merge_backward; do
+for op in attention_scores similarity greedy_select assign merge merge_backward; do
   step 60 "time $op" "$python" benchmarks/bench_$op.py --shapes llava15-192 --rounds $rounds --csv "$csv"
 done
 shapes=(overhead llava15-64 llava15-192)
