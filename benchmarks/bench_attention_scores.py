@@ -1,5 +1,7 @@
 """attention_scores: the mean of every column of the attention map, against the map itself."""
 
+import functools
+
 import baselines
 import gates
 import torch
@@ -17,25 +19,28 @@ def by_head(tokens: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, H, N, d],
 
 def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:
     other = make(shape, seed=1, device=str(features.device))[0]  # or every token would see itself alone
-    queries, keys = by_head(features), by_head(other)
-    (b, heads, n, d), lse = queries.shape, baselines.log_normalisers(queries, keys)
+    attention_scores = torch.ops.condense.attention_scores
 
-    def side(call, q: torch.Tensor, k: torch.Tensor, **options) -> Side:
-        work = Work(2 * b * heads * n * n * d, q.nbytes + k.nbytes + 4 * b * heads * n)
+    def side(call, queries: torch.Tensor, keys: torch.Tensor, leaves_out: str = "") -> Side:
+        b, heads, n, d = queries.shape
         return Side(
-            lambda: call(q, k), lambda result: gates.check_attention(result, q, k), work, q.dtype, memory=True, **options
+            lambda: call(queries, keys),
+            lambda result: gates.check_attention(result, queries, keys),
+            Work(2 * b * heads * n * n * d, queries.nbytes + keys.nbytes + 4 * b * heads * n),
+            queries.dtype,
+            leaves_out,
+            memory=queries.dtype == torch.float32,
         )
 
-    half = queries.bfloat16(), keys.bfloat16()
-    half_lse = baselines.log_normalisers(*half)
-    attention_scores = torch.ops.condense.attention_scores
-    return {
-        "full map": side(baselines.attention_by_map, queries, keys, leaves_out="the same bits in every batch"),
-        "ours fp32": side(attention_scores, queries, keys),
-        "ours bf16": side(attention_scores, *half),
-        "ours fp32, lse given": side(lambda q, k: attention_scores(q, k, lse=lse), queries, keys),
-        "ours bf16, lse given": side(lambda q, k: attention_scores(q, k, lse=half_lse), *half),
-    }
+    result = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        queries, keys = by_head(features.to(dtype)), by_head(other.to(dtype))
+        if not result:
+            result["full map"] = side(baselines.attention_by_map, queries, keys, "the same bits in every batch")
+        result[f"ours {name}"] = side(attention_scores, queries, keys)
+        given = functools.partial(attention_scores, lse=baselines.log_normalisers(queries, keys))
+        result[f"ours {name}, lse given"] = side(given, queries, keys)
+    return result
 
 
 def test_attention_scores(shape_name, interleaved):

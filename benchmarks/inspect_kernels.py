@@ -157,16 +157,18 @@ def launches(launcher, args, kwargs) -> list[tuple]:
 
 
 def source_of(kernel, arguments: dict) -> ASTSource:
-    """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such."""
+    """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such, unless a kernel
+    wants none of that."""
     signature, constants, attributes = {}, {}, {}
 
-    def type_of(value, place: tuple[int, ...], constant: bool = False):
+    def type_of(value, place: tuple[int, ...], constant: bool = False, special: bool = True):
         if isinstance(value, tuple):
             return type(value)(*(type_of(field, (*place, i)) for i, field in enumerate(value)))
-        if constant or value is None or (isinstance(value, int) and value == 1):
+        special = special and isinstance(value, int)
+        if constant or value is None or (special and value == 1):
             constants[place] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return "*" + TYPES[value.dtype]
@@ -175,7 +177,8 @@ def source_of(kernel, arguments: dict) -> ASTSource:
         return "i32" if abs(value) < 2**31 else "i64"
 
     for i, parameter in enumerate(kernel.params):
-        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
+        special = not parameter.do_not_specialize
+        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr, special)
     return ASTSource(kernel, signature, constants, attributes)
 
 
