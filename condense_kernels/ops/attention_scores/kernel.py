@@ -185,13 +185,18 @@ def attention_columns_kernel(
             lse = (tl.load(lse_ptr + at.to(tl.int64) * stride_lse_r) * LOG2E).to(tl.float32)
             query = tl.where(tl.abs(lse) == float("inf"), NONE, query)  # a row that saw no key, where lse is from
         else:
-            lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=slots < R, other=0.0)
+            lse = tl.load(lse_ptr + slots.to(tl.int64) * stride_lse_r, mask=slots < R, other=float("inf"))
         logits = logit_tile(
             held, keys_ptr, keys, stride_key_n, stride_key_d, queries_ptr, at, stride_query_m, stride_query_d,
             factor, num_channels, DK, BLOCK_D,
         )  # fmt: skip
-        visible = (offs_n - (N - M))[:, None] <= query[None, :] if CAUSAL else (query >= 0)[None, :]
-        sums += tl.where(visible, tl.exp2(logits - lse[None, :]), 0.0)
+        weights = tl.exp2(logits - lse[None, :])
+        if CAUSAL:
+            weights = tl.where((offs_n - (N - M))[:, None] <= query[None, :], weights, 0.0)
+        elif GIVEN or rows_ptr is not None:
+            weights = tl.where((query >= 0)[None, :], weights, 0.0)
+        # else a slot past the end is query 0 over infinity: 0, or NaN where query 0 itself makes one of the column
+        sums += weights
     count = M
     if rows_ptr is not None:
         count = tl.sum(counts, axis=0)
