@@ -88,8 +88,9 @@ def attention_calls() -> dict[str, tuple]:
     text = {"rows": empty(2, 33, dtype=torch.int64), "causal": True}
     for d in (64, 128):  # chosen rows of a language model
         grouped = heads(700, 28, d, bf16), heads(700, 4, d, bf16)
-        cases[f"attention_scores rows d={d}"] = attention_scores, grouped, text | {"mask": empty(2, 700, dtype=torch.bool)}
-        cases[f"attention_scores rows, lse d={d}"] = attention_scores, grouped, text | {"lse": empty(2, 28, 700)}
+        mask, lse = empty(2, 700, dtype=torch.bool), empty(2, 28, 700)
+        cases[f"attention_scores rows d={d}"] = attention_scores, grouped, text | {"mask": mask}
+        cases[f"attention_scores rows, lse d={d}"] = attention_scores, grouped, text | {"lse": lse}
     packed = (empty(20000, 16, 80, dtype=bf16),) * 2
     cases["attention_scores_varlen"] = attention_scores_varlen, (*packed, empty(10, dtype=torch.int32), 2880), {}
     return cases

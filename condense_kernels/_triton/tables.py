@@ -159,7 +159,7 @@ class AttentionConfig:
 
     @classmethod
     def for_shape(cls, dtype: torch.dtype, d: int) -> "AttentionConfig":
-        # Counted: fp32 spills with 64 channels on sm_80 and sm_90, with 32 on no target. 16 is the least that tl.dot takes.
+        # Counted: fp32 spills with 64 channels on sm_80 and sm_90, with 32 on no target. tl.dot takes 16 or more.
         widest = 32 if dtype == torch.float32 else 128
         return _chosen(cls(block_d=min(max(next_power_of_2(d), 16), widest)))
 

@@ -93,9 +93,8 @@ def attention_lse_kernel(
     pid_b, block = image_of_block(packed, tl.program_id(0), num_blocks, BLOCK_M)
     pid_h = tl.program_id(1).to(tl.int64)
     at_b, M, N, R = slots_of_image(packed, pid_b, M, N, R)
-    if packed is not None:
-        if has_block(packed, N, block, BLOCK_M) == 0:
-            return
+    if has_block(packed, N, block, BLOCK_M) == 0:
+        return
     queries_ptr += (at_b * stride_query_b + pid_h * stride_query_h) * UNIT
     keys_ptr += (at_b * stride_key_b + pid_h // group * stride_key_h) * UNIT
     stride_query_m *= UNIT
@@ -157,9 +156,8 @@ def attention_columns_kernel(
     pid_b, block = image_of_block(packed, tl.program_id(0), num_blocks, BLOCK_N)
     pid_h = tl.program_id(1).to(tl.int64)
     at_b, M, N, R = slots_of_image(packed, pid_b, M, N, R)
-    if packed is not None:
-        if has_block(packed, N, block, BLOCK_N) == 0:
-            return
+    if has_block(packed, N, block, BLOCK_N) == 0:
+        return
     queries_ptr += (at_b * stride_query_b + pid_h * stride_query_h) * UNIT
     keys_ptr += (at_b * stride_key_b + pid_h // group * stride_key_h) * UNIT
     stride_query_m *= UNIT
