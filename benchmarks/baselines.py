@@ -49,6 +49,21 @@ def blocked_matmul(z: torch.Tensor, block: torch.Tensor) -> torch.Tensor:  # [N,
     return block
 
 
+# Attention (Eq. 1)
+
+
+def attention_by_map(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:  # [B, H, N, d] -> [B, H, N]
+    """The mean of every column, from the map; the scale goes to the smaller operand."""
+    logits = (queries * queries.shape[-1] ** -0.5) @ keys.mT
+    return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=-2)
+
+
+def log_normalisers(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:  # [B, H, N, d] -> [B, H, N]
+    """What FlashAttention hands out as softmax_lse."""
+    logits = queries.float() @ keys.float().mT * queries.shape[-1] ** -0.5
+    return logits.logsumexp(dim=-1)
+
+
 # FasterVLM
 
 

@@ -40,6 +40,18 @@ def ends(batch: int) -> Iterator[int]:
     yield from sorted({0, batch - 1})
 
 
+def check_attention(scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> None:  # [B, H, N], [B, H, N, d]
+    """An exponent is off by the roundings of a logit and of the normaliser; 2**-20 is for exponentials and sums."""
+    d = queries.shape[-1]
+    for b in ends(len(queries)):
+        for h in ends(queries.shape[1]):
+            q, k = queries[b, h].double() * d**-0.5, keys[b, h].double()
+            expected = torch.stack([(strip @ k.T).softmax(dim=-1).sum(dim=0) for strip in q.split(ROWS)]).sum(dim=0)
+            largest = max(float((strip.abs() @ k.abs().T).max()) for strip in q.split(ROWS))
+            bound = 2 * (d + 4) * EPS * (largest + 1) + 2.0**-20
+            hold(f"scores, image {b}, head {h}", (scores[b, h] * len(q) - expected).abs() / expected, bound)
+
+
 class Exact:
     """One image's similarities and means in fp64, each computed when first asked for; S is never kept whole."""
 

@@ -50,6 +50,8 @@ step 90 "the suite itself: gates, baselines, rows" "${pytest[@]}" tests/test_ben
   -k "not memory and not pictures and not make_bench"
 step 150 "results against the reference, compiled kernels" "${pytest[@]}" -m gpu tests/test_gpu.py \
   tests/test_triton_varlen.py
+step 75 "attention scores, compiled kernels" "${pytest[@]}" tests/test_triton_attention.py \
+  -k "real_models or nothing_waits or alone or (segments and 130 and bfloat16) or (reference and grouped and bfloat16)"
 
 if [ "$gpu" = 1 ] && command -v compute-sanitizer > /dev/null; then
   if compute-sanitizer --tool memcheck "$python" -c 'import torch; torch.ones(1).cuda()' > /dev/null 2>&1; then
@@ -73,6 +75,10 @@ cut_off=fine
 for op in similarity greedy_select assign merge merge_backward; do
   step 60 "time $op" "$python" benchmarks/bench_$op.py --shapes llava15-192 --rounds $rounds --csv "$csv"
 done
+shapes=(llava15-192)
+[ "$gpu" = 1 ] && shapes=(llava15-192 llava-next-global onevision)
+step 60 "time attention_scores" "$python" benchmarks/bench_attention_scores.py --shapes "${shapes[@]}" \
+  --rounds $rounds --csv "$csv"
 shapes=(overhead llava15-64 llava15-192)
 [ "$gpu" = 1 ] && shapes=(overhead llava15-64 llava15-128 llava15-192 llava15-192-projected llava15-64-batch8 \
   llava-next-crops llava-next-global onevision video-128 long-16384)

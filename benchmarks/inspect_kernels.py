@@ -39,6 +39,8 @@ from triton.compiler import ASTSource
 
 from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign
+from condense_kernels.ops.attention_scores.kernel import attention_scores
+from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -71,6 +73,27 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def select_and_merge_in_three(*args, **kwargs):
     with trying(FusedConfig, assign_in_select=True):
         return select_and_merge(*args, **kwargs)
+
+
+def attention_calls() -> dict[str, tuple]:
+    """Heads as encoders have them: [B, N, H, d], transposed."""
+
+    def heads(n: int, count: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+        return empty(2, n, count, d, dtype=dtype).transpose(1, 2)
+
+    bf16 = torch.bfloat16
+    cases = {}
+    for dtype, d in ((bf16, 64), (bf16, 72), (torch.float16, 64), (torch.float32, 64), (torch.float32, 80)):
+        cases[f"attention_scores {TYPES[dtype]} d={d}"] = (attention_scores, (heads(577, 16, d, dtype),) * 2, {})
+    text = {"rows": empty(2, 33, dtype=torch.int64), "causal": True}
+    for d in (64, 128):  # chosen rows of a language model
+        grouped = heads(700, 28, d, bf16), heads(700, 4, d, bf16)
+        mask, lse = empty(2, 700, dtype=torch.bool), empty(2, 28, 700)
+        cases[f"attention_scores rows d={d}"] = attention_scores, grouped, text | {"mask": mask}
+        cases[f"attention_scores rows, lse d={d}"] = attention_scores, grouped, text | {"lse": lse}
+    packed = (empty(20000, 16, 80, dtype=bf16),) * 2
+    cases["attention_scores_varlen"] = attention_scores_varlen, (*packed, empty(10, dtype=torch.int32), 2880), {}
+    return cases
 
 
 def calls() -> dict[str, tuple]:
@@ -114,7 +137,7 @@ def calls() -> dict[str, tuple]:
         packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3
         options = {"positions": empty(tokens, 2)}
         cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
-    return cases
+    return cases | attention_calls()
 
 
 def launches(launcher, args, kwargs) -> list[tuple]:
@@ -135,16 +158,18 @@ def launches(launcher, args, kwargs) -> list[tuple]:
 
 
 def source_of(kernel, arguments: dict) -> ASTSource:
-    """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such."""
+    """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such, unless a kernel
+    wants none of that."""
     signature, constants, attributes = {}, {}, {}
 
-    def type_of(value, place: tuple[int, ...], constant: bool = False):
+    def type_of(value, place: tuple[int, ...], constant: bool = False, special: bool = True):
         if isinstance(value, tuple):
             return type(value)(*(type_of(field, (*place, i)) for i, field in enumerate(value)))
-        if constant or value is None or (isinstance(value, int) and value == 1):
+        special = special and isinstance(value, int)
+        if constant or value is None or (special and value == 1):
             constants[place] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return "*" + TYPES[value.dtype]
@@ -153,7 +178,8 @@ def source_of(kernel, arguments: dict) -> ASTSource:
         return "i32" if abs(value) < 2**31 else "i64"
 
     for i, parameter in enumerate(kernel.params):
-        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
+        special = not parameter.do_not_specialize
+        signature[parameter.name] = type_of(arguments[parameter.name], (i,), parameter.is_constexpr, special)
     return ASTSource(kernel, signature, constants, attributes)
 
 

@@ -73,6 +73,52 @@ def cpp() -> str:
     return "cpp"
 
 
+@pytest.fixture
+def bounded(monkeypatch):
+    """The interpreter, held to what the tensors of a launch span."""
+    spans: list[tuple[int, int]] = []
+    launch, access = interpreter.GridExecutor.__call__, interpreter._interpreter
+
+    def note(value):
+        if isinstance(value, tuple):
+            for field in value:
+                note(field)
+        elif isinstance(value, torch.Tensor) and value.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            spans.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()))
+
+    def noted(self, *args, **kwargs):
+        spans.clear()
+        note((*args, *kwargs.values()))
+        return launch(self, *args, **kwargs)
+
+    def check(pointers, mask):
+        at = torch.from_numpy(pointers[mask].astype("int64"))
+        inside = torch.zeros(at.shape, dtype=torch.bool)
+        for start, stop in spans:
+            inside |= (at >= start) & (at < stop)
+        assert inside.all(), f"{int((~inside).sum())} accesses outside of the tensors"
+
+    class Checked:
+        def __getattr__(self, name):
+            return getattr(access, name)
+
+        def load(self, pointers, mask, *rest):
+            check(pointers, mask)
+            return access.load(pointers, mask, *rest)
+
+        def store(self, pointers, values, mask):
+            check(pointers, mask)
+            return access.store(pointers, values, mask)
+
+        def atomic_rmw(self, operation, pointers, values, mask, semantics):
+            check(pointers, mask)
+            return access.atomic_rmw(operation, pointers, values, mask, semantics)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    monkeypatch.setattr(interpreter, "_interpreter", Checked())
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory) -> str:
     """An interpreter without packages, as isolated builds run."""

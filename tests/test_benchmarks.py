@@ -21,7 +21,7 @@ import torch
 
 from condense_kernels._dispatch.declaration import OPERATORS as DECLARED
 
-OPERATORS = ("similarity", "greedy_select", "assign", "merge", "select_and_merge")
+OPERATORS = ("attention_scores", "similarity", "greedy_select", "assign", "merge", "select_and_merge")
 TINY = {f"tiny-{batch}": shapes.Shape(batch, (8, 9), 32, 12, 6) for batch in (1, 3)}
 
 
@@ -114,6 +114,7 @@ def off(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("op", "side", "outputs"),
     [
+        ("attention_scores", "ours fp32", ("scores",)),
         ("similarity", "ours fp32", ("s", "sbar", "g", "tier")),
         ("greedy_select", "ours", ("order",)),
         ("assign", "ours", ("assignment",)),

@@ -45,6 +45,8 @@ def test_registers(rows):
 def test_every_kernel_compiles_for_every_target(rows):
     kernels = {row["kernel"] for row in rows}
     assert kernels == {
+        "attention_lse_kernel",
+        "attention_columns_kernel",
         "similarity_tile_kernel",
         "similarity_means_kernel",
         "greedy_select_kernel",
@@ -68,6 +70,7 @@ MAY_SPILL = [
     ("N=16384", "select_kernel", ""),
     ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
     ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),
+    ("attention_scores rows, lse", "attention_columns_kernel", "sm_100"),  # a thread has the row of every column
 ]
 
 
@@ -115,13 +118,26 @@ def test_scores_are_rounded_twice(rows):
     assert [row for row in found if row["fused"]] == []
 
 
-def test_similarity_of_16_bit_keys_runs_on_matrix_units(rows):
+def test_16_bit_products_run_on_matrix_units(rows):
     kernels = ("similarity_tile_kernel", "update_kernel", "pick_kernel", "assign_streamed_kernel")
+    kernels += ("attention_lse_kernel", "attention_columns_kernel")
     found = [row for row in rows if row["kernel"] in kernels and "fp32" not in row["call"]]
     assert {row["kernel"] for row in found} == set(kernels)
     assert [row for row in found if not row["mma"]] == []
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_fp32_products_do_not(rows, target):
+    """Matrix units of NVIDIA take fp32 as tf32."""
+    kernels = ("similarity_tile_kernel", "attention_lse_kernel", "attention_columns_kernel")
+    found = [r for r in rows if r["target"] == target and r["kernel"] in kernels and " fp32 " in r["call"]]
+    assert {row["kernel"] for row in found} == set(kernels)
+    assert [row for row in found if row["mma"]] == []
+
+
 def test_keys_are_loaded_16_bytes_at_a_time(rows):
-    found = [row for row in rows if row["kernel"] == "similarity_tile_kernel"]
+    """Also where a head has 72 channels, which the compiler alone would not know to be a multiple of 16 bytes."""
+    kernels = ("similarity_tile_kernel", "attention_lse_kernel", "attention_columns_kernel")
+    found = [row for row in rows if row["kernel"] in kernels]
+    assert any("d=72" in row["call"] for row in found)
     assert found and [row for row in found if not row["loads16"]] == []

@@ -36,7 +36,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def is_on() -> bool:
-    return _debugging.get()
+    return not torch.compiler.is_compiling() and _debugging.get()
 
 
 def checked(op: str, kernel: Callable) -> Callable:

@@ -41,8 +41,8 @@ class Packed(NamedTuple):
     """
 
     cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor  # [S + 1]
-    cu_background: torch.Tensor  # [S + 1]
+    cu_anchors: torch.Tensor | None  # [S + 1]; None where nothing is kept
+    cu_background: torch.Tensor | None  # [S + 1], likewise
     odd_segments: int
     odd_tokens: int
     odd_keep: int
@@ -50,9 +50,9 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
-        offsets = (cu.contiguous() for cu in (cu_seqlens, cu_anchors, cu_background))
+        anchors, background = (None if cu is None else cu.contiguous() for cu in (cu_anchors, cu_background))
         sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen)
-        return cls(*offsets, *(2 * size + 1 for size in sizes))
+        return cls(cu_seqlens.contiguous(), anchors, background, *(2 * size + 1 for size in sizes))
 
     @property
     def num_segments(self) -> int:

@@ -148,6 +148,23 @@ class FusedConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """One tile for all numbers of queries and keys: the order of a sum depends on them alone."""
+
+    block_d: int  # channels at a time: all of a head's where it has no more, and then a program reads its own once
+    block_m: int = 64  # queries
+    block_n: int = 64  # keys
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def for_shape(cls, dtype: torch.dtype, d: int) -> "AttentionConfig":
+        # Counted: fp32 spills with 64 channels on sm_80 and sm_90, with 32 on no target. tl.dot takes 16 or more.
+        widest = 32 if dtype == torch.float32 else 128
+        return _chosen(cls(block_d=min(max(next_power_of_2(d), 16), widest)))
+
+
+@dataclass(frozen=True)
 class StreamConfig:
     """The launches of the path that never stores s. Its tiles are those of SimilarityConfig."""
 

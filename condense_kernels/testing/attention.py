@@ -50,7 +50,7 @@ def exact_attention(
     error = p * torch.expm1(off + shared + (16 + 4 * math.sqrt(n) + 4 * math.sqrt(m)) * eps)
     listed = torch.arange(m, dtype=torch.int64, device=q.device) if rows is None else rows
     times = (listed[..., None] == torch.arange(m, dtype=torch.int64, device=q.device)).sum(dim=-2)  # [M] or [B, M]
-    weights = (times / times.sum(dim=-1, keepdim=True).clamp(min=1)).double().reshape(-1, 1, m, 1)
+    weights = (times.double() / times.sum(dim=-1, keepdim=True).clamp(min=1)).reshape(-1, 1, m, 1)
     weighted = [torch.where(weights > 0, weights * y, 0).sum(dim=2) for y in (p, error)]
     tiny = torch.finfo(torch.float32).smallest_normal  # what is below counts as 0
     return ExactAttention(weighted[0], weighted[1] + tiny)

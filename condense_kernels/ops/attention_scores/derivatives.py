@@ -23,7 +23,7 @@ def refuse_lse(lse: torch.Tensor | None) -> None:
         raise ValueError(CONSTANT)
 
 
-def backward_operands(op: str, values: tuple, grad_scores: torch.Tensor) -> list:
+def backward_operands(op: str, values: list, grad_scores: torch.Tensor) -> list:
     """The backward operator's arguments: the gradient, and those of ``op`` less lse."""
     named = dict(zip((a.name for a in schema_of(op).arguments), values, strict=True))
     return [grad_scores, *(value for name, value in named.items() if name != "lse")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..._dispatch import debug
-from ..._dispatch.checks import FLOATS, as_count, check_count, check_grid, check_tensor, check_values, is_int
+from ..._dispatch.checks import FLOATS, as_count, check_grid, check_tensor, check_values, is_int
 from ..similarity.op import compute_dtype
 from .gradients import softmax_over
 
@@ -113,10 +113,10 @@ def is_one_row(rows: Any, queries: torch.Tensor) -> bool:
 
 
 def exists(rows: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """Which entries of a list are rows. Out of range are none on a GPU; on a CPU there can be no such thing."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and debug.has_values(rows):
-        if not torch._C._functorch.is_functorch_wrapped_tensor(rows):
-            check_values("rows", rows, -1, num_queries)
+    """Which entries of a list are rows. What is out of range is an error on a CPU, as in the operator, else none."""
+    wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(rows)
+    if rows.device.type == "cpu" and not wrapped and debug.has_values(rows):
+        check_values("rows", rows, -1, num_queries)
     return (rows >= 0) & (rows < num_queries)
 
 

@@ -92,7 +92,7 @@ def distinct_rows(rows: torch.Tensor, num_queries: int) -> Rows:
     first = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(rows)]
     exists = (ordered >= 0) & (ordered < num_queries)
     times = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
-    weight = torch.where(first & exists, times, 0) / exists.sum().clamp(min=1).double()
+    weight = torch.where(first & exists, times, 0).double() / exists.sum().clamp(min=1)
     return Rows(weight, torch.where(first & exists, ordered, num_queries))
 
 

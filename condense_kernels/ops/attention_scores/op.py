@@ -75,7 +75,7 @@ def flops(queries, keys, *, rows=None, mask=None, lse=None, scale=None, causal=F
 def look(queries, keys, *, rows=None, mask=None, lse=None, scale=None, causal=False) -> None:
     check_finite("queries", queries, ("image", "head", "row", "channel"))
     check_finite("keys", keys, ("image", "head", "token", "channel"), None if mask is None else mask[:, None])
-    if rows is not None:
+    if isinstance(rows, torch.Tensor):  # of the Python function, it may be an int
         m = queries.shape[2]
         axes = ("image", "entry")[2 - rows.dim() :]
         refuse("rows", rows, (rows < -1) | (rows >= m), f"values in [-1, {m})", axes, "Remedy: rows of queries.")
@@ -97,8 +97,8 @@ def examples(b: int) -> list[Example]:
 
 def check_backward(grad_scores, queries, keys, *, rows=None, mask=None, scale=None, causal=False) -> None:
     check(queries, keys, rows=rows, mask=mask, scale=scale, causal=causal)
-    b, hq, n = *queries.shape[:2], keys.shape[2]
-    check_tensor("grad_scores", grad_scores, "B Hq N", {"B": b, "Hq": hq, "N": n}, (compute_dtype(queries),), queries)
+    sizes = {"B": queries.shape[0], "Hq": queries.shape[1], "N": keys.shape[2]}
+    check_tensor("grad_scores", grad_scores, "B Hq N", sizes, (compute_dtype(queries),), queries)
 
 
 def fake_backward(grad_scores, queries, keys, *, rows=None, mask=None, scale=None, causal=False):

@@ -8,9 +8,7 @@ import torch
 from ..attention_scores.gradients import STRIP, Rows, image_gradients
 
 
-def segment_of_tokens(
-    cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def segment_of_tokens(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token its segment [T], and 1 / that one's length [T] fp64, 0 outside of all."""
     ends = cu_seqlens.long().clamp(0, num_tokens).cummax(dim=0).values
     token = torch.arange(num_tokens, dtype=torch.int64, device=cu_seqlens.device)

@@ -1,6 +1,6 @@
 import torch
 
-from ..._dispatch import backends, tracing
+from ..._dispatch import backends, debug, tracing
 from ..._dispatch.checks import MAX_TOKENS, as_count, check_count, check_not_empty, check_tensor
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, random
@@ -47,6 +47,9 @@ def flops(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal
     return pairs(queries, max_seqlen) * (2 * queries[2] + 7)
 
 
+REMEDY = "Remedy: varlen_budget, or torch.cumsum of the lengths."
+
+
 def look(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal=False) -> None:
     lengths = check_offsets(cu_seqlens, queries.shape[0])
     refuse("cu_seqlens", lengths, lengths > max_seqlen, f"at most max_seqlen = {max_seqlen}", ("image",), REMEDY)
@@ -54,9 +57,6 @@ def look(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal=
     check_finite("keys", keys, ("token", "head", "channel"))
     if lse is not None:
         refuse("lse", lse, lse.isnan(), "no NaN", ("head", "token"), "Remedy: look where it was computed.")
-
-
-REMEDY = "Remedy: varlen_budget, or torch.cumsum of the lengths."
 
 
 def check_offsets(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -178,8 +178,8 @@ def attention_scores_varlen(
         pool: an int that divides T and the length of each segment: the mean over so many consecutive tokens.
 
     Returns:
-        [T] fp32 (fp64 where queries are fp64), with ``pool`` [T / pool]; with ``heads=None`` [Hq, ...]. The tokens of no
-        segment, or of one that is longer than max_seqlen, have zeros. Differentiable in queries and keys.
+        [T] fp32 (fp64 where queries are fp64), with ``pool`` [T / pool]; with ``heads=None`` [Hq, ...]. The tokens of
+        no segment, or of one that is longer than max_seqlen, have zeros. Differentiable in queries and keys.
 
     Raises:
         TypeError, ValueError: a wrong rank, shape, dtype, device, count, scale, heads, pool or backend; lse where
@@ -188,8 +188,15 @@ def attention_scores_varlen(
     max_seqlen, pool = as_count("max_seqlen", max_seqlen), as_count("pool", pool)
     args, options = (queries, keys, cu_seqlens, max_seqlen), {"lse": lse, "scale": scale, "causal": causal}
     tracing.checked(check_call, args, options, heads, pool)
+    if pool is not None and debug.is_on() and debug.has_values(cu_seqlens):
+        check_groups(cu_seqlens, pool)
     scores = backends.run("attention_scores_varlen", backend, args, options)
     return forms.over_windows(forms.combine_heads(scores, heads, 0), pool, None)
+
+
+def check_groups(cu_seqlens: torch.Tensor, pool: int) -> None:
+    """Under the debug switch: no group of tokens is in two segments."""
+    refuse("cu_seqlens", cu_seqlens, cu_seqlens % pool != 0, f"multiples of pool = {pool}", ("offset",), REMEDY)
 
 
 def check_call(args, options, heads, pool) -> None:
