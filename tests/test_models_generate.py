@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from oracles import language_model_positions, pick, row_lengths
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo import MIXED
 
@@ -230,7 +231,7 @@ def test_a_streamer_gets_the_new_tokens():
     case = zoo.case("llava")
     got = []
 
-    class Streamer(transformers.generation.streamers.BaseStreamer):
+    class Streamer(BaseStreamer):
         def put(self, value):
             got.append(value)
 
