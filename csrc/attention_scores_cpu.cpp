@@ -3,8 +3,6 @@
 // A strip of kTile rows is multiplied with all keys, becomes probabilities where it lies, and is added up by columns:
 // a thread holds one strip. Strips are added in their order, so the sum does not depend on who computed them. Masked
 // keys are not packed: an image has the bits that it has without its padding.
-#include "attention_scores.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -13,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "attention_scores.h"
 #include "checks.h"
 
 namespace condense {
@@ -189,9 +188,7 @@ Rows rows_of_head(const Tensor& t, int64_t offset, int64_t n, int64_t stride_n) 
   return rows;
 }
 
-bool multiplies_in_pairs(const Rows& keys) {
-  return keys.dtype == Dtype::kBFloat16 && row_ops<float>().multiply_pairs;
-}
+bool multiplies_in_pairs(const Rows& keys) { return keys.dtype == Dtype::kBFloat16 && row_ops<float>().multiply_pairs; }
 
 template <class T>
 void attention_scores_of(const HeadGroup<T>& group, Crew& crew, const AttentionMemory<T>& memory) {

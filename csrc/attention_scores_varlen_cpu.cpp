@@ -1,7 +1,7 @@
 // Attention scores of a packed batch: every segment is an image, and runs the code of the dense operator.
 //
-// Offsets are data that nobody has checked: they are bounded before anything is read or written with them, and kept from
-// decreasing, so that no token belongs to two segments.
+// Offsets are data that nobody has checked: they are bounded before anything is read or written with them, and kept
+// from decreasing, so that no token belongs to two segments.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

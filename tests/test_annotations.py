@@ -67,6 +67,8 @@ OF_SCHEMAS = {
     "Optional[List[int]]": {Sequence[int], types.NoneType},
     "int": {int},
     "float": {float},
+    "Optional[float]": {float, types.NoneType},
+    "bool": {bool},
 }
 
 

@@ -220,9 +220,19 @@ def test_wrong_offsets_have_no_gradient_where_they_have_no_scores():
     cu = torch.tensor([-3, 2, 9, 99], dtype=torch.int32)  # of which the second, with 7, is longer than max_seqlen
     queries, keys = leaves(QT, KT)
     scores = ck.attention_scores_varlen(queries, keys, cu, 5, heads=None)
-    of_queries, of_keys = torch.autograd.grad(scores.square().sum(), (queries, keys))
+    of_queries, of_keys = torch.autograd.grad(scores, (queries, keys), torch.randn_like(scores))
     assert of_queries[2:9].eq(0).all() and of_keys[2:9].eq(0).all() and scores[:, 2:9].eq(0).all()
     assert of_keys[:2].ne(0).any() and of_keys[9:].ne(0).any()
+
+
+def test_decreasing_offsets_have_the_gradient_of_what_is_made_of_them(cpp):
+    slopes = torch.randn(HQ, 12, dtype=torch.float64)
+    found = []
+    for offsets in ([0, 9, 4, 12], [0, 9, 9, 12]):
+        inputs = leaves(QT, KT)
+        scores = ck.attention_scores_varlen(*inputs, torch.tensor(offsets, dtype=torch.int32), 12, heads=None)
+        found.append(torch.autograd.grad(scores, inputs, slopes))
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["queries", "keys"])

@@ -56,6 +56,9 @@ def forward(inputs, backend):
     yield from ck.condense(*inputs.args[:2], keep=0.5, **inputs.options, backend=backend)
     layer = ck.Condense(2, 1, spatial_weight=0.0, backend=backend)
     yield from layer(*inputs.args[:2])
+    heads = inputs.features[:, None], inputs.features[:, None].cos()
+    for form in ({"mask": inputs.mask, "causal": True}, {"rows": [0, 2]}, {"rows": 1}, {"over_rows": "mean_query"}):
+        yield ck.attention_scores(*heads, **form, backend=backend)
     yield ck.gather_tokens(out.indices, inputs.features)
     yield ck.unmerge(out.merged, out.assignment)
 

@@ -146,7 +146,7 @@ def by_image(mesh, *placements):
     placements = placements or [Shard(0)] * mesh.ndim
 
     def place(whole: torch.Tensor, name: str) -> DTensor:
-        shared = name == "positions" and whole.dim() == 2
+        shared = whole.dim() == {"positions": 2, "rows": 1}.get(name)
         return distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim if shared else placements)
 
     return place

@@ -25,8 +25,7 @@ def softmax_over(s: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:  #
     """Over the keys that are seen; zeros where none is."""
     if seen is None:
         return s.softmax(dim=-1)
-    blind = ~seen.any(dim=-1, keepdim=True)
-    return s.masked_fill(~(seen | blind), -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
+    return s.masked_fill(~seen, -torch.inf).softmax(dim=-1).masked_fill(~seen, 0)
 
 
 def finite(x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +43,7 @@ def strip_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a strip of rows gives: its own gradients, and its part of those of the keys."""
     groups_and_rows, counts = q.shape[1:3], weight[:, None] > 0
-    q = torch.where(counts, q, 0).flatten(1, 2)
+    q = q.flatten(1, 2)
     p = softmax_over((q @ k.mT * scale).unflatten(1, groups_and_rows), seen)
     of_p = slope[:, :, None] * weight[:, None]
     of_s = p * (of_p - (p * of_p).sum(dim=-1, keepdim=True)) * scale
