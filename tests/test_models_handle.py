@@ -31,7 +31,7 @@ def state_of(model) -> dict:
         hooks = {name: list(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")}
         config = getattr(module, "config", None)
         said = (config.to_json_string(use_diff=False), config._attn_implementation) if config is not None else None
-        state[path] = type(module), module.forward.__func__, attributes, hooks, said
+        state[path] = type(module), getattr(module.forward, "__func__", module.forward), attributes, hooks, said
     state["generation_config"] = (
         model.generation_config.to_json_string() if hasattr(model, "generation_config") else None
     )

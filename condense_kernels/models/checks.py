@@ -93,7 +93,8 @@ def resolve_family(model: Any, family: str | None) -> Family:
         return GENERIC
     if family not in FAMILIES:
         raise ValueError(
-            f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}. Remedy: None, which goes by config.model_type."
+            f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}. Remedy: None, "
+            "which goes by config.model_type."
         )
     return FAMILIES[family]
 
@@ -118,7 +119,7 @@ def filled_cache(inputs: Inputs) -> tuple[str, int] | None:
     return None
 
 
-def check_call(inputs: Inputs) -> None:
+def check_call(inputs: Inputs, family: Family) -> None:
     """Of a call with images."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
@@ -129,6 +130,13 @@ def check_call(inputs: Inputs) -> None:
         )
     if inputs.get("mm_encoder_outputs") is not None:
         raise ValueError("mm_encoder_outputs: expected None beside pixel_values, got some. Remedy: one of the two.")
+    for name in family.needs:
+        placed = name == "mm_token_type_ids" and inputs.get("position_ids") is not None  # which are made of it
+        if inputs.get(name) is None and not placed:
+            raise ValueError(
+                f"{name}: expected what the processor returned beside pixel_values, got None. Remedy: model(**inputs), "
+                "with all that the processor returned."
+            )
     check_cache(inputs)
     if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
         raise ValueError(

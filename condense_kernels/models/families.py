@@ -6,7 +6,7 @@ pools patches, and says on which grid each image's tokens lie.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ class Family:
     planes: tuple[str, ...] = ()  # further features of the same tokens, in the output of get_image_features
     crops: bool = False  # an image is several crops, packed by pack_image_features, and K is for each of them
     tile: Callable[[Any, Inputs], int] | None = None  # tokens of one image, where the output joins those of a prompt
+    needs: tuple[str, ...] = ()  # what its processor returns beside input_ids and pixel_values
+    hands_on: bool = False  # forward hands what it does not name on to get_image_features
 
 
 def idefics_tile(config: Any, inputs: Inputs) -> int:
@@ -104,20 +106,22 @@ def idefics_tile(config: Any, inputs: Inputs) -> int:
 
 
 GENERIC = Family()
-PIXTRAL = Family(layout=by_sizes, segments=patch_grids)
-QWEN = Family(layout=by_frames)
-QWEN3 = Family(layout=by_frames, planes=("deepstack_features",))
+LLAVA = Family(projector="multi_modal_projector", hands_on=True)
+CROPS = Family(projector="multi_modal_projector", crops=True, needs=("image_sizes",))
+PIXTRAL = Family(layout=by_sizes, segments=patch_grids, needs=("image_sizes",))
+QWEN = Family(layout=by_frames, needs=("image_grid_thw", "mm_token_type_ids"), hands_on=True)
+QWEN3 = replace(QWEN, planes=("deepstack_features",))
 FAMILIES = {
     "aya_vision": Family(),
     "gemma3": Family(),
-    "gemma4": Family(layout=by_positions),
+    "gemma4": Family(layout=by_positions, needs=("image_position_ids",)),
     "glm4v": QWEN,
     "glm4v_moe": QWEN,
     "idefics3": Family(tile=idefics_tile),
     "internvl": Family(projector="multi_modal_projector"),
-    "llava": Family(projector="multi_modal_projector"),
-    "llava_next": Family(projector="multi_modal_projector", crops=True),
-    "llava_onevision": Family(projector="multi_modal_projector", crops=True),
+    "llava": LLAVA,
+    "llava_next": CROPS,
+    "llava_onevision": CROPS,
     "mistral3": PIXTRAL,
     "paligemma": Family(),
     "qwen2_vl": QWEN,
@@ -134,7 +138,7 @@ def family_of(config: Any) -> Family | None:
     """None: this model has no row. LLaVA's goes by its encoder, too: Pixtral-12B is a LLaVA."""
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     if config.model_type == "llava" and vision == "pixtral":
-        return PIXTRAL
+        return replace(PIXTRAL, hands_on=True)
     return FAMILIES.get(config.model_type)
 
 
