@@ -102,6 +102,32 @@ def test_an_exception_within_a_call_leaves_nothing_behind(name, call):
         assert torch.equal(model(**batch).logits, again)
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", ["__call__", "generate"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "gemma4", "qwen2_5_vl"])
+def test_wherever_a_call_breaks_off_the_next_one_is_right(name, call, error):
+    """In the encoder before the layer that is listened to, in it, after it, in the projector, in the language model."""
+    case, model = zoo.case(name), model_of(name)
+    batch = case.inputs(MIXED)
+    attention = oracles.ATTENTION[name]
+    tower, projector = attention.partition(".")[0], {"gemma4": "embed_vision", "qwen2_5_vl": "visual.merger"}
+    parts = [tower, attention, projector.get(name, "multi_modal_projector"), "language_model"]
+
+    def breaks_off(*_):
+        raise error
+
+    with torch.no_grad(), apply_condense(model, KEEP):
+        expected = model(**batch).logits
+        for part in parts:
+            for register in ("register_forward_pre_hook", "register_forward_hook"):
+                with left_as_it_was(model):
+                    hook = getattr(model.model.get_submodule(part), register)(breaks_off)
+                    with pytest.raises(error):
+                        getattr(model, call)(**batch)
+                    hook.remove()
+                assert torch.equal(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_a_copy_is_condensed_by_itself(name):
     case, model = zoo.case(name), model_of(name)

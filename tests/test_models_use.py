@@ -1,6 +1,7 @@
 """Ways in which a condensed model is used: wrapped, pickled, by several threads, under gradient checkpointing, with
 what else a caller hands to forward and generate."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -12,11 +13,13 @@ import pytest
 import torch
 import transformers
 import zoo
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo import MIXED
 
 from condense_kernels.models import apply_condense
 
 KEEP = 5
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in transformers 5.24
 
 
 def model_of(name: str) -> transformers.PreTrainedModel:
@@ -169,27 +172,27 @@ def test_several_threads_get_what_one_gets(name):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_the_encoder_gets_what_forward_does_not_name(name):
     case = zoo.case(name)
-    batch = case.inputs(MIXED)
-    stock = case.model(**batch, output_hidden_states=True).image_outputs.hidden_states
-    with apply_condense(case.model, KEEP):
+    tower, batch, seen = case.base.get_encoder(modality="image"), case.inputs(MIXED), []
+    hook = tower.register_forward_hook(lambda _, args, kwargs, output: seen.append((kwargs, output)), with_kwargs=True)
+    with apply_condense(case.model, KEEP), contextlib.ExitStack() as stack:
+        stack.callback(hook.remove)
         found = case.model(**batch, output_hidden_states=True)
-    assert len(found.image_outputs.hidden_states) == len(stock) > 0
-    for here, there in zip(found.image_outputs.hidden_states, stock, strict=True):
-        torch.testing.assert_close(here, there)
+    ((kwargs, output),) = seen
+    assert kwargs["output_hidden_states"] and len(output.hidden_states) == 4
     assert len(found.hidden_states) > 0 and found.hidden_states[0].shape[1] == found.logits.shape[1]
 
 
 def test_images_larger_than_the_encoder_was_made_for():
     """LLaVA's encoder interpolates its position embeddings, if it is told to."""
     case = zoo.case("llava")
-    batch = case.inputs(((0,),))
-    batch["pixel_values"] = zoo.draw(0, 1, 3, 32, 32)
-    batch["input_ids"] = torch.cat([batch["input_ids"], torch.full((1, 64 - 36), zoo.IMAGE)], 1)
-    del batch["attention_mask"]
-    expected = case.model(**batch, interpolate_pos_encoding=True).logits
+    pixels = zoo.draw(0, 1, 3, 32, 32)
+    prompt = torch.tensor([[7, *[zoo.IMAGE] * 64, 8]])
+    features = case.base.get_image_features(pixels, interpolate_pos_encoding=True, return_dict=True)
+    expected = case.model(input_ids=prompt, mm_encoder_outputs={"image": features}).logits
     with apply_condense(case.model, 1.0, method="topk") as handle:
-        assert torch.equal(case.model(**batch, interpolate_pos_encoding=True).logits, expected)
-        assert handle.report().images == ((64, 64),)
+        found = case.model(input_ids=prompt, pixel_values=pixels, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(found, expected)
+    assert handle.report().images == ((64, 64),)
 
 
 @pytest.mark.parametrize("call", ["__call__", "generate"])
@@ -269,3 +272,15 @@ def test_a_config_of_lengths_is_not_taken_apart(caplog):
     finally:
         logger.removeHandler(handler)
     assert "deprecated" not in caplog.text and config.max_length == batch["input_ids"].shape[1] + 3
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_condensed_too():
+    """In pieces, as the prompt is rewritten by its values; a step of decoding is one graph."""
+    model, batch = model_of("llava"), zoo.case("llava").inputs(MIXED)
+    with torch.no_grad(), apply_condense(model, KEEP):
+        expected = model(**batch, use_cache=True)
+        token = expected.logits[:, -1:].argmax(-1)
+        decode = torch.compile(model.__call__, backend="eager", fullgraph=True)
+        assert decode(input_ids=token, **{CACHE: expected[CACHE]}).logits.shape[1] == 1
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected.logits)

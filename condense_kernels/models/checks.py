@@ -29,7 +29,7 @@ def check_model(model: Any, mark: str) -> None:
         raise ValueError(
             f"model: expected one that is not condensed, got a {name} that is. Remedy: handle.remove() first."
         )
-    takes_images = hasattr(model, "get_image_features") and hasattr(model.config, "image_token_id")
+    takes_images = hasattr(model.base_model, "get_image_features") and hasattr(model.config, "image_token_id")
     if not takes_images or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"model: expected one that takes images and mm_encoder_outputs, got {name}. Remedy: the "

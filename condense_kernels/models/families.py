@@ -28,8 +28,8 @@ def side_of(count: int, what: str) -> int:
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
-            f"model: expected images of a square number of {what}, as its row in condense_kernels.models.families has "
-            f"it, got {count}. Remedy: method=a callable, and an issue that names the model."
+            f"model: expected images of a square number of {what}, as this family's are, got {count}. Remedy: family=, "
+            "the name of one whose images are of any size; else an issue that names the model."
         )
     return side
 
@@ -39,7 +39,10 @@ def square(config: Any, inputs: Inputs, patch_scores: torch.Tensor, tokens: Sequ
     patches = side_of(len(patch_scores) // max(len(tokens), 1), "patches")
     side = side_of(tokens[0] if len(tokens) else 1, "tokens")
     if patches % side != 0:
-        raise ValueError(f"model: expected {side} x {side} tokens to divide the {patches} x {patches} patches.")
+        raise ValueError(
+            f"model: expected each token to stand for a window of patches, as this family's do, got {side} x {side} "
+            f"tokens of {patches} x {patches} patches. Remedy: an issue that names the model."
+        )
     images = patch_scores.view(len(tokens), -1)
     scores = [window_means(image, (patches, patches), patches // side) for image in images]
     return scores, [(side, side)] * len(tokens)
@@ -113,8 +116,12 @@ QWEN = Family(layout=by_frames, needs=("image_grid_thw", "mm_token_type_ids"), h
 QWEN3 = replace(QWEN, planes=("deepstack_features",))
 FAMILIES = {
     "aya_vision": Family(),
+    "cohere2_vision": Family(),
+    "deepseek_vl": Family(),
+    "exaone4_5": replace(QWEN, needs=("image_grid_thw",)),
     "gemma3": Family(),
     "gemma4": Family(layout=by_positions, needs=("image_position_ids",)),
+    "glm46v": QWEN,
     "glm4v": QWEN,
     "glm4v_moe": QWEN,
     "idefics3": Family(tile=idefics_tile),
@@ -122,7 +129,9 @@ FAMILIES = {
     "llava": LLAVA,
     "llava_next": CROPS,
     "llava_onevision": CROPS,
+    "lighton_ocr": PIXTRAL,
     "mistral3": PIXTRAL,
+    "ovis2": Family(),
     "paligemma": Family(),
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -131,6 +140,7 @@ FAMILIES = {
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "smolvlm": Family(tile=idefics_tile),
+    "vipllava": Family(projector="multi_modal_projector"),
 }
 
 
@@ -149,8 +159,9 @@ def layer_of(config: Any, inputs: Inputs) -> int:
     full = getattr(vision, "fullatt_block_indexes", None)
     if full:
         return max(full)
-    layer = inputs.get("vision_feature_layer")
-    layer = getattr(config, "vision_feature_layer", -1) if layer is None else layer
+    names = "vision_feature_layer", "vision_feature_layers"  # VipLLaVA's, in older releases of transformers
+    layers = *map(inputs.get, names), *(getattr(config, name, None) for name in names), -1
+    layer = next(layer for layer in layers if layer is not None)
     if not isinstance(layer, int):
         depth = getattr(vision, "num_hidden_layers", 0) + 1
         layer = max((index for index in layer or [-1]), key=lambda index: index % depth)

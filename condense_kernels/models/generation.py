@@ -37,8 +37,9 @@ def check_repeated(model: Any, given: Inputs, rewritten: Inputs) -> None:
         count = from_configs(model, given, name) or 1
         if several and count > 1:
             raise ValueError(
-                f"{name}: expected 1 on transformers {transformers.__version__} where a prompt of {type(model).__name__} "
-                f"has several images, as that release then mixes them up, got {count}. Remedy: transformers >= 5.19."
+                f"{name}: expected 1 on transformers {transformers.__version__} where a prompt of "
+                f"{type(model).__name__} has several images, as that release then mixes them up, got {count}. Remedy: "
+                "transformers >= 5.19."
             )
 
 
@@ -83,6 +84,8 @@ class OnWhole:
         return self.function(whole(input_ids, self.prompt_ids, self.short), scores)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copy and pickle
+            raise AttributeError(name)
         return getattr(self.function, name)
 
 

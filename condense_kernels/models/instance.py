@@ -1,5 +1,6 @@
 """What a handle hangs on one model, and takes off again."""
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 class Replaced:
     """A method of one instance, by the method of its handle that has the same name. To who looks at it, it is the one
-    it replaces. It is copied and pickled with the model; of a function bound to that, pickle would keep the name only."""
+    it replaces. It is copied and pickled with the model; of a bound function pickle would keep the name only."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self.handle, self.name = handle, name
@@ -17,7 +18,10 @@ class Replaced:
 
     @property
     def stock(self) -> Callable:
-        return getattr(type(self.handle.model), self.name).__get__(self.handle.model) if self.own is None else self.own
+        if self.own is not None:
+            return self.own
+        model = self.handle.model  # no bound method: torch.compile takes that for model.forward, which is this one
+        return functools.partial(getattr(type(model), self.name), model)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -33,10 +33,12 @@ def attention_of(tower: torch.nn.Module, layer: int) -> tuple[str, torch.nn.Modu
     for name, layers in sorted(lists, key=lambda found: -len(found[1])):
         index = layer % len(layers)
         for child, module in layers[index].named_children():
-            if "attention" in type(module).__name__.lower():
+            taken = is_recomputed(module) or hasattr(module, "config")
+            if taken and "attention" in type(module).__name__.lower():
                 return f"{name}.{index}.{child}", module
     raise ValueError(
-        f"model: expected a vision encoder with layers of attention modules, found none in {type(tower).__name__}."
+        "model: expected a vision encoder with layers of attention modules of transformers, found none in "
+        f"{type(tower).__name__}. Remedy: an issue that names the model."
     )
 
 
@@ -59,6 +61,11 @@ class Recorder:
     def flat(self) -> torch.Tensor:
         """[patches of all images]. Not while the layer runs: under gradient checkpointing it runs again in the backward
         pass, where it must do what it did, and no more."""
+        if not self.calls:
+            raise ValueError(
+                "model: expected the attention module that handle.report() names to run, and by transformers' "
+                "attention interface, got no call. Remedy: an issue that names the model."
+            )
         with self.watch.span("scores"):
             return torch.cat([self.scores(*attended()).flatten() for attended in self.calls])
 
