@@ -217,9 +217,17 @@ def marked(**attributes) -> transformers.PreTrainedModel:
     return model
 
 
-def unheard_of() -> transformers.PreTrainedModel:
-    model = model_of("gemma3")
+def unheard_of(like: str = "gemma3") -> transformers.PreTrainedModel:
+    model = model_of(like)
     model.config.model_type = "unheard_of"
+    return model
+
+
+def without_attention() -> transformers.PreTrainedModel:
+    """Of transformers: timm's has no config, for one."""
+    model = unheard_of()
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn = torch.nn.MultiheadAttention(32, 4)
     return model
 
 
@@ -246,6 +254,8 @@ def unheard_of() -> transformers.PreTrainedModel:
         (lambda: model_of("llava"), {"spatial_weight": float("nan")}, ValueError, "spatial_weight: .*nan"),
         (lambda: model_of("llava"), {"backend": "cuda"}, ValueError, "backend: .*'cuda'"),
         (lambda: model_of("llava"), {"family": "alpaca"}, ValueError, "family: .*llava.*'alpaca'"),
+        (lambda: model_of("llava"), {"family": "generic"}, ValueError, "family: .*'llava'.*'generic'.*Remedy: "),
+        (without_attention, {"family": "gemma3"}, ValueError, "model: .*attention.* in SiglipVisionModel.*Remedy: "),
     ],
 )
 def test_refused_at_once(model, options, error, words):
@@ -339,21 +349,17 @@ def test_new_images_on_a_filled_cache_are_refused(name, call):
                 getattr(model, call)(**batch, **{name: cache})
 
 
-def test_an_unknown_family_is_taken_as_generic_with_a_warning():
-    model, case = unheard_of(), zoo.case("gemma3")
-    batch = case.inputs(MIXED)
-    with pytest.warns(UserWarning, match="'unheard_of'.*Assumed: .*encoder.layers.2.self_attn"):
-        handle = apply_condense(model, KEEP, family="generic")
-    with handle:
-        found = model(**batch).logits
-    with apply_condense(case.model, KEEP):
-        assert torch.equal(case.model(**batch).logits, found)
+def test_an_image_of_too_few_tokens_is_named():
+    batch = zoo.case("qwen2_vl").inputs(((0, 1),))
+    words = "^num_tokens: expected at most the 8 tokens of image 1, got 9. Remedy: a ratio"
+    with apply_condense(model_of("qwen2_vl"), 9) as handle, pytest.raises(ValueError, match=words):
+        handle.model(**batch)
 
 
-def test_an_unknown_family_by_the_name_of_one_that_it_is_built_like():
-    model, case = unheard_of(), zoo.case("gemma3")
-    batch = case.inputs(MIXED)
-    with apply_condense(model, KEEP, family="gemma3"):
-        found = model(**batch).logits
-    with apply_condense(case.model, KEEP):
-        assert torch.equal(case.model(**batch).logits, found)
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    for keep, expected in ((numpy.int64(KEEP), KEEP), (numpy.float32(0.25), 9)):
+        model, batch = model_of("llava"), zoo.case("llava").inputs(((0,),))
+        with apply_condense(model, keep) as handle:
+            model(**batch)
+            assert handle.report().images == ((36, expected),)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..budget import DEFAULT_BACKGROUND_RATIO
+from ..budget import DEFAULT_BACKGROUND_RATIO, as_number
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
 from .generation import check_repeated, mask_of, seen_whole, with_lengths, with_prompt
@@ -228,5 +228,6 @@ def apply_condense(
     """
     check_model(model, MARK)
     condenser = Condenser(method, background_ratio, suppression, spatial_weight, backend)
+    num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
     return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)

@@ -100,6 +100,7 @@ class Family:
     crops: bool = False  # an image is several crops, packed by pack_image_features, and K is for each of them
     tile: Callable[[Any, Inputs], int] | None = None  # tokens of one image, where the output joins those of a prompt
     needs: tuple[str, ...] = ()  # what its processor returns beside input_ids and pixel_values
+    refuses: tuple[str, ...] = ()  # what it must not return, as then this is not the model's row
     hands_on: bool = False  # forward hands what it does not name on to get_image_features
 
 
@@ -108,7 +109,9 @@ def idefics_tile(config: Any, inputs: Inputs) -> int:
     return h * w // config.scale_factor**2
 
 
-GENERIC = Family()
+GENERIC = Family(  # images of one size, and square
+    refuses=("image_grid_thw", "image_grid_hw", "image_grids", "image_position_ids", "image_sizes", "spatial_shapes")
+)
 LLAVA = Family(projector="multi_modal_projector", hands_on=True)
 CROPS = Family(projector="multi_modal_projector", crops=True, needs=("image_sizes",))
 PIXTRAL = Family(layout=by_sizes, segments=patch_grids, needs=("image_sizes",))
