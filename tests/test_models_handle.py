@@ -291,6 +291,10 @@ def embedded(batch):
     batch["inputs_embeds"] = torch.randn(*batch.pop("input_ids").shape, 64)
 
 
+def shifted(batch):
+    batch["shift_labels"] = batch["input_ids"].roll(-1)
+
+
 def masked_by_query(batch):
     batch["attention_mask"] = batch["attention_mask"][:, None, None]
 
@@ -303,6 +307,7 @@ def masked_by_query(batch):
         (one_more, KEEP, "input_ids: expected 108 .* got 109.*Remedy: "),
         (embedded, KEEP, "input_ids: .*Remedy: "),
         (masked_by_query, KEEP, "attention_mask: .*Remedy: "),
+        (shifted, KEEP, "shift_labels: .*Remedy: labels"),
         (lambda batch: batch.update(mm_encoder_outputs={"image": 1}), KEEP, "mm_encoder_outputs: .*Remedy: "),
         (lambda batch: None, 37, "num_tokens: .* 36 .* got 37.*Remedy: "),
     ],

@@ -145,6 +145,27 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         torch.testing.assert_close(grads[1][path], grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_generate_keeps_no_graph_of_the_encoder(name):
+    case, model, seen = zoo.case(name), model_of(name).requires_grad_(), []
+    tower = model.model.get_encoder(modality="image")
+    tower.register_forward_hook(lambda _, args, output: seen.append(output.last_hidden_state.requires_grad))
+    with apply_condense(model, KEEP):
+        model.generate(**case.inputs(MIXED), max_new_tokens=1)
+        model(**case.inputs(MIXED))
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_what_a_trainer_hands_on(name):
+    case, batch = zoo.case(name), zoo.case(name).inputs(MIXED, labels=True)
+    with apply_condense(case.model, KEEP):
+        expected = case.model(**batch).loss
+        count = int((batch["labels"] != -100).sum())
+        found = case.model(**batch, num_items_in_batch=torch.tensor(2 * count)).loss
+    torch.testing.assert_close(found, expected / 2)
+
+
 @pytest.mark.parametrize("name", ["llava_next", "gemma3", "gemma4", "internvl"])
 def test_several_threads_get_what_one_gets(name):
     model, batch = model_of(name), zoo.case(name).inputs(MIXED)

@@ -41,9 +41,7 @@ class CondenseHandle:
         self.counts: list[tuple[int, int]] = []  # N, K of each image, or of each of its crops
         self.watch: Stopwatch | None = None
         self.turns = Turns()
-        attention_of(
-            self.tower, layer_of(model.config, {})
-        )  # a model without any is refused now, not in its first call
+        attention_of(self.tower, layer_of(model.config, {}))  # without any it is refused now, not in its first call
         setattr(model, MARK, self)
         names = ("forward", "generate") if model.can_generate() else ("forward",)
         self.replaced = [Replaced(self, name) for name in names]
@@ -94,6 +92,7 @@ class CondenseHandle:
         check_call(inputs, self.family)
         return stock(**self.rewritten(inputs, self.handed_on(inputs)))
 
+    @torch.no_grad()  # as the model's own, which begins too late for the encoder
     def generate(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, on condensed images. What it returns begins with the prompt as it was given."""
         given = self.by_name("generate", args, kwargs)
