@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from zoo import IMAGE, PATCH, Case, Rows, one_crop
+from zoo import IMAGE, PATCH, Case, Rows, one_crop, patches
 
 from condense_kernels.ops.select_and_merge import Condensed
 
@@ -25,12 +25,28 @@ ATTENTION = {
     "smolvlm": "vision_model.encoder.layers.2.self_attn",
     "idefics3": "vision_model.encoder.layers.2.self_attn",
     "mistral3": "vision_tower.transformer.layers.2.attention",
-    **dict.fromkeys(("gemma3", "gemma4", "paligemma", "aya_vision"), "vision_tower.encoder.layers.2.self_attn"),
+    "pixtral": "vision_tower.transformer.layers.2.attention",
+    "lighton_ocr": "vision_encoder.transformer.layers.2.attention",
+    "vipllava": "vision_tower.encoder.layers.1.self_attn",  # of -2, -3 and 1 the last
+    "deepseek_vl": "vision_model.encoder.layers.2.self_attn",
+    "ovis2": "vision_tower.transformer.encoder.layers.2.attention",
+    "exaone4_5": "visual.blocks.1.attn",
     **dict.fromkeys(
-        ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v"), "visual.blocks.2.attn"
+        ("gemma3", "gemma4", "paligemma", "aya_vision", "cohere2_vision"), "vision_tower.encoder.layers.2.self_attn"
+    ),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glm4v_moe"),
+        "visual.blocks.2.attn",
     ),
 }
-PROJECTED_LATER = ("llava", "llava_next", "llava_onevision", "internvl")  # condensed is what the projector gets
+A_TOKEN_A_PATCH = ("llava", "vipllava", "pixtral", "llava_onevision", "paligemma", "deepseek_vl")
+PROJECTED_LATER = (
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+)  # condensed is what the projector gets
 Selection = Sequence[torch.Tensor]  # [K] of each image (of each crop), ascending
 
 
@@ -42,6 +58,7 @@ class Encoded:
     planes: list[list[torch.Tensor]]  # of each further plane likewise
     finish: Callable[[torch.Tensor], torch.Tensor]  # what is left to do until the language model gets them
     container: type  # of get_image_features' result: a tensor or a sequence
+    further: dict  # what else of it the language model needs: Ovis's indicators
 
 
 def encoder_inputs(case: Case, batch: dict) -> dict:
@@ -59,12 +76,13 @@ def encode(case: Case, rows: Rows, batch: dict) -> Encoded:
         output = case.base.get_image_features(**encoder_inputs(case, batch), return_dict=True)
     container = torch.Tensor if isinstance(output.pooler_output, torch.Tensor) else list
     if caught:
-        return Encoded(list(caught[0]), [], case.base.multi_modal_projector, container)
+        return Encoded(list(caught[0]), [], case.base.multi_modal_projector, container, {})
     pooled = output.pooler_output
     if case.name in ("smolvlm", "idefics3"):  # from some release on one entry a row, not one an image
         pooled = torch.cat(list(pooled)).split(len(case.family.tokens(case, (32, 32), True)) - 2)
     planes = [list(plane) for plane in getattr(output, "deepstack_features", None) or []]
-    return Encoded(list(pooled), planes, lambda features: features, container)
+    further = {name: value for name, value in output.items() if name == "visual_indicator_features"}
+    return Encoded(list(pooled), planes, lambda features: features, container, further)
 
 
 # Scores: Eq. 1
@@ -76,6 +94,7 @@ def attention_maps(case: Case, batch: dict) -> list[torch.Tensor]:
     module, maps = case.base.get_submodule(ATTENTION[case.name]), []
 
     def in_full(module, query, key, value, attention_mask=None, scaling=None, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         logits = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:
             visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
@@ -104,32 +123,35 @@ def scores(case: Case, rows: Rows, batch: dict) -> list[torch.Tensor]:
     """[N] of each image, or of each crop."""
     maps = attention_maps(case, batch)
     name, images = case.name, [image for row in rows for image in row]
-    if name in ("llava", "llava_next"):  # CLIP has [CLS] first, the projector gets [:, 1:]
+    if name in ("llava", "vipllava", "llava_next"):  # CLIP has [CLS] first, the projector gets [:, 1:]
         return [image.mean(0)[0, 1:] for image in maps]
     if name == "internvl":  # likewise; pixel_shuffle puts 2 x 2 patches into one token
         return [windows(image.mean(0)[0, 1:], 8, 2) for image in maps]
-    if name == "mistral3":  # one sequence of all images; PatchMerger unfolds 2 x 2 patches
+    if name in ("mistral3", "lighton_ocr", "pixtral"):  # one sequence of all images; PatchMerger unfolds 2 x 2 patches
         widths = [case.size(image)[1] // PATCH for image in images]
         lengths = [case.size(image)[0] // PATCH * width for image, width in zip(images, widths, strict=True)]
         starts = [sum(lengths[:at]) for at in range(len(lengths))]
         own = [maps[0][:, at : at + n, at : at + n] for at, n in zip(starts, lengths, strict=True)]
-        return [windows(image.mean((0, 1)), width, 2) for image, width in zip(own, widths, strict=True)]
+        side = 1 if name in A_TOKEN_A_PATCH else 2
+        return [windows(image.mean((0, 1)), width, side) for image, width in zip(own, widths, strict=True)]
     if name == "gemma4":  # padded at the end; Gemma4VisionPooler averages by (x, y) // kernel
         grids = [(case.size(image)[0] // PATCH, case.size(image)[1] // PATCH) for image in images]
         real = [image[:, : h * w, : h * w].mean((0, 1)) for image, (h, w) in zip(maps, grids, strict=True)]
         return [windows(image, w, 2) for image, (_, w) in zip(real, grids, strict=True)]
     means = [image.mean((0, 1)) for image in maps]
-    if case.family.mrope:  # one map a frame; four patches in a row are a merge group, merger's view(-1, 4 * C)
+    if (
+        case.family.pixels is patches
+    ):  # one map a frame; four patches in a row are a merge group, merger's view(-1, 4 * C)
         groups = [image.view(-1, 4).mean(1) for image in means]
         return [by_rows(case, image, group) for image, group in zip(images, groups, strict=True)]
-    if name in ("llava_onevision", "paligemma"):  # SigLIP has no [CLS]; a token a patch
+    if name in A_TOKEN_A_PATCH:  # SigLIP has no [CLS]
         return means
     return [windows(image, 8, 2) for image in means]  # pixel shuffles, and Gemma 3's AvgPool2d
 
 
 def by_rows(case: Case, image: int, groups: torch.Tensor) -> torch.Tensor:
     """Qwen2.5-VL reorders merge groups by windows, of 2 x 2 of them here, and puts the merged ones back in order."""
-    if case.name != "qwen2_5_vl":
+    if case.name not in ("qwen2_5_vl", "exaone4_5"):
         return groups
     height, width = (length // (2 * PATCH) for length in case.size(image))
     places = [(y // 2, x // 2, y, x) for y in range(height) for x in range(width)]
@@ -141,7 +163,7 @@ def grids(case: Case, rows: Rows) -> list[tuple[int, int]]:
     """Of the tokens of each image, or of each crop."""
     if case.family.crops is not one_crop:
         return [(4, 4)] * sum(sum(case.crops(row)) for row in rows)
-    pixels = PATCH if case.name in ("llava", "paligemma") else 2 * PATCH
+    pixels = PATCH if case.name in A_TOKEN_A_PATCH else 2 * PATCH
     return [(case.size(image)[0] // pixels, case.size(image)[1] // pixels) for row in rows for image in row]
 
 
@@ -197,6 +219,8 @@ def masked(case: Case, rows: Rows, side: str, selection: Selection) -> dict:
 def outputs(encoded: Encoded, features: list[torch.Tensor], planes: list[list[torch.Tensor]]) -> dict:
     held = torch.stack(features) if encoded.container is torch.Tensor else features
     output = BaseModelOutputWithPooling(pooler_output=held)
+    for name, value in encoded.further.items():
+        setattr(output, name, value)
     if planes:
         output.deepstack_features = planes
     return {"image": output}

@@ -15,7 +15,8 @@ from condense_kernels.models import apply_condense, generation
 
 KEEP, NEW = 5, 6
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # renamed in transformers 5.24
-HIDDEN = [family.name for family in zoo.FAMILIES if not family.recurrent]
+IGNORING = ("exaone4_5",)  # position_ids, in generate
+HIDDEN = [family.name for family in zoo.FAMILIES if not family.recurrent and family.name not in IGNORING]
 MROPE = [family.name for family in zoo.FAMILIES if family.mrope]
 SOME = ["llava", "llava_next", "gemma3", "qwen2_5_vl"]  # for what is the same code for all
 ONE_EACH = ((0,), (), (1,))

@@ -31,7 +31,7 @@ def state_of(model) -> dict:
         hooks = {name: list(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")}
         config = getattr(module, "config", None)
         said = (config.to_json_string(use_diff=False), config._attn_implementation) if config is not None else None
-        state[path] = type(module), module.forward.__func__, attributes, hooks, said
+        state[path] = type(module), getattr(module.forward, "__func__", module.forward), attributes, hooks, said
     state["generation_config"] = (
         model.generation_config.to_json_string() if hasattr(model, "generation_config") else None
     )
@@ -100,6 +100,32 @@ def test_an_exception_within_a_call_leaves_nothing_behind(name, call):
         again = model(**batch).logits
     with apply_condense(model, KEEP, method=pick):
         assert torch.equal(model(**batch).logits, again)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", ["__call__", "generate"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "gemma4", "qwen2_5_vl"])
+def test_wherever_a_call_breaks_off_the_next_one_is_right(name, call, error):
+    """In the encoder before the layer that is listened to, in it, after it, in the projector, in the language model."""
+    case, model = zoo.case(name), model_of(name)
+    batch = case.inputs(MIXED)
+    attention = oracles.ATTENTION[name]
+    tower, projector = attention.partition(".")[0], {"gemma4": "embed_vision", "qwen2_5_vl": "visual.merger"}
+    parts = [tower, attention, projector.get(name, "multi_modal_projector"), "language_model"]
+
+    def breaks_off(*_):
+        raise error
+
+    with torch.no_grad(), apply_condense(model, KEEP):
+        expected = model(**batch).logits
+        for part in parts:
+            for register in ("register_forward_pre_hook", "register_forward_hook"):
+                with left_as_it_was(model):
+                    hook = getattr(model.model.get_submodule(part), register)(breaks_off)
+                    with pytest.raises(error):
+                        getattr(model, call)(**batch)
+                    hook.remove()
+                assert torch.equal(model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
@@ -191,9 +217,17 @@ def marked(**attributes) -> transformers.PreTrainedModel:
     return model
 
 
-def unheard_of() -> transformers.PreTrainedModel:
-    model = model_of("gemma3")
+def unheard_of(like: str = "gemma3") -> transformers.PreTrainedModel:
+    model = model_of(like)
     model.config.model_type = "unheard_of"
+    return model
+
+
+def without_attention() -> transformers.PreTrainedModel:
+    """Of transformers: timm's has no config, for one."""
+    model = unheard_of()
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn = torch.nn.MultiheadAttention(32, 4)
     return model
 
 
@@ -220,6 +254,8 @@ def unheard_of() -> transformers.PreTrainedModel:
         (lambda: model_of("llava"), {"spatial_weight": float("nan")}, ValueError, "spatial_weight: .*nan"),
         (lambda: model_of("llava"), {"backend": "cuda"}, ValueError, "backend: .*'cuda'"),
         (lambda: model_of("llava"), {"family": "alpaca"}, ValueError, "family: .*llava.*'alpaca'"),
+        (lambda: model_of("llava"), {"family": "generic"}, ValueError, "family: .*'llava'.*'generic'.*Remedy: "),
+        (without_attention, {"family": "gemma3"}, ValueError, "model: .*attention.* in SiglipVisionModel.*Remedy: "),
     ],
 )
 def test_refused_at_once(model, options, error, words):
@@ -255,6 +291,10 @@ def embedded(batch):
     batch["inputs_embeds"] = torch.randn(*batch.pop("input_ids").shape, 64)
 
 
+def shifted(batch):
+    batch["shift_labels"] = batch["input_ids"].roll(-1)
+
+
 def masked_by_query(batch):
     batch["attention_mask"] = batch["attention_mask"][:, None, None]
 
@@ -267,6 +307,7 @@ def masked_by_query(batch):
         (one_more, KEEP, "input_ids: expected 108 .* got 109.*Remedy: "),
         (embedded, KEEP, "input_ids: .*Remedy: "),
         (masked_by_query, KEEP, "attention_mask: .*Remedy: "),
+        (shifted, KEEP, "shift_labels: .*Remedy: labels"),
         (lambda batch: batch.update(mm_encoder_outputs={"image": 1}), KEEP, "mm_encoder_outputs: .*Remedy: "),
         (lambda batch: None, 37, "num_tokens: .* 36 .* got 37.*Remedy: "),
     ],
@@ -313,21 +354,17 @@ def test_new_images_on_a_filled_cache_are_refused(name, call):
                 getattr(model, call)(**batch, **{name: cache})
 
 
-def test_an_unknown_family_is_taken_as_generic_with_a_warning():
-    model, case = unheard_of(), zoo.case("gemma3")
-    batch = case.inputs(MIXED)
-    with pytest.warns(UserWarning, match="'unheard_of'.*Assumed: .*encoder.layers.2.self_attn"):
-        handle = apply_condense(model, KEEP, family="generic")
-    with handle:
-        found = model(**batch).logits
-    with apply_condense(case.model, KEEP):
-        assert torch.equal(case.model(**batch).logits, found)
+def test_an_image_of_too_few_tokens_is_named():
+    batch = zoo.case("qwen2_vl").inputs(((0, 1),))
+    words = "^num_tokens: expected at most the 8 tokens of image 1, got 9. Remedy: a ratio"
+    with apply_condense(model_of("qwen2_vl"), 9) as handle, pytest.raises(ValueError, match=words):
+        handle.model(**batch)
 
 
-def test_an_unknown_family_by_the_name_of_one_that_it_is_built_like():
-    model, case = unheard_of(), zoo.case("gemma3")
-    batch = case.inputs(MIXED)
-    with apply_condense(model, KEEP, family="gemma3"):
-        found = model(**batch).logits
-    with apply_condense(case.model, KEEP):
-        assert torch.equal(case.model(**batch).logits, found)
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    for keep, expected in ((numpy.int64(KEEP), KEEP), (numpy.float32(0.25), 9)):
+        model, batch = model_of("llava"), zoo.case("llava").inputs(((0,),))
+        with apply_condense(model, keep) as handle:
+            model(**batch)
+            assert handle.report().images == ((36, expected),)

@@ -129,10 +129,9 @@ def one_for(pixels: int) -> Callable[[Case, tuple[int, int], bool], list[int]]:
     return lambda case, size, alone: [START, *[IMAGE] * (size[0] // pixels * (size[1] // pixels)), END]
 
 
-def rows_broken(case: Case, size: tuple[int, int], alone: bool) -> list[int]:
+def rows_broken(pixels: int) -> Callable[[Case, tuple[int, int], bool], list[int]]:
     """Pixtral's: each row of placeholders ends with a token of its own."""
-    height, width = size[0] // (2 * PATCH), size[1] // (2 * PATCH)
-    return [*([*[IMAGE] * width, BREAK] * height)[:-1], END]
+    return lambda case, size, alone: [*([*[IMAGE] * (size[1] // pixels), BREAK] * (size[0] // pixels))[:-1], END]
 
 
 def as_packed(case: Case, size: tuple[int, int], alone: bool) -> list[int]:
@@ -226,6 +225,15 @@ def _llava(text: str, **tower) -> dict:
     )  # fmt: skip
 
 
+def _glm(kind: str, text: dict, **further) -> dict:
+    return dict(
+        vision_config=_qwen_tower
+        | dict(model_type=f"{kind}_vision", intermediate_size=48, out_hidden_size=64, image_size=SIDE),
+        text_config=_text | dict(model_type=f"{kind}_text") | text | further, image_token_id=IMAGE,
+        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+    )  # fmt: skip
+
+
 def _qwen3(tower: dict, text: dict) -> dict:
     return dict(
         vision_config=_qwen_tower | dict(intermediate_size=48, out_hidden_size=64, num_position_embeddings=64) | tower,
@@ -234,6 +242,7 @@ def _qwen3(tower: dict, text: dict) -> dict:
     )
 
 
+_windows = dict(intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[0, 1])
 _clip = dict(model_type="clip_vision_model")
 _siglip = dict(model_type="siglip_vision_model", vision_use_head=False)
 _experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -256,6 +265,18 @@ FAMILIES = [
         "llava", "Llava", lambda: _llava("llama", **_clip, image_size=24),
         lambda case, rows: {"pixel_values": torch.stack([draw(image, 3, 24, 24) for image in flat(rows)])},
         one_for(PATCH), sizes=((24, 24),),
+    ),
+    Family(
+        "vipllava", "VipLlava",
+        lambda: _llava("llama", **_clip, image_size=24) | dict(vision_feature_layers=[-2, -3, 1]),
+        lambda case, rows: {"pixel_values": torch.stack([draw(image, 3, 24, 24) for image in flat(rows)])},
+        one_for(PATCH), sizes=((24, 24),),
+    ),
+    Family(
+        "pixtral", "Llava",  # Pixtral-12B
+        lambda: _llava("mistral", model_type="pixtral", head_dim=8)
+        | dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        with_sizes, rows_broken(PATCH), sizes=_three_sizes,
     ),
     Family(
         "llava_next", "LlavaNext",
@@ -286,9 +307,7 @@ FAMILIES = [
     Family(
         "qwen2_5_vl", "Qwen2_5_VL",
         lambda: dict(
-            vision_config=_qwen_tower
-            | dict(intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[0, 1]),
-            text_config=_text | _mrope, **_qwen_ids,
+            vision_config=_qwen_tower | _windows, text_config=_text | _mrope, **_qwen_ids,
         ),
         **_qwen,
     ),
@@ -350,7 +369,15 @@ FAMILIES = [
             vision_config=_tower | dict(model_type="pixtral", head_dim=8),
             text_config=_text | dict(model_type="mistral", head_dim=16, sliding_window=None), image_token_index=IMAGE,
         ),
-        with_sizes, rows_broken, sizes=_three_sizes,
+        with_sizes, rows_broken(2 * PATCH), sizes=_three_sizes,
+    ),
+    Family(
+        "lighton_ocr", "LightOnOcr",
+        lambda: dict(
+            vision_config=_tower | dict(model_type="pixtral", head_dim=8),
+            text_config=_text | dict(model_type="qwen3", head_dim=16), image_token_id=IMAGE,
+        ),
+        with_sizes, rows_broken(2 * PATCH), sizes=_three_sizes,
     ),
     Family(
         "aya_vision", "AyaVision",
@@ -361,11 +388,44 @@ FAMILIES = [
         plain, one_for(2 * PATCH),
     ),
     Family(
-        "glm4v", "Glm4v",
+        "cohere2_vision", "Cohere2Vision",
         lambda: dict(
-            vision_config=_qwen_tower | dict(intermediate_size=48, out_hidden_size=64, image_size=SIDE),
-            text_config=_text | _mrope, image_token_id=IMAGE, video_token_id=VIDEO,
-            image_start_token_id=START, image_end_token_id=END,
+            vision_config=_tower | _siglip, text_config=_text | dict(model_type="cohere2", sliding_window=512),
+            image_token_id=IMAGE,
+        ),
+        plain, one_for(2 * PATCH),
+    ),
+    Family(
+        "deepseek_vl", "DeepseekVL",
+        lambda: dict(
+            vision_config=_tower | _siglip, text_config=_text | dict(model_type="llama"), image_token_id=IMAGE
+        ),
+        plain, one_for(PATCH),
+    ),
+    Family(
+        "ovis2", "Ovis2",
+        lambda: dict(
+            vision_config=_tower | dict(hidden_stride=2, vocab_size=40, num_visual_indicator_tokens=5),
+            text_config=_text | dict(model_type="qwen2"), image_token_id=IMAGE, vocab_size=VOCABULARY, hidden_size=64,
+            visual_indicator_token_ids=[80, 81, 82, 83, 84],
+        ),
+        plain, one_for(2 * PATCH),
+    ),
+    Family(
+        "exaone4_5", "Exaone4_5_",
+        lambda: dict(
+            vision_config=_qwen_tower | _windows | dict(num_key_value_heads=2),
+            text_config=_text | dict(model_type="exaone4", head_dim=16), image_token_id=IMAGE, video_token_id=VIDEO,
+        ),
+        patches, one_for(2 * PATCH), sizes=_three_sizes,
+    ),
+    Family("glm4v", "Glm4v", lambda: _glm("glm4v", _mrope), **_qwen),
+    Family("glm46v", "Glm46V", lambda: _glm("glm4v", _mrope), **_qwen),
+    Family(
+        "glm4v_moe", "Glm4vMoe",
+        lambda: _glm(
+            "glm4v_moe", dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1),
+            rope_parameters=_mrope["rope_parameters"] | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5),
         ),
         **_qwen,
     ),

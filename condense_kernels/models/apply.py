@@ -6,17 +6,18 @@ features by its own argument mm_encoder_outputs. No forward is copied, no class 
 """
 
 import inspect
-import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..budget import DEFAULT_BACKGROUND_RATIO
+from ..budget import DEFAULT_BACKGROUND_RATIO, as_number
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
-from .generation import check_repeated, mask_of, with_lengths, with_prompt
+from .generation import check_repeated, mask_of, seen_whole, with_lengths, with_prompt
 from .images import Images, joined_by_row
+from .instance import Replaced, Turns
 from .methods import Condenser, Method
 from .prompt import kept_columns, pad_token_of, shortened, text_positions
 from .report import Report
@@ -39,19 +40,21 @@ class CondenseHandle:
         self.layer: int | None = None  # these three of the last call with images
         self.counts: list[tuple[int, int]] = []  # N, K of each image, or of each of its crops
         self.watch: Stopwatch | None = None
-        attention_of(
-            self.tower, layer_of(model.config, {})
-        )  # a model without any is refused now, not at its first call
-        self.hook = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        self.turns = Turns()
+        attention_of(self.tower, layer_of(model.config, {}))  # without any it is refused now, not in its first call
         setattr(model, MARK, self)
-        if model.can_generate():
-            model.generate = types.MethodType(generate, model)
+        names = ("forward", "generate") if model.can_generate() else ("forward",)
+        self.replaced = [Replaced(self, name) for name in names]
+
+    @property
+    def applied(self) -> bool:
+        return self.model.__dict__.get(MARK) is self
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
-        if self.model.__dict__.get(MARK) is self:
-            self.hook.remove()
-            self.model.__dict__.pop("generate", None)
+        if self.applied:
+            for method in self.replaced:
+                method.remove()
             delattr(self.model, MARK)
 
     def __enter__(self) -> "CondenseHandle":
@@ -62,9 +65,8 @@ class CondenseHandle:
 
     def report(self) -> Report:
         """What is listened to; of the last call that had images, N -> K of each and the times. Waits for the device."""
-        path, attention = attention_of(
-            self.tower, layer_of(self.model.config, {}) if self.layer is None else self.layer
-        )
+        layer = layer_of(self.model.config, {}) if self.layer is None else self.layer
+        path, attention = attention_of(self.tower, layer)
         rows = "[CLS] row" if self.class_token else "mean over all rows"
         how = "from its input and weights" if is_recomputed(attention) else "from its queries and keys as it runs"
         method, projector = self.condenser.method, self.family.projector
@@ -80,19 +82,54 @@ class CondenseHandle:
 
     # What follows is the way of one call.
 
-    def before_forward(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        named = {name: value for name, value in bound.items() if name != "self"}
-        inputs = {**named.pop("kwargs", {}), **named}
+    def forward(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, on condensed images."""
+        if not args and kwargs.get("pixel_values") is None:  # each step of decoding
+            return stock(**kwargs)
+        inputs = self.by_name("forward", args, kwargs)
         if inputs.get("pixel_values") is None:
-            return None
-        check_call(inputs)
-        return (), self.rewritten(inputs, text_row=False)
+            return stock(*args, **kwargs)
+        check_call(inputs, self.family)
+        return stock(**self.rewritten(inputs, self.handed_on(inputs)))
 
-    def rewritten(self, inputs: Inputs, text_row: bool) -> Inputs:
+    @torch.no_grad()  # as the model's own, which begins too late for the encoder
+    def generate(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate, on condensed images. What it returns begins with the prompt as it was given."""
+        given = self.by_name("generate", args, kwargs)
+        ids = given.pop("inputs", None)
+        if ids is not None:
+            given["input_ids"] = ids
+        if given.get("pixel_values") is None:
+            check_continued(given, self.model.config.image_token_id)
+            return stock(*args, **kwargs)
+        check_call(given, self.family)
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = mask_of(self.model, given)
+        rewritten = self.rewritten(given, {}, text_row=True)
+        check_repeated(self.model, given, rewritten)
+        long, short = given["input_ids"], rewritten["input_ids"]
+        removed = long.shape[1] - short.shape[1]
+        result = stock(**seen_whole(with_lengths(self.model, rewritten, removed), long, short.shape[1]))
+        return with_prompt(result, long, short.shape[1])
+
+    def by_name(self, method: str, args: tuple, kwargs: Inputs) -> Inputs:
+        """The arguments of a call. The class knows their names; what was put around its method since may not."""
+        signature = inspect.signature(getattr(type(self.model), method))
+        bound = signature.bind_partial(self.model, *args, **kwargs).arguments
+        named = {name: value for name, value in bound.items() if name != "self"}
+        return {**named.pop("kwargs", {}), **named}
+
+    def handed_on(self, inputs: Inputs) -> Inputs:
+        """What forward does not name, some families hand on to get_image_features: output_hidden_states, for one."""
+        if not self.family.hands_on:
+            return {}
+        named = {name for part in (self.model, self.base) for name in inspect.signature(type(part).forward).parameters}
+        return {name: value for name, value in inputs.items() if name not in named and name != "return_dict"}
+
+    def rewritten(self, inputs: Inputs, handed_on: Inputs, text_row: bool = False) -> Inputs:
         """The arguments of forward or generate, with condensed features in place of pixels."""
         positions = self.positions(inputs)
-        images, output = self.encode(inputs)
+        images, output = self.encode(inputs, handed_on)
         outputs = {"image": output}
         if inputs.get(VIDEO) is not None:
             outputs["video"] = self.encode_video(inputs)
@@ -133,7 +170,7 @@ class CondenseHandle:
         given = {name: inputs[name] for name in accepted if inputs.get(name) is not None}
         return self.base.get_video_features(**given, return_dict=True)
 
-    def encode(self, inputs: Inputs) -> tuple[Images, Any]:
+    def encode(self, inputs: Inputs, handed_on: Inputs) -> tuple[Images, Any]:
         config, watch = self.model.config, Stopwatch(self.model.device)
         if self.class_token and self.family.projector is not None:
             check_features(config, inputs)
@@ -143,34 +180,11 @@ class CondenseHandle:
         recorder = Recorder(self.class_token, None if grids is None else [h * w for h, w in grids], watch)
         images = Images(self.base, self.family, self.keep, self.condenser, inputs, recorder, watch)
         given = {name: inputs[name] for name in self.encoder_arguments if inputs.get(name) is not None}
-        with recording(attention, recorder), images.before_projector(), watch.span("encoder"):
-            output = self.base.get_image_features(**given, return_dict=True)
+        with self.turns, recording(attention, recorder), images.before_projector(), watch.span("encoder"):
+            output = self.base.get_image_features(**given, **handed_on, return_dict=True)
         images.after_projector(output)
         self.layer, self.counts, self.watch = layer, images.counts, watch
         return images, output
-
-
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own generate, on condensed images. What it returns begins with the prompt as it was given."""
-    handle: CondenseHandle = getattr(model, MARK)
-    stock = type(model).generate
-    named = inspect.signature(stock).bind(model, *args, **kwargs).arguments
-    given = {**named.pop("kwargs", {}), **named}
-    del given["self"]
-    ids = given.pop("inputs", None)
-    if ids is not None:
-        given["input_ids"] = ids
-    if given.get("pixel_values") is None:
-        check_continued(given, model.config.image_token_id)
-        return stock(model, *args, **kwargs)
-    check_call(given)
-    if given.get("attention_mask") is None:
-        given["attention_mask"] = mask_of(model, given)
-    rewritten = handle.rewritten(given, text_row=True)
-    check_repeated(model, given, rewritten)
-    long, short = given["input_ids"], rewritten["input_ids"]
-    result = stock(model, **with_lengths(model, rewritten, long.shape[1] - short.shape[1]))
-    return with_prompt(result, long, short.shape[1])
 
 
 def apply_condense(
@@ -213,5 +227,6 @@ def apply_condense(
     """
     check_model(model, MARK)
     condenser = Condenser(method, background_ratio, suppression, spatial_weight, backend)
+    num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
     return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ CACHES = ("cache", "past_key_values")  # transformers 5.24 has renamed the secon
 
 def check_model(model: Any, mark: str) -> None:
     if not isinstance(model, PreTrainedModel):
-        remedy = "the model inside: model.module, model._orig_mod, model.get_base_model()"
+        remedy = "the model inside: pipeline.model, model.module, model._orig_mod, model.get_base_model()"
         raise TypeError(
             f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}. Remedy: {remedy}."
         )
@@ -29,7 +30,7 @@ def check_model(model: Any, mark: str) -> None:
         raise ValueError(
             f"model: expected one that is not condensed, got a {name} that is. Remedy: handle.remove() first."
         )
-    takes_images = hasattr(model, "get_image_features") and hasattr(model.config, "image_token_id")
+    takes_images = hasattr(model.base_model, "get_image_features") and hasattr(model.config, "image_token_id")
     if not takes_images or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"model: expected one that takes images and mm_encoder_outputs, got {name}. Remedy: the "
@@ -80,6 +81,10 @@ def resolve_family(model: Any, family: str | None) -> Family:
             )
         return found
     if family == "generic":
+        if family_of(model.config) is not None:
+            raise ValueError(
+                f"family: expected None, as {kind!r} has a row of its own, got 'generic'. Remedy: leave it out."
+            )
         tower = type(model.base_model.get_encoder(modality="image")).__name__
         path, attention = attention_of(model.base_model.get_encoder(modality="image"), -1)
         warnings.warn(
@@ -93,7 +98,8 @@ def resolve_family(model: Any, family: str | None) -> Family:
         return GENERIC
     if family not in FAMILIES:
         raise ValueError(
-            f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}. Remedy: None, which goes by config.model_type."
+            f"family: expected one of {', '.join(sorted(FAMILIES))}, 'generic' or None, got {family!r}. Remedy: None, "
+            "which goes by config.model_type."
         )
     return FAMILIES[family]
 
@@ -109,6 +115,34 @@ def check_features(config: Any, inputs: Inputs) -> None:
         )
 
 
+def check_output(output: Any, family: Family) -> None:
+    """Of get_image_features, where what it returns is condensed: [N, D] of each image."""
+    pooled = getattr(output, "pooler_output", None)
+    entries = [] if pooled is None else list(pooled)
+    shapes = [entry.shape if isinstance(entry, torch.Tensor) else () for entry in entries]
+    if not shapes or any(len(shape) != 2 or (shape[0] == 0 and family.tile is None) for shape in shapes):
+        got = list(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
+        raise ValueError(
+            f"model: expected pooler_output of get_image_features with [N, D] of each image, got {got}. Remedy: "
+            "family=, the name of one that the model is built like; else an issue that names the model."
+        )
+    if getattr(output, "deepstack_features", None) is not None and "deepstack_features" not in family.planes:
+        raise ValueError(
+            "model: expected no deepstack_features of get_image_features, as this family has none, got some. Remedy: "
+            "family=, the name of one that the model is built like: 'qwen3_vl'; else an issue that names the model."
+        )
+
+
+def check_count(keep: int | float, tokens: Sequence[int]) -> None:
+    """Of the images of one call, or their crops."""
+    for image, count in enumerate(tokens):
+        if isinstance(keep, int) and keep > count:
+            raise ValueError(
+                f"num_tokens: expected at most the {count} tokens of image {image}, got {keep}. Remedy: a ratio of "
+                "each image's tokens, as 0.25; or larger images."
+            )
+
+
 def filled_cache(inputs: Inputs) -> tuple[str, int] | None:
     for name in CACHES:
         cache: Any = inputs.get(name)
@@ -118,17 +152,30 @@ def filled_cache(inputs: Inputs) -> tuple[str, int] | None:
     return None
 
 
-def check_call(inputs: Inputs) -> None:
+def check_call(inputs: Inputs, family: Family) -> None:
     """Of a call with images."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         got = f"one of shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(
             "input_ids: expected a tensor [B, L] beside pixel_values, as the placeholders of dropped tokens are found "
-            f"in it, got {got}. Remedy: input_ids in place of inputs_embeds."
+            f"in it, got {got}. Remedy: input_ids as the processor returned them, and no inputs_embeds."
         )
     if inputs.get("mm_encoder_outputs") is not None:
         raise ValueError("mm_encoder_outputs: expected None beside pixel_values, got some. Remedy: one of the two.")
+    for name in family.needs:
+        placed = name == "mm_token_type_ids" and inputs.get("position_ids") is not None  # which are made of it
+        if inputs.get(name) is None and not placed:
+            raise ValueError(
+                f"{name}: expected what the processor returned beside pixel_values, got None. Remedy: model(**inputs), "
+                "with all that the processor returned."
+            )
+    for name in family.refuses:
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None with family='generic', which takes all images for squares of one size, got "
+                "some. Remedy: family=, the name of one that the model is built like: 'qwen2_vl', 'mistral3'."
+            )
     check_cache(inputs)
     if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
         raise ValueError(

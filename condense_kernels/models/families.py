@@ -6,7 +6,7 @@ pools patches, and says on which grid each image's tokens lie.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ def side_of(count: int, what: str) -> int:
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(
-            f"model: expected images of a square number of {what}, as its row in condense_kernels.models.families has "
-            f"it, got {count}. Remedy: method=a callable, and an issue that names the model."
+            f"model: expected images of a square number of {what}, as this family's are, got {count}. Remedy: family=, "
+            "the name of one whose images are of any size; else an issue that names the model."
         )
     return side
 
@@ -39,7 +39,10 @@ def square(config: Any, inputs: Inputs, patch_scores: torch.Tensor, tokens: Sequ
     patches = side_of(len(patch_scores) // max(len(tokens), 1), "patches")
     side = side_of(tokens[0] if len(tokens) else 1, "tokens")
     if patches % side != 0:
-        raise ValueError(f"model: expected {side} x {side} tokens to divide the {patches} x {patches} patches.")
+        raise ValueError(
+            f"model: expected each token to stand for a window of patches, as this family's do, got {side} x {side} "
+            f"tokens of {patches} x {patches} patches. Remedy: an issue that names the model."
+        )
     images = patch_scores.view(len(tokens), -1)
     scores = [window_means(image, (patches, patches), patches // side) for image in images]
     return scores, [(side, side)] * len(tokens)
@@ -96,6 +99,9 @@ class Family:
     planes: tuple[str, ...] = ()  # further features of the same tokens, in the output of get_image_features
     crops: bool = False  # an image is several crops, packed by pack_image_features, and K is for each of them
     tile: Callable[[Any, Inputs], int] | None = None  # tokens of one image, where the output joins those of a prompt
+    needs: tuple[str, ...] = ()  # what its processor returns beside input_ids and pixel_values
+    refuses: tuple[str, ...] = ()  # what it must not return, as then this is not the model's row
+    hands_on: bool = False  # forward hands what it does not name on to get_image_features
 
 
 def idefics_tile(config: Any, inputs: Inputs) -> int:
@@ -103,22 +109,32 @@ def idefics_tile(config: Any, inputs: Inputs) -> int:
     return h * w // config.scale_factor**2
 
 
-GENERIC = Family()
-PIXTRAL = Family(layout=by_sizes, segments=patch_grids)
-QWEN = Family(layout=by_frames)
-QWEN3 = Family(layout=by_frames, planes=("deepstack_features",))
+GENERIC = Family(  # images of one size, and square
+    refuses=("image_grid_thw", "image_grid_hw", "image_grids", "image_position_ids", "image_sizes", "spatial_shapes")
+)
+LLAVA = Family(projector="multi_modal_projector", hands_on=True)
+CROPS = Family(projector="multi_modal_projector", crops=True, needs=("image_sizes",))
+PIXTRAL = Family(layout=by_sizes, segments=patch_grids, needs=("image_sizes",))
+QWEN = Family(layout=by_frames, needs=("image_grid_thw", "mm_token_type_ids"), hands_on=True)
+QWEN3 = replace(QWEN, planes=("deepstack_features",))
 FAMILIES = {
     "aya_vision": Family(),
+    "cohere2_vision": Family(),
+    "deepseek_vl": Family(),
+    "exaone4_5": replace(QWEN, needs=("image_grid_thw",)),
     "gemma3": Family(),
-    "gemma4": Family(layout=by_positions),
+    "gemma4": Family(layout=by_positions, needs=("image_position_ids",)),
+    "glm46v": QWEN,
     "glm4v": QWEN,
     "glm4v_moe": QWEN,
     "idefics3": Family(tile=idefics_tile),
     "internvl": Family(projector="multi_modal_projector"),
-    "llava": Family(projector="multi_modal_projector"),
-    "llava_next": Family(projector="multi_modal_projector", crops=True),
-    "llava_onevision": Family(projector="multi_modal_projector", crops=True),
+    "llava": LLAVA,
+    "llava_next": CROPS,
+    "llava_onevision": CROPS,
+    "lighton_ocr": PIXTRAL,
     "mistral3": PIXTRAL,
+    "ovis2": Family(),
     "paligemma": Family(),
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -127,6 +143,7 @@ FAMILIES = {
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "smolvlm": Family(tile=idefics_tile),
+    "vipllava": Family(projector="multi_modal_projector"),
 }
 
 
@@ -134,7 +151,7 @@ def family_of(config: Any) -> Family | None:
     """None: this model has no row. LLaVA's goes by its encoder, too: Pixtral-12B is a LLaVA."""
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     if config.model_type == "llava" and vision == "pixtral":
-        return PIXTRAL
+        return replace(PIXTRAL, hands_on=True)
     return FAMILIES.get(config.model_type)
 
 
@@ -145,8 +162,9 @@ def layer_of(config: Any, inputs: Inputs) -> int:
     full = getattr(vision, "fullatt_block_indexes", None)
     if full:
         return max(full)
-    layer = inputs.get("vision_feature_layer")
-    layer = getattr(config, "vision_feature_layer", -1) if layer is None else layer
+    names = "vision_feature_layer", "vision_feature_layers"  # VipLLaVA's, in older releases of transformers
+    layers = *map(inputs.get, names), *(getattr(config, name, None) for name in names), -1
+    layer = next(layer for layer in layers if layer is not None)
     if not isinstance(layer, int):
         depth = getattr(vision, "num_hidden_layers", 0) + 1
         layer = max((index for index in layer or [-1]), key=lambda index: index % depth)

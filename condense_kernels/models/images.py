@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..budget import count_of
+from .checks import check_count, check_output
 from .families import Family, Inputs
 from .methods import Condenser, merged_plane
 from .scoring import Recorder
@@ -37,6 +38,7 @@ class Images:
     ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
         """[N, D] of each image -> [K, D]; of each plane likewise."""
         tokens = [len(x) for x in features]
+        check_count(self.keep, tokens)
         keeps = [count_of("num_tokens", self.keep, n) for n in tokens]
         scores, grids = self.family.layout(self.base.config, self.inputs, self.recorder.flat(), tokens)
         with self.watch.span("operator"):
@@ -50,13 +52,9 @@ class Images:
         """Condense what get_image_features returned, if the family has it that way."""
         if self.family.projector is not None:
             return
+        check_output(output, self.family)
         pooled = output.pooler_output
         whole = isinstance(pooled, torch.Tensor)
-        if whole and pooled.dim() != 3:
-            raise ValueError(
-                f"model: expected pooler_output [images, N, D] of get_image_features, got {list(pooled.shape)}. "
-                "Remedy: family=, the name of one that the model is built like."
-            )
         if self.family.tile is not None:
             pooled = torch.cat(list(pooled)).split(self.family.tile(self.base.config, self.inputs))
         layers = [getattr(output, name) for name in self.family.planes]  # each a list over layers

@@ -97,6 +97,12 @@ def shortened(inputs: dict[str, Any], stays: torch.Tensor, pad_token_id: int) ->
         )
     if bool(stays.all()):
         return inputs
+    for name, tensor in inputs.items():
+        if name not in {"input_ids", *FILLS} and isinstance(tensor, torch.Tensor) and tensor.shape == (b, length):
+            raise ValueError(
+                f"{name}: expected no tensor [{b}, {length}], as input_ids is, beside {', '.join(FILLS)}, as it is not "
+                "known what becomes of its columns, got one. Remedy: labels, of whose columns it is known; or none."
+            )
     columns = Columns.of(stays, mask)
     result = dict(inputs, input_ids=columns.take(inputs["input_ids"], pad_token_id))
     for name, fill in FILLS.items():

@@ -6,7 +6,7 @@ No attention map is made and no attention implementation replaced: the encoder g
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ def attention_of(tower: torch.nn.Module, layer: int) -> tuple[str, torch.nn.Modu
     for name, layers in sorted(lists, key=lambda found: -len(found[1])):
         index = layer % len(layers)
         for child, module in layers[index].named_children():
-            if "attention" in type(module).__name__.lower():
+            taken = is_recomputed(module) or hasattr(module, "config")
+            if taken and "attention" in type(module).__name__.lower():
                 return f"{name}.{index}.{child}", module
     raise ValueError(
-        f"model: expected a vision encoder with layers of attention modules, found none in {type(tower).__name__}."
+        "model: expected a vision encoder with layers of attention modules of transformers, found none in "
+        f"{type(tower).__name__}. Remedy: an issue that names the model."
     )
 
 
@@ -44,32 +46,41 @@ def is_recomputed(attention: torch.nn.Module) -> bool:
     return type(attention).__name__ in RECOMPUTED
 
 
+Attended = tuple[torch.Tensor, torch.Tensor, float | None, torch.Tensor | None]  # queries, keys, scale, mask
+
+
 class Recorder:
-    """What one attention module scored in one run of the encoder."""
+    """What one attention module attended to in one run of the encoder, and the scores of that."""
 
     def __init__(self, class_token: bool, segments: Sequence[int] | None, watch: Stopwatch) -> None:
         self.class_token = class_token
         self.segments = segments  # patches of each image, of encoders that run all of them as one sequence
         self.watch = watch
-        self.scores: list[torch.Tensor] = []  # [images, patches] of each call of the module
+        self.calls: list[Callable[[], Attended]] = []  # of the module
 
-    def record(
+    def flat(self) -> torch.Tensor:
+        """[patches of all images]. Not while the layer runs: under gradient checkpointing it runs again in the backward
+        pass, where it must do what it did, and no more."""
+        if not self.calls:
+            raise ValueError(
+                "model: expected the attention module that handle.report() names to run, and by transformers' "
+                "attention interface, got no call. Remedy: an issue that names the model."
+            )
+        with self.watch.span("scores"):
+            return torch.cat([self.scores(*attended()).flatten() for attended in self.calls])
+
+    def scores(
         self,
         queries: torch.Tensor,  # [B, H, M, d]
         keys: torch.Tensor,  # [B, Hkv, P, d]
         scale: float | None,
         mask: torch.Tensor | None,
-    ) -> None:
+    ) -> torch.Tensor:  # [B, patches]
         if self.class_token:
-            self.scores.append(attention_scores(queries[:, :, :1], keys, scale=scale, columns=(1, None)))
-        elif self.segments is not None and len(self.segments) > 1 and sum(self.segments) == keys.shape[2]:
-            self.scores.append(packed_means(queries, keys, scale, self.segments))
-        else:
-            self.scores.append(column_means(queries, keys, scale, valid_tokens(mask)))
-
-    def flat(self) -> torch.Tensor:
-        """[patches of all images]"""
-        return torch.cat([scores.flatten() for scores in self.scores])
+            return attention_scores(queries[:, :, :1], keys, scale=scale, columns=(1, None))
+        if self.segments is not None and len(self.segments) > 1 and sum(self.segments) == keys.shape[2]:
+            return packed_means(queries, keys, scale, self.segments)
+        return column_means(queries, keys, scale, valid_tokens(mask))
 
 
 def packed_means(
@@ -114,9 +125,12 @@ def recomputing(attention: Any, recorder: Recorder) -> Iterator[None]:
     def before(module: Any, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]  # [B, P, D]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        with recorder.watch.span("scores"):
+
+        def attended() -> Attended:
             queries = module.q_proj(x[:, :1] if recorder.class_token else x)
-            recorder.record(heads(queries), heads(module.k_proj(x)), getattr(module, "scale", None), mask)
+            return heads(queries), heads(module.k_proj(x)), getattr(module, "scale", None), mask
+
+        recorder.calls.append(attended)
 
     hook = attention.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -150,8 +164,7 @@ def tapped_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     tapped = module.config
     own, recorder = tapped.condense_tap
-    with recorder.watch.span("scores"):
-        recorder.record(query, key, kwargs.get("scaling"), attention_mask)
+    recorder.calls.append(lambda: (query, key, kwargs.get("scaling"), attention_mask))
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, eager)
     module.config = own
