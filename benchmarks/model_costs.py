@@ -1,4 +1,4 @@
-"""What apply_condense costs and saves in models of real size with random weights: python benchmarks/models.py
+"""What apply_condense costs and saves in models of real size with random weights: python benchmarks/model_costs.py
 
 Writes the table into docs/models.md.
 
@@ -22,7 +22,7 @@ from condense_kernels.models import apply_condense
 from condense_kernels.ops.select_and_merge import Condensed
 
 PAGE = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- results: written by benchmarks/models.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: written by benchmarks/model_costs.py -->", "<!-- end of results -->"
 HEADER = (
     "encoder",
     "method",
@@ -131,7 +131,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def condensed(model: Any, inputs: dict, method: Any) -> Times:
     with apply_condense(model, KEEP, method=method) as handle:
-        rewritten = handle.rewritten(dict(inputs), text_row=False)
+        rewritten = handle.rewritten(dict(inputs), {})
         report = handle.report()
     return Times(report.encoder_ms, report.scores_ms, report.operator_ms, timed(lambda: model(**rewritten)))
 
