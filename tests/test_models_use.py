@@ -180,11 +180,11 @@ def test_several_threads_get_what_one_gets(name):
 
     with apply_condense(model, KEEP):
         expected = model(**batch).logits
-        threads = [threading.Thread(target=calls) for _ in range(4)]
+        threads = [threading.Thread(target=calls, daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(timeout=60)
     assert not errors and len(found) == 16
     for logits in found:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
