@@ -36,7 +36,7 @@ HEADER = (
 TEXT, KEEP, IMAGE = 40, 64, 999
 LAYERS = dict(
     vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
-    num_key_value_heads=16, max_position_embeddings=4096,
+    num_key_value_heads=16, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 CLIP = dict(
     model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
