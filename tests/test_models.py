@@ -229,3 +229,16 @@ def test_a_layer_by_argument_is_as_one_by_config(name):
         expected = model(**batch).logits
         assert torch.equal(case.model(**batch, vision_feature_layer=-3).logits, expected)
         assert not torch.equal(case.model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("positive", [1, 2, 3])
+def test_a_layer_counted_from_the_front_is_that_counted_from_the_back(positive):
+    """vision_feature_layer counts the embeddings as 0: of three layers, 2 is -2."""
+    case = zoo.case("llava")
+    found = []
+    for layer in (positive, positive - 4):
+        with apply_condense(case.model, KEEP) as handle:
+            logits = case.model(**case.inputs(((0,),)), vision_feature_layer=layer).logits
+            found.append((handle.report().scores, logits))
+    assert found[0][0] == found[1][0] and f"layers.{positive - 1}." in found[0][0]
+    assert torch.equal(found[0][1], found[1][1])
