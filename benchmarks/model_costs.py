@@ -19,7 +19,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLC
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 from condense_kernels.models import apply_condense
-from condense_kernels.ops.select_and_merge import Condensed
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- results: written by benchmarks/model_costs.py -->", "<!-- end of results -->"
@@ -100,19 +99,7 @@ CASES = {
 }
 
 
-def pooling(features: torch.Tensor, scores: torch.Tensor, keep: int, grid: tuple) -> Condensed:
-    """Means over keep = side x side blocks; each stands in the prompt where its block begins."""
-    side = round(keep**0.5)
-    b, n, d = features.shape
-    image = features.transpose(1, 2).view(b, d, *grid)
-    merged = torch.nn.functional.adaptive_avg_pool2d(image, (side, side)).flatten(2).transpose(1, 2)
-    rows = torch.arange(side) * grid[0] // side
-    columns = torch.arange(side) * grid[1] // side
-    indices = (rows[:, None] * grid[1] + columns).flatten().expand(b, -1)
-    return Condensed(merged, indices, torch.full((b, n), -1), torch.ones(b, keep))
-
-
-METHODS = {"CondenseVLM": "condensevlm", "top-k": "topk", "random": "random", "pooling": pooling}
+METHODS = {"CondenseVLM": "condensevlm", "top-k": "topk", "random": "random", "pooling": "pooling"}
 
 
 class Times(NamedTuple):

@@ -210,8 +210,10 @@ def apply_condense(
         model: a transformers model with images, by its checkpoint, on one device and not quantised.
         num_tokens: a count (int) or a ratio in (0, 1] (float) of each image's tokens, rounded as
             :func:`split_budget` says; of each crop, where an image is several (LLaVA-NeXT, LLaVA-OneVision).
-        method: "condensevlm", "topk" (the highest scores, nothing merged), "random" (likewise, by torch's generator),
-            or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images of one size.
+        method: "condensevlm"; a baseline: "topk" (the highest scores, nothing merged), "topk_merge", "maxmin" (always
+            the token farthest from those kept), "random" (by torch's generator), "random_merge", "uniform" (a coarser
+            grid), "pooling"; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images
+            of one size.
         background_ratio, suppression, spatial_weight: as in :func:`condense_kernels.condense`, of "condensevlm".
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.

@@ -11,32 +11,21 @@ from ..budget import DEFAULT_BACKGROUND_RATIO, condense, varlen_budget
 from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
 from ..ops.select_and_merge_varlen import select_and_merge_varlen
+from . import baselines
 from .families import Grid
 
 Method = Callable[[torch.Tensor, torch.Tensor, int, Grid], Condensed]  # features [B, N, D], scores [B, N], keep, grid
 
 
-def selected(features: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor) -> Condensed:
-    """The tokens at ``indices`` [B, K] as they are; nothing is merged into them."""
-    b, k = indices.shape
-    assignment = torch.full(scores.shape, -1, dtype=torch.int64, device=scores.device)
-    rows = torch.arange(k, dtype=torch.int64, device=scores.device).expand(b, k)
-    merged = features.gather(1, indices[..., None].expand(-1, -1, features.shape[2]))
-    return Condensed(merged, indices, assignment.scatter(1, indices, rows), scores.gather(1, indices))
-
-
-def topk(features: torch.Tensor, scores: torch.Tensor, keep: int, grid: Grid) -> Condensed:
-    """The highest scores: FasterVLM's choice, where the scores are those of [CLS]."""
-    return selected(features, scores, scores.topk(keep).indices.sort().values)
-
-
-def random(features: torch.Tensor, scores: torch.Tensor, keep: int, grid: Grid) -> Condensed:
-    """Uniformly, with torch's generator: the baseline that every table has."""
-    noise = torch.rand(scores.shape, dtype=torch.float32, device=scores.device)
-    return selected(features, scores, noise.topk(keep).indices.sort().values)
-
-
-BASELINES: dict[str, Method] = {"topk": topk, "random": random}
+BASELINES: dict[str, Method] = {
+    "topk": baselines.topk,
+    "topk_merge": baselines.topk_merge,
+    "maxmin": baselines.maxmin,
+    "random": baselines.random,
+    "random_merge": baselines.random_merge,
+    "uniform": baselines.uniform,
+    "pooling": baselines.pooling,
+}
 METHODS = ("condensevlm", *BASELINES)
 
 
