@@ -9,8 +9,8 @@ from .scenes import BACKGROUNDS, COLOURS, QUARTERS, Digit, Scene
 KINDS = ("digit of color", "color of digit", "digit at place", "count", "presence", "background")
 COUNTS = ("one", "two", "three", "four")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-ASKED = ("which", "what", "digit", "color", "is", "the", "how", "many", "digits", "there", "a", "background", "yes", "no")  # fmt: skip
-WORDS = (*SPECIAL, *ASKED, *COUNTS, *map(str, range(10)), *COLOURS, *BACKGROUNDS, *QUARTERS)
+ASKED = "which what digit color is the how many digits there a background yes no"
+WORDS = (*SPECIAL, *ASKED.split(), *COUNTS, *map(str, range(10)), *COLOURS, *BACKGROUNDS, *QUARTERS)
 ID = {word: number for number, word in enumerate(WORDS)}
 LONGEST = 5  # words of a question
 

@@ -26,7 +26,21 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-BACKGROUNDS = ("cat", "coffee", "brick", "grass", "gravel", "stars", "eye", "rocket", "paper", "man", "flower", "temple")  # fmt: skip
+CREDITS = {  # of the photographs, by what the model calls them
+    "cat": "Stéfan van der Walt, CC0",
+    "coffee": "Rachel Michetti, CC0",
+    "brick": "CC0 Textures, CC0",
+    "grass": "Dimitrios Savva, CC0",
+    "gravel": "CC0 Textures, CC0",
+    "stars": "NASA and ESA, public domain",
+    "eye": "Mikael Häggström, CC0",
+    "rocket": "SpaceX, public domain",
+    "paper": "Wikipedia, public domain",
+    "man": "Lav Varshney, CC0",
+    "flower": "vultilion, CC BY 2.0",
+    "temple": "danielbuechele, CC BY 2.0",
+}
+BACKGROUNDS = tuple(CREDITS)
 TRAINING_DIGITS = 1297  # of 1797
 TRAINING_WIDTH = 0.58  # of a photograph
 VARIANTS = 12  # of each digit in training: turned, sheared, larger and smaller
