@@ -30,7 +30,7 @@ CREDITS = {  # of the photographs, by what the model calls them
     "cat": "Stéfan van der Walt, CC0",
     "coffee": "Rachel Michetti, CC0",
     "brick": "CC0 Textures, CC0",
-    "grass": "Dimitrios Savva, CC0",
+    "grass": "linolafett, CC0",
     "gravel": "CC0 Textures, CC0",
     "stars": "NASA and ESA, public domain",
     "eye": "Mikael Häggström, CC0",
