@@ -15,6 +15,7 @@ from .budget import varlen_budget as varlen_budget
 from .modules import Condense as Condense
 from .ops import *  # noqa: F403  each by the line that registers it there
 from .tokens import gather_tokens as gather_tokens
+from .tokens import sizes as sizes
 from .tokens import unmerge as unmerge
 
 _flops.register_when_imported()

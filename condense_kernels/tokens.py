@@ -1,4 +1,4 @@
-"""What is done with the results: other planes of the kept tokens, and the way back to all tokens."""
+"""What is done with the results: other planes of the kept tokens, the way back to all tokens, sizes of clusters."""
 
 from collections.abc import Sequence
 from typing import overload
@@ -104,6 +104,39 @@ def unmerge(
     return take_along(merged, assignment, axis)
 
 
+@tracing.leaf()
+def sizes(
+    assignment: torch.Tensor,  # [B, N]
+    indices: torch.Tensor,  # [B, K]
+    *,
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+    cu_kept: torch.Tensor | None = None,  # [S + 1]
+) -> torch.Tensor:
+    """How many tokens went into each row, its own among them: the weights of ToMe's proportional attention.
+
+    Args:
+        assignment: [B, N] int64, as :func:`select_and_merge` returns it; a token with -1, or another negative value,
+            is counted nowhere.
+        indices: [B, K] int64, as of the same call: its shape says how many rows there are. Its values are not read.
+        cu_seqlens, cu_kept: both for a packed batch, assignment [T] and indices [total_keep], as in
+            :func:`gather_tokens`.
+
+    Returns:
+        [B, K] (packed: [total_keep]) int64. They sum to the number of tokens that have a row; 0 of a row that a masked
+        token had to fill.
+
+    Raises:
+        TypeError, ValueError: a wrong rank, dtype, device or batch size, with the argument's name.
+        RuntimeError: on CPU, an assignment beyond the last row. In a packed batch such a token is counted nowhere.
+    """
+    tracing.unrecorded(check_sizes, assignment, indices, cu_seqlens, cu_kept)
+    if cu_seqlens is not None and cu_kept is not None:
+        assignment = over_all_segments(assignment, cu_seqlens, cu_kept, indices.shape[0])
+    row = (assignment + 1).clamp(min=0)  # the first is of those that have none
+    counts = assignment.new_zeros(*indices.shape[:-1], indices.shape[-1] + 1)
+    return counts.scatter_add(-1, row, torch.ones_like(row))[..., 1:]
+
+
 def take_along(tensor: torch.Tensor, rows: torch.Tensor, axis: int) -> torch.Tensor:
     """take_rows of tensor [..., B, N, ...], N at ``axis``, at rows [B, K]; or of [..., N, ...] at rows [K]."""
     if rows.dim() == 1:
@@ -173,6 +206,15 @@ def check_unmerge(
     packed = check_offsets(cu_seqlens, cu_kept, assignment)
     check_tensor("assignment", assignment, "T" if packed else "B N", {}, INTEGER)
     return check_plane("merged", merged, assignment, packed, "total_keep" if packed else "B K", dim)
+
+
+def check_sizes(
+    assignment: torch.Tensor, indices: torch.Tensor, cu_seqlens: torch.Tensor | None, cu_kept: torch.Tensor | None
+) -> None:
+    packed = check_offsets(cu_seqlens, cu_kept, assignment)
+    bound: dict[str, int] = {}
+    check_tensor("assignment", assignment, "T" if packed else "B N", bound, INTEGER)
+    check_tensor("indices", indices, "total_keep" if packed else "B K", bound, INTEGER, assignment)
 
 
 def check_offsets(cu_seqlens: torch.Tensor | None, cu_kept: torch.Tensor | None, like: torch.Tensor) -> bool:

@@ -263,6 +263,14 @@ def test_planes_keep_their_sizes_open(graphs):
         fixed(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 3, 12))
 
 
+def test_sizes_of_clusters_keep_theirs_open(graphs):
+    compiled = graphs.compile(ck.sizes, dynamic=True)
+    for batch, n, k in [(5, 12, 2), (6, 10, 4), (2, 7, 5)]:
+        arguments = torch.randint(-1, k, (batch, n)), torch.zeros(batch, k, dtype=torch.int64)
+        assert torch.equal(compiled(*arguments), ck.sizes(*arguments))
+    assert graphs.forward == 1
+
+
 @pytest.mark.parametrize("run", [ck.select_and_merge, torch.ops.condense.select_and_merge], ids=["python", "raw"])
 def test_vmap_inside_keeps_gradients(run, graphs, cpp):
     def call(features, scores):

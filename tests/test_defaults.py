@@ -61,6 +61,7 @@ def forward(inputs, backend):
         yield ck.attention_scores(*heads, **form, backend=backend)
     yield ck.gather_tokens(out.indices, inputs.features)
     yield ck.unmerge(out.merged, out.assignment)
+    yield ck.sizes(out.assignment, out.indices)
 
 
 def gradients(inputs, backend):
@@ -97,6 +98,7 @@ def packed(inputs, backend):
     offsets = {"cu_seqlens": budget.cu_seqlens, "cu_kept": budget.cu_anchors + budget.cu_background}
     yield ck.gather_tokens(out.indices, features.detach(), **offsets)
     yield ck.unmerge(out.merged.detach(), out.assignment, **offsets)
+    yield ck.sizes(out.assignment, out.indices, **offsets)
     starts = budget.cu_seqlens.long()
     jagged = [torch.nested.nested_tensor_from_jagged(t.detach(), starts) for t in (features, scores)]
     rest = budget.cu_anchors, budget.cu_background, budget.total_keep

@@ -150,16 +150,17 @@ def rows(at: torch.Tensor):
     planes = torch.linspace(0, 1, 48).reshape(2, 6, 4).requires_grad_()
     gathered, merged = ck.gather_tokens(at, planes), ck.unmerge(planes, at)
     grads = torch.autograd.grad(gathered.square().sum() + 3 * merged.square().sum(), planes)
-    return gathered, merged, *grads
+    return gathered, merged, *grads, ck.sizes(at, torch.zeros(2, 4, dtype=torch.int64))
 
 
 def packed_rows(at: torch.Tensor):
     offsets = {"cu_seqlens": CU, "cu_kept": torch.tensor([0, 1, 3], dtype=torch.int32)}
-    return ck.gather_tokens(at[0, :3], F[0], **offsets), ck.unmerge(F[0, :3], at.flatten()[:6], **offsets)
+    counts = ck.sizes(at.flatten()[:6], at[0, :3], **offsets)
+    return ck.gather_tokens(at[0, :3], F[0], **offsets), ck.unmerge(F[0, :3], at.flatten()[:6], **offsets), counts
 
 
 @pytest.mark.parametrize("value", BELOW)
-def test_gather_and_unmerge_count_them_as_minus_one(value):
+def test_planes_and_sizes_count_them_as_minus_one(value):
     at = torch.tensor([[0, value, 1, 2], [value, 3, -1, 0]])
     for call in (rows, packed_rows):
         for result, expected in zip(call(at), call(at.clamp(min=-1)), strict=True):

@@ -1,9 +1,10 @@
-"""Condense, the layer; gather_tokens and unmerge; varlen_budget; nested tensors."""
+"""Condense, the layer; gather_tokens, unmerge and sizes; varlen_budget; nested tensors."""
 
 import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nested import nested_tensor_from_jagged
 
 import condense_kernels as ck
@@ -127,11 +128,57 @@ def test_nothing_is_zeros_and_has_zero_gradients():
     assert ck.gather_tokens(torch.full((2, 3), -1), features[:, :0]).shape == (2, 3, 5)
 
 
+def counted(assignment: torch.Tensor, rows: int) -> list[int]:
+    """Of one image."""
+    return [sum(to == row for to in assignment.tolist()) for row in range(rows)]
+
+
+def test_sizes():
+    """Of a masked token that had to fill a row it is 0."""
+    mask = INPUTS.scores > INPUTS.scores.sort().values[:, 8:9]  # of 12 tokens three
+    masked = ck.select_and_merge(INPUTS.features, INPUTS.scores, 3, 2, mask=mask, spatial_weight=0.0)
+    for out, tokens in ((RESULT, 12), (masked, 3)):
+        sizes = ck.sizes(out.assignment, out.indices)
+        assert sizes.tolist() == [counted(image, 5) for image in out.assignment]
+        assert sizes.dtype == torch.int64 and sizes.sum(1).tolist() == [tokens] * 2
+    assert ck.sizes(masked.assignment, masked.indices).eq(0).sum(1).tolist() == [2, 2]
+    assert ck.sizes(torch.tensor([[2, -1, 2, -5]]), torch.zeros(1, 4, dtype=torch.int64)).tolist() == [[0, 0, 2, 0]]
+
+
+def test_packed_sizes():
+    """Of an empty segment there are none; segments that keep nothing have tokens that go nowhere."""
+    result = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P)
+    sizes = ck.sizes(result.assignment, result.indices, cu_seqlens=BUDGET.cu_seqlens, cu_kept=KEPT)
+    images = [result.assignment[slice(*BUDGET.cu_seqlens[s : s + 2])] for s in range(4)]
+    expected = [counted(image, int(KEPT[s + 1] - KEPT[s])) for s, image in enumerate(images)]
+    assert sizes.tolist() == sum(expected, []) and sizes.sum() == T and sizes.dtype == torch.int64
+    nothing = torch.zeros(3, dtype=torch.int32)
+    offsets = {"cu_seqlens": torch.tensor([0, 1, 3], dtype=torch.int32), "cu_kept": nothing}
+    assert ck.sizes(torch.full((3,), -1), torch.zeros(0, dtype=torch.int64), **offsets).shape == (0,)
+
+
+def test_sizes_mapped_and_without_values():
+    assignment = torch.randint(-1, 4, (3, 2, 9))
+    indices = torch.zeros(3, 2, 4, dtype=torch.int64)
+    expected = torch.stack([ck.sizes(*pair) for pair in zip(assignment, indices, strict=True)])
+    assert torch.equal(torch.vmap(ck.sizes)(assignment, indices), expected)
+    assert torch.equal(torch.vmap(ck.sizes, in_dims=(2, None))(assignment.movedim(0, 2), indices[0]), expected)
+    for mode in (torch.device("meta"), FakeTensorMode()):
+        with mode:
+            given = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
+            assert ck.sizes(*given).shape == (3, 4)
+
+
 @pytest.mark.parametrize("call", [ck.gather_tokens, lambda rows, merged: ck.unmerge(merged, rows)])
 def test_beyond_the_last_token_there_is_nothing_to_take(call):
     """Of another image's results, say. torch.take_along_dim would count modulo N, in silence."""
     with pytest.raises(RuntimeError, match="index 12 is out of bounds"):
         call(torch.tensor([[12], [0]]), INPUTS.features)
+
+
+def test_beyond_the_last_row_there_is_nothing_to_count():
+    with pytest.raises(RuntimeError, match="index 3 is out of bounds"):
+        ck.sizes(torch.tensor([[0, 2]]), torch.tensor([[0, 1]]))
 
 
 def test_packed_planes():
@@ -183,6 +230,18 @@ def test_packed_planes():
             "cu_seqlens: expected at least one offset",
         ),
         (lambda: ck.unmerge(F, S, cu_seqlens=KEPT, cu_kept=KEPT), "assignment: expected dtype int64"),
+        (lambda: ck.sizes(RESULT.assignment.int(), RESULT.indices), "assignment: expected dtype int64, got int32"),
+        (lambda: ck.sizes(RESULT.assignment[0], RESULT.indices), "assignment: expected 2 axes [B N], got 1"),
+        (
+            lambda: ck.sizes(RESULT.assignment, RESULT.indices[:1]),
+            "indices: expected shape [B K] = [2, K], as the arguments before it have, got [1, 5]",
+        ),
+        (lambda: ck.sizes(RESULT.assignment, 5), "indices: expected a torch.Tensor [B K], got int"),
+        (lambda: ck.sizes(*RESULT[1:3], cu_kept=KEPT), "cu_seqlens: expected a tensor [S+1]"),
+        (
+            lambda: ck.sizes(*RESULT[1:3], cu_seqlens=KEPT, cu_kept=KEPT),
+            "assignment: expected 1 axes [T], got 2",
+        ),
     ],
 )
 def test_wrong_planes_are_refused(call, message):

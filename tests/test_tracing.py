@@ -47,7 +47,8 @@ def stages(features, scores):
 
 def there_and_back(features, scores):
     out = ck.select_and_merge(features, scores, 3, 1, **FREE)
-    return ck.gather_tokens(out.indices, features), ck.unmerge(out.merged, out.assignment)
+    rows, tokens = ck.gather_tokens(out.indices, features), ck.unmerge(out.merged, out.assignment)
+    return rows, tokens, ck.sizes(out.assignment, out.indices)
 
 
 def packed(features, scores):
@@ -55,7 +56,8 @@ def packed(features, scores):
     offsets = {"cu_seqlens": cu_seqlens, "cu_kept": cu_anchors + cu_background}
     tokens = features.flatten(0, 1), scores.flatten()
     out = ck.select_and_merge_varlen(*tokens, cu_seqlens, cu_anchors, cu_background, 9, 8, **FREE)
-    return *out, ck.gather_tokens(out.indices, tokens[1], **offsets), ck.unmerge(out.mass, out.assignment, **offsets)
+    rows, back = ck.gather_tokens(out.indices, tokens[1], **offsets), ck.unmerge(out.mass, out.assignment, **offsets)
+    return *out, rows, back, ck.sizes(out.assignment, out.indices, **offsets)
 
 
 def raw(features, scores):
@@ -92,8 +94,8 @@ def test_symbolic_trace(name):
     """A call of a Python function is a node, too; it checks its arguments once the graph runs, with gradients."""
     call, ops = CASES[name]
     traced = torch.fx.symbolic_trace(call)
-    expected = {"budget": ["condense"], "there and back": [*ops, "gather_tokens", "unmerge"]}.get(name, ops)
-    expected = [*ops, "gather_tokens", "unmerge"] if name == "packed" else expected
+    around = ["gather_tokens", "unmerge", "sizes"] if name in ("there and back", "packed") else []
+    expected = ["condense"] if name == "budget" else [*ops, *around]
     assert recorded(traced.graph) == expected
     traced.graph.lint()
     assert_same_bits(traced(*other(name)), call(*other(name)))
@@ -108,7 +110,13 @@ def test_symbolic_trace(name):
         traced(other(name)[0], other(name)[1].int())
 
 
-PUBLIC = [name for name in OPERATORS if hasattr(ck, name)] + ["condense", "gather_tokens", "unmerge", "split_budget"]
+PUBLIC = [name for name in OPERATORS if hasattr(ck, name)] + [
+    "condense",
+    "gather_tokens",
+    "unmerge",
+    "sizes",
+    "split_budget",
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
