@@ -2,11 +2,18 @@
 
 import argparse
 import sys
+from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, demo, env
+from .cli import CommandError, MissingPackage, check, compare_answers, demo, env
 
 PROGRAM = "python -m condense_kernels"
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "compare-answers": compare_answers,
+    "check": check,
+    "env": env,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,8 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition(": ")[2].capitalize())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,check,env}")
-    for name, module in (("demo", demo), ("check", check), ("env", env)):
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split("\n", 1)[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

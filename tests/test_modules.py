@@ -151,7 +151,11 @@ def test_packed_sizes():
     sizes = ck.sizes(result.assignment, result.indices, cu_seqlens=BUDGET.cu_seqlens, cu_kept=KEPT)
     images = [result.assignment[slice(*BUDGET.cu_seqlens[s : s + 2])] for s in range(4)]
     expected = [counted(image, int(KEPT[s + 1] - KEPT[s])) for s, image in enumerate(images)]
-    assert sizes.tolist() == sum(expected, []) and sizes.sum() == T and sizes.dtype == torch.int64
+    assert (
+        sizes.tolist() == [count for image in expected for count in image]
+        and sizes.sum() == T
+        and sizes.dtype == torch.int64
+    )
     nothing = torch.zeros(3, dtype=torch.int32)
     offsets = {"cu_seqlens": torch.tensor([0, 1, 3], dtype=torch.int32), "cu_kept": nothing}
     assert ck.sizes(torch.full((3,), -1), torch.zeros(0, dtype=torch.int64), **offsets).shape == (0,)
