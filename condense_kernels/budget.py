@@ -150,6 +150,7 @@ def condense(
     mask: torch.Tensor | None = None,  # [B, N]
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     backend: str = "auto",
 ) -> Condensed:
     """Condense every image to a budget: ``condense(features, scores, keep=64, grid=(24, 24)).merged``.
@@ -184,6 +185,7 @@ def condense(
         mask=mask,
         suppression=suppression,
         spatial_weight=spatial_weight,
+        background_suppression=background_suppression,
         backend=backend,
     )
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._dispatch.backends import check_backend
-from ._dispatch.checks import MAX_TOKENS, as_count, as_grid, check_budget, check_grid, check_weight
+from ._dispatch.checks import (
+    MAX_TOKENS,
+    as_count,
+    as_grid,
+    check_background_suppression,
+    check_budget,
+    check_grid,
+    check_weight,
+)
 from .ops.select_and_merge import Condensed, select_and_merge
 
 
@@ -20,6 +28,7 @@ class Condense(torch.nn.Module):
         num_anchors, num_background: int >= 0, together at least 1.
         grid: (H, W) or (T, H, W), row-major, of every image that comes without positions. None: each call says.
         suppression, spatial_weight: finite, >= 0, the factors of Eq. 2, 4 and 6.
+        background_suppression: finite, >= 0, the factor of Eq. 4 alone. None: as suppression.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Raises:
@@ -34,6 +43,7 @@ class Condense(torch.nn.Module):
         grid: Sequence[int] | None = None,
         suppression: float = 1.0,
         spatial_weight: float = 1.0,
+        background_suppression: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -42,12 +52,14 @@ class Condense(torch.nn.Module):
         check_budget(num_anchors, num_background, MAX_TOKENS)
         check_weight("suppression", suppression)
         check_weight("spatial_weight", spatial_weight)
+        check_background_suppression(background_suppression)
         check_backend(backend)
         if grid is not None:
             check_grid(grid)
         self.num_anchors, self.num_background = num_anchors, num_background
         self.grid = grid
         self.suppression, self.spatial_weight = suppression, spatial_weight
+        self.background_suppression = background_suppression
         self.backend = backend
 
     def forward(
@@ -74,6 +86,7 @@ class Condense(torch.nn.Module):
             mask=mask,
             suppression=self.suppression,
             spatial_weight=self.spatial_weight,
+            background_suppression=self.background_suppression,
             backend=self.backend,
         )
 
@@ -82,7 +95,8 @@ class Condense(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The budget, and what differs from the defaults."""
-        defaults = {"grid": None, "suppression": 1.0, "spatial_weight": 1.0, "backend": "auto"}
+        weights = {"suppression": 1.0, "spatial_weight": 1.0, "background_suppression": None}
+        defaults = {"grid": None, **weights, "backend": "auto"}
         options = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         fields = {"num_anchors": self.num_anchors, "num_background": self.num_background, **options}
         return ", ".join(f"{name}={value!r}" for name, value in fields.items())

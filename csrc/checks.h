@@ -113,6 +113,10 @@ inline void check_weight(const char* name, double value) {
   }
 }
 
+inline void check_weight(const char* name, std::optional<double> value) {
+  if (value) check_weight(name, *value);
+}
+
 constexpr int64_t kMostTokens = int64_t{1} << 19;  // the fixed-point sum of |s| over all pairs then stays below 2^63
 
 inline void check_num_tokens(const char* name, const Tensor& t) {

@@ -11,7 +11,7 @@ struct Image {
   Column scores, mask;  // [N]; the mask may be missing
   Space space;
   int64_t num_anchors, num_background;
-  double suppression;
+  double suppression, background_suppression;
 
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }

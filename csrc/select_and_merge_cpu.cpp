@@ -73,13 +73,12 @@ struct ImageMemory {
 template <class S, class M>
 void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
   const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
-  const auto suppression = static_cast<S>(image.suppression);
-  const auto select_stored = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+  const auto select_stored = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
   };
-  const auto select_streamed = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
+  const auto select_streamed = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     S* rows = memory.rows + first * width;
     const int64_t picks = greedy_select_streamed<S>(image.keys, prior, &sbar, tier, k, suppression, crew,
@@ -87,13 +86,15 @@ void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& mem
     std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};
   };
-  const auto select = [&](const S* prior, const int8_t* tier, int64_t first, int64_t k) {
-    return is_stored(image) ? select_stored(prior, tier, first, k) : select_streamed(prior, tier, first, k);
+  const auto select = [&](const S* prior, const int8_t* tier, double factor, int64_t first, int64_t k) {
+    const auto suppression = static_cast<S>(factor);
+    return is_stored(image) ? select_stored(prior, tier, suppression, first, k)
+                            : select_streamed(prior, tier, suppression, first, k);
   };
-  select(memory.scores, memory.tier, 0, num_anchors);
+  select(memory.scores, memory.tier, image.suppression, 0, num_anchors);
   std::copy(memory.tier, memory.tier + N, memory.rest);
   for (int64_t i = 0; i < num_anchors; ++i) memory.rest[memory.order[i]] = kTaken;  // no candidate for the background
-  select(memory.g, memory.rest, num_anchors, image.num_background);
+  select(memory.g, memory.rest, image.background_suppression, num_anchors, image.num_background);
   std::sort(memory.kept, memory.kept + image.K(), [](const Kept<S>& x, const Kept<S>& y) { return x.token < y.token; });
 }
 
@@ -151,7 +152,7 @@ struct Arguments {
   const std::optional<std::vector<int64_t>>& grid;
   const std::optional<Tensor>&positions, &mask;
   int64_t num_anchors, num_background;
-  double suppression, spatial_weight;
+  double suppression, spatial_weight, background_suppression;
 
   int64_t B() const { return features.size(0); }
   int64_t N() const { return features.size(1); }
@@ -165,7 +166,8 @@ struct Arguments {
             space_of(grid, positions, spatial_weight, b),
             num_anchors,
             num_background,
-            suppression};
+            suppression,
+            background_suppression};
   }
 };
 
@@ -206,7 +208,7 @@ struct Call {
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
                   const std::optional<Tensor>& positions, const std::optional<Tensor>& mask, double suppression,
-                  double spatial_weight) {
+                  double spatial_weight, std::optional<double> background_suppression) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
@@ -228,9 +230,19 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
   }
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
+  check_weight("background_suppression", background_suppression);
   check_where(grid, positions, spatial_weight, B, N);
-  return {features, scores,      keys ? *keys : features, grid,        positions,
-          mask,     num_anchors, num_background,          suppression, spatial_weight};
+  return {features,
+          scores,
+          keys ? *keys : features,
+          grid,
+          positions,
+          mask,
+          num_anchors,
+          num_background,
+          suppression,
+          spatial_weight,
+          background_suppression.value_or(suppression)};
 }
 
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
@@ -259,9 +271,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
                                                             std::optional<Tensor> keys,
                                                             std::optional<std::vector<int64_t>> grid,
                                                             std::optional<Tensor> positions, std::optional<Tensor> mask,
-                                                            double suppression, double spatial_weight) {
-  const Arguments a =
-      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+                                                            double suppression, double spatial_weight,
+                                                            std::optional<double> background_suppression) {
+  const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
+                              spatial_weight, background_suppression);
   const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
                     empty("indices", {a.B(), a.K()}, ScalarType::Long),
                     empty("assignment", {a.B(), a.N()}, ScalarType::Long),
@@ -274,10 +287,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
 void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                           std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                           std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                          double spatial_weight, std::optional<Tensor> workspace, const Tensor& merged,
-                          const Tensor& indices, const Tensor& assignment, const Tensor& mass) {
-  const Arguments a =
-      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+                          double spatial_weight, std::optional<double> background_suppression,
+                          std::optional<Tensor> workspace, const Tensor& merged, const Tensor& indices,
+                          const Tensor& assignment, const Tensor& mass) {
+  const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
+                              spatial_weight, background_suppression);
   check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
@@ -300,9 +314,9 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
 int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                         std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                         std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                        double spatial_weight) {
-  const Arguments a =
-      checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression, spatial_weight);
+                        double spatial_weight, std::optional<double> background_suppression) {
+  const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
+                              spatial_weight, background_suppression);
   return Memory::kLine + Call(a).bytes();
 }
 

@@ -177,7 +177,7 @@ void condense_segments(const std::vector<Segment>& segments, const Packed& packe
 void check_arguments(const Tensor& features, const Tensor& scores, const Tensor& cu_seqlens, const Tensor& cu_anchors,
                      const Tensor& cu_background, int64_t total_keep, int64_t max_seqlen,
                      const std::optional<Tensor>& keys, const std::optional<Tensor>& positions, double suppression,
-                     double spatial_weight) {
+                     double spatial_weight, std::optional<double> background_suppression) {
   check_rank("features", features, "T D", 2);
   check_floating("features", features);
   check_not_empty("features", features, 1, "channel");
@@ -204,6 +204,7 @@ void check_arguments(const Tensor& features, const Tensor& scores, const Tensor&
   }
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
+  check_weight("background_suppression", background_suppression);
   if (positions) {
     check_rank("positions", *positions, "T P", 2);
     check_positions(*positions, "T P", {T, positions->size(1)});
@@ -219,9 +220,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor&
                                                                    const Tensor& cu_background, int64_t total_keep,
                                                                    int64_t max_seqlen, std::optional<Tensor> keys,
                                                                    std::optional<Tensor> positions, double suppression,
-                                                                   double spatial_weight) {
+                                                                   double spatial_weight,
+                                                                   std::optional<double> background_suppression) {
   check_arguments(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, keys, positions,
-                  suppression, spatial_weight);
+                  suppression, spatial_weight, background_suppression);
   const int64_t T = features.size(0), D = features.size(1);
   const Tensor merged = empty("merged", {total_keep, D}, features.scalar_type());
   const Tensor indices = empty("indices", {total_keep}, ScalarType::Long);
@@ -229,7 +231,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor&
   const Tensor mass = empty("mass", {total_keep}, mass_dtype(features, scores));
   const Tensor& k = keys ? *keys : features;
   const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
-  const Packed packed{{rows_of(features), rows_of(k), column_of(scores), {}, space, 0, 0, suppression},
+  const Packed packed{{rows_of(features),
+                       rows_of(k),
+                       column_of(scores),
+                       {},
+                       space,
+                       0,
+                       0,
+                       suppression,
+                       background_suppression.value_or(suppression)},
                       {output<char>(merged), output<int64_t>(indices), output<int64_t>(assignment), output<char>(mass)},
                       total_keep,
                       D * static_cast<int64_t>(merged.element_size()),

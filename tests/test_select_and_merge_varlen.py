@@ -48,6 +48,7 @@ def pack(images: list[Inputs]) -> PackedInputs:
         max_seqlen=max(lengths),
         suppression=images[0].suppression,
         spatial_weight=images[0].spatial_weight,
+        background_suppression=images[0].background_suppression,
     )
 
 

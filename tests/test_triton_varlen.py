@@ -61,6 +61,7 @@ def batch_of(lengths, anchors, background, inputs: Inputs | None = None) -> Batc
         keys=None if inputs.keys is None else inputs.keys[0, :tokens],
         positions=None if inputs.grid is None else torch.rand(tokens, 2, generator=generator).to(DEVICE),
         suppression=inputs.suppression, spatial_weight=inputs.spatial_weight,
+        background_suppression=inputs.background_suppression,
     )  # fmt: skip
 
 

@@ -161,6 +161,11 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}. Remedy: 0 switches the term off.")
 
 
+def check_background_suppression(value: float | None) -> None:
+    if value is not None:  # then as suppression
+        check_weight("background_suppression", value)
+
+
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}: {value!r}. Remedy: bool({name}).")

@@ -111,10 +111,14 @@ def runs_on(case: Case, dtype: torch.dtype, backend: Backend) -> bool:
 def count_other_picks(result, inputs: Inputs, exact: tuple) -> int:
     """How many kept tokens are not those of the reference carried through in fp64."""
     s, sbar, g, tier = exact
-    options = {"sbar": sbar, "suppression": inputs.suppression}
-    anchors = greedy_reference.greedy_select(s, inputs.scores.cpu(), inputs.num_anchors, tier=tier, **options)
+    of_anchors, of_background = inputs.suppressions
+    anchors = greedy_reference.greedy_select(
+        s, inputs.scores.cpu(), inputs.num_anchors, sbar=sbar, tier=tier, suppression=of_anchors
+    )
     rest = tier.scatter(1, anchors, TAKEN)
-    background = greedy_reference.greedy_select(s, g, inputs.num_background, tier=rest, **options)
+    background = greedy_reference.greedy_select(
+        s, g, inputs.num_background, sbar=sbar, tier=rest, suppression=of_background
+    )
     expected = torch.cat([anchors, background], dim=1)
     indices = result.indices.cpu()
     return int((indices[:, :, None] != expected[:, None, :]).all(dim=2).sum())

@@ -195,6 +195,7 @@ def apply_condense(
     background_ratio: float = DEFAULT_BACKGROUND_RATIO,
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     family: str | None = None,
     backend: str = "auto",
 ) -> CondenseHandle:
@@ -214,7 +215,8 @@ def apply_condense(
             the token farthest from those kept), "random" (by torch's generator), "random_merge", "uniform" (a coarser
             grid), "pooling"; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images
             of one size.
-        background_ratio, suppression, spatial_weight: as in :func:`condense_kernels.condense`, of "condensevlm".
+        background_ratio, suppression, spatial_weight, background_suppression: as in :func:`condense_kernels.condense`,
+            of "condensevlm".
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.
         backend: "auto" (by device), "cpp", "triton" or "reference".
@@ -228,7 +230,7 @@ def apply_condense(
             match the images, a filled cache together with images. The model is left as it was found.
     """
     check_model(model, MARK)
-    condenser = Condenser(method, background_ratio, suppression, spatial_weight, backend)
+    condenser = Condenser(method, background_ratio, suppression, spatial_weight, background_suppression, backend)
     num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
     return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)

@@ -37,6 +37,7 @@ class Condenser:
     background_ratio: float = DEFAULT_BACKGROUND_RATIO
     suppression: float = 1.0
     spatial_weight: float = 1.0
+    background_suppression: float | None = None
     backend: str = "auto"
 
     def __call__(
@@ -67,6 +68,7 @@ class Condenser:
                 grid,
                 suppression=self.suppression,
                 spatial_weight=self.spatial_weight,
+                background_suppression=self.background_suppression,
                 backend=self.backend,
             )
         method = BASELINES[self.method] if isinstance(self.method, str) else self.method
@@ -91,6 +93,7 @@ class Condenser:
             positions=torch.cat(at),
             suppression=self.suppression,
             spatial_weight=self.spatial_weight,
+            background_suppression=self.background_suppression,
             backend=self.backend,
         )
         by_row, by_token = list(keeps), lengths

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -174,14 +174,15 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
         rest = tier[b].scatter(0, stages.anchors[b], TAKEN)
         g_error = _sum_bound(s_bound, n0.double(), compute_dtype(stages.s)).expand_as(g[b])
         sbar_error = s_bound + 4 * eps
-        for name, order, prior, prior_error, now in (
-            ("anchors", stages.anchors[b], inputs.scores[b].double(), torch.zeros_like(g[b]), tier[b]),
-            ("background", stages.background[b], g[b], g_error, rest),
+        of_anchors, of_background = inputs.suppressions
+        for name, order, prior, prior_error, now, suppression in (
+            ("anchors", stages.anchors[b], inputs.scores[b].double(), torch.zeros_like(g[b]), tier[b], of_anchors),
+            ("background", stages.background[b], g[b], g_error, rest, of_background),
         ):
             live = now == VALID
-            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, inputs.suppression, eps)
-            gap = replay(s[b], utility, now, order.tolist(), inputs.suppression)
-            bound = _score_bound(utility[live], error[live], s_bound, inputs.suppression, eps) if live.any() else 0.0
+            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, suppression, eps)
+            gap = replay(s[b], utility, now, order.tolist(), suppression)
+            bound = _score_bound(utility[live], error[live], s_bound, suppression, eps) if live.any() else 0.0
             gaps[name].append(gap)
             bounds[name].append([bound] * len(gap))
     as_fp64 = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
@@ -292,10 +293,14 @@ def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: 
         _largest("g", _difference(stages.g, exact[2]), _sum_bound(s_bound, n0, dtype)[:, None]),
         _exact("tier", stages.tier, exact[3]),
     ]
-    picking: dict[str, Any] = {"sbar": stages.sbar, "suppression": inputs.suppression}
+    of_anchors, of_background = inputs.suppressions
     rest = stages.tier.scatter(1, stages.anchors.clamp(min=0), TAKEN)
-    anchors = greedy_reference.greedy_select(stages.s, inputs.scores, inputs.num_anchors, tier=stages.tier, **picking)
-    background = greedy_reference.greedy_select(stages.s, stages.g, inputs.num_background, tier=rest, **picking)
+    anchors = greedy_reference.greedy_select(
+        stages.s, inputs.scores, inputs.num_anchors, sbar=stages.sbar, tier=stages.tier, suppression=of_anchors
+    )
+    background = greedy_reference.greedy_select(
+        stages.s, stages.g, inputs.num_background, sbar=stages.sbar, tier=rest, suppression=of_background
+    )
     findings += [
         _exact("anchors: selection given the backend's s", stages.anchors, anchors),
         _exact("background: selection given the backend's s", stages.background, background),

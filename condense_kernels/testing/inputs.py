@@ -10,6 +10,7 @@ import torch
 
 from .. import assign, greedy_select, merge, select_and_merge, select_and_merge_varlen, similarity
 from ..ops.select_and_merge import Condensed
+from ..ops.select_and_merge.pipeline import suppressions_of
 from ..ops.select_and_merge_varlen.reference import for_each_segment
 from ..ops.similarity.reference import TAKEN
 
@@ -40,6 +41,7 @@ class Inputs:
     mask: torch.Tensor | None = None  # [B, N] bool
     suppression: float = 1.0
     spatial_weight: float = 1.0
+    background_suppression: float | None = None
 
     @property
     def args(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -47,8 +49,13 @@ class Inputs:
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight")
+        names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight", "background_suppression")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def suppressions(self) -> tuple[float, float]:
+        """The factors of the anchors (Eq. 2) and of the background (Eq. 4)."""
+        return suppressions_of(self.suppression, self.background_suppression)
 
     def to(self, device: torch.device | str) -> "Inputs":
         fields = vars(self).items()
@@ -72,10 +79,11 @@ class Inputs:
         """The same through the operators of the single stages, which also tell the order of the picks."""
         keys = self.features if self.keys is None else self.keys
         s, sbar, g, tier = similarity(keys, self.scores, self.mask, backend=backend)
-        picking: dict[str, Any] = {"sbar": sbar, "suppression": self.suppression, "backend": backend}
-        anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, **picking)
+        picking: dict[str, Any] = {"sbar": sbar, "backend": backend}
+        of_anchors, of_background = self.suppressions
+        anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, suppression=of_anchors, **picking)
         rest = tier.scatter(1, anchors, TAKEN)
-        background = greedy_select(s, g, self.num_background, tier=rest, **picking)
+        background = greedy_select(s, g, self.num_background, tier=rest, suppression=of_background, **picking)
         indices = torch.cat([anchors, background], dim=1).sort(dim=1).values
         where: dict[str, Any] = {"grid": self.grid, "positions": self.positions, "spatial_weight": self.spatial_weight}
         assignment = assign(s, indices, tier=tier, **where, backend=backend)
@@ -98,6 +106,7 @@ class PackedInputs:
     positions: torch.Tensor | None = None  # [T, P]
     suppression: float = 1.0
     spatial_weight: float = 1.0
+    background_suppression: float | None = None
 
     def run(self, backend: str = "auto") -> Condensed:
         return select_and_merge_varlen(**vars(self), backend=backend)
@@ -230,6 +239,11 @@ def _top_k(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, suppression=0.0)
 
 
+def _two_factors(inputs: Inputs) -> Inputs:
+    """The background is suppressed more than the anchors are."""
+    return dataclasses.replace(inputs, suppression=0.5, background_suppression=2.0)
+
+
 KINDS: dict[str, Callable[[Inputs], Inputs]] = {
     "random": lambda inputs: inputs,
     "clustered": _clustered,
@@ -247,6 +261,7 @@ KINDS: dict[str, Callable[[Inputs], Inputs]] = {
     "video": _video,
     "similarity_only": _similarity_only,
     "top_k": _top_k,
+    "two_factors": _two_factors,
 }
 
 

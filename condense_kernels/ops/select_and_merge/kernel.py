@@ -39,6 +39,7 @@ from ..similarity.kernel import (
     tiles_of_image,
 )
 from . import streamed
+from .pipeline import suppressions_of
 
 BLOCK_S = tl.constexpr(SimilarityConfig.block)  # tokens of a tile of s
 
@@ -63,7 +64,7 @@ def select_kernel(
     where_ptr,  # [N, P] or [B, N, P]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
-    suppression, spatial_weight,
+    suppression, background_suppression, spatial_weight,
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, packed,
@@ -118,14 +119,15 @@ def select_kernel(
     for c in tl.static_range(CHUNKS):
         g = g + (global_similarity(row_sums_ptr, offs[c], (offs[c] < N) & new[c], N, num_blocks),)
         counted = counted + ((nu[c] == nu[c]) | (died_of(nu[c], 0) & new[c]),)
-    v = scaled_priors(g, counted, sbar, suppression)
+    v = scaled_priors(g, counted, sbar, background_suppression)
     rest = ()
     for c in tl.static_range(CHUNKS):
         rest = rest + (tl.where(nu[c] == nu[c], negated(v[c]), nu[c]),)
     background = tl.minimum(K - num_anchors, num_valid - anchors)
     nu = pick_greedily(
-        s_ptr, indices_ptr, rest, offs, background, suppression, WIDTH, 1, span, packed, N, BLOCK, False, False
-    )
+        s_ptr, indices_ptr, rest, offs, background, background_suppression,
+        WIDTH, 1, span, packed, N, BLOCK, False, False,
+    )  # fmt: skip
 
     # The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
     kept = ()
@@ -190,7 +192,9 @@ def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
     return bytes_of(pieces_of(b, n))
 
 
-def launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config, packed=None):
+def launch_select(
+    w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, config, packed=None
+):
     """Selection, with the assignment or without, from what the similarity tiles left in w.
 
     Packed: one launch for each class of sizes, as a program for 16384 tokens would take too long for a hundred.
@@ -203,7 +207,8 @@ def launch_select(w, scores, indices, assignment, num_anchors, space, suppressio
         select = SelectConfig.for_shape(span)
         select_kernel[(images,)](
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
-            indices, assignment, as_fp32(suppression), float(spatial_weight), *strides_of(scores, 2), *space.strides,
+            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
+            *strides_of(scores, 2), *space.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, space.height, space.width, packed,
             P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span),
             LOW=low, LONGEST=span == config.width,
@@ -225,6 +230,7 @@ def select_and_merge(
     mask: torch.Tensor | None = None,  # [B, N] bool
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,  # uint8, workspace_bytes(...) of them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,6 +244,7 @@ def select_and_merge(
     if keys is None:
         keys = features
     space = Space.of(grid, positions, spatial_weight)
+    suppressions = suppressions_of(suppression, background_suppression)
     w = carve(pieces_of(b, n), workspace, features.device)
     if out is None:
         out = (
@@ -251,12 +258,12 @@ def select_and_merge(
     with on_device_of(features):
         if b > 0 and config.store_s:
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, w.s)
-            launch_select(w, scores, indices, assignment, num_anchors, space, suppression, spatial_weight, config)
+            launch_select(w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, config)
             if not config.assign_in_select:
                 launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False)
         elif b > 0:
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
-            streamed.launch_select(w, keys, scores, indices, num_anchors, suppression)
+            streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
         launch_merge(features, scores, indices, assignment, merged, mass)
     return out

@@ -9,6 +9,7 @@ from ..._dispatch.checks import (
     as_count,
     as_grid,
     check_apart,
+    check_background_suppression,
     check_budget,
     check_not_empty,
     check_num_tokens,
@@ -48,6 +49,7 @@ def check(
     mask=None,
     suppression=1.0,
     spatial_weight=1.0,
+    background_suppression=None,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "B N D", sizes, FLOATS)
@@ -63,6 +65,7 @@ def check(
         check_tensor("mask", mask, "B N", sizes, (torch.bool,), features)
     check_weight("suppression", suppression)
     check_weight("spatial_weight", spatial_weight)
+    check_background_suppression(background_suppression)
     check_where(grid, positions, spatial_weight, sizes, features)
 
 
@@ -182,7 +185,8 @@ def look(features, scores, num_anchors, num_background, *, keys=None, positions=
 
 def examples(b: int) -> list[Example]:
     features, scores, keys = random(b, 12, 5) - 0.5, random(b, 12), random(b, 12, 3) - 0.5
-    on_grid = {"grid": [3, 4], "keys": keys, "mask": random(b, 12) > 0.1, "suppression": 0.5, "spatial_weight": 0.7}
+    weights = {"suppression": 0.5, "spatial_weight": 0.7, "background_suppression": 0.0}
+    on_grid = {"grid": [3, 4], "keys": keys, "mask": random(b, 12) > 0.1, **weights}
     return [
         Example((features, scores, 3, 2), on_grid),
         Example((features.double(), scores, 3, 2), {"positions": random(12, 2)}),
@@ -257,6 +261,7 @@ def select_and_merge(
     mask: torch.Tensor | None = None,  # [B, N]
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     backend: str = "auto",
     out: Condensed | None = None,
     workspace: torch.Tensor | None = None,  # [bytes] uint8
@@ -279,6 +284,8 @@ def select_and_merge(
         suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k
             of the scores, unscaled.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
+        background_suppression: finite, >= 0: factor on the similarity term of Eq. 4 alone, suppression being that of
+            Eq. 2; each of them may be 0. None: as suppression.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
         out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
             addresses must overlap neither each other's nor those of an argument, from first to last, and none may
@@ -305,6 +312,7 @@ def select_and_merge(
         "mask": mask,
         "suppression": suppression,
         "spatial_weight": spatial_weight,
+        "background_suppression": background_suppression,
     }
     num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
@@ -341,6 +349,7 @@ def workspace_bytes(
     mask: torch.Tensor | None = None,  # [B, N]
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     backend: str = "auto",
 ) -> int:
     """Return how many bytes of ``workspace`` select_and_merge needs for these arguments, which it has exactly as here.
@@ -359,6 +368,7 @@ def workspace_bytes(
         "mask": mask,
         "suppression": suppression,
         "spatial_weight": spatial_weight,
+        "background_suppression": background_suppression,
     }
     args = features, scores, as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     tracing.unrecorded(check, *args, **options)

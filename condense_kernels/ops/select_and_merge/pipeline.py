@@ -15,6 +15,11 @@ class Stages(NamedTuple):
     merge: Callable
 
 
+def suppressions_of(suppression: float, background_suppression: float | None) -> tuple[float, float]:
+    """The factors of Eq. 2 and of Eq. 4."""
+    return suppression, suppression if background_suppression is None else background_suppression
+
+
 def compose(stages: Stages) -> Callable:
     """Build select_and_merge out of one backend's stages."""
 
@@ -30,11 +35,15 @@ def compose(stages: Stages) -> Callable:
         mask=None,  # [B, N] bool
         suppression=1.0,
         spatial_weight=1.0,
+        background_suppression=None,
     ):
+        of_anchors, of_background = suppressions_of(suppression, background_suppression)
         s, sbar, g, tier = stages.similarity(features if keys is None else keys, scores, mask)  # Eq. 3
-        anchors = stages.greedy_select(s, scores, num_anchors, sbar=sbar, tier=tier, suppression=suppression)  # Eq. 2
+        anchors = stages.greedy_select(s, scores, num_anchors, sbar=sbar, tier=tier, suppression=of_anchors)  # Eq. 2
         rest = tier.scatter(1, anchors, TAKEN)  # an anchor is no candidate for the background
-        background = stages.greedy_select(s, g, num_background, sbar=sbar, tier=rest, suppression=suppression)  # Eq. 4
+        background = stages.greedy_select(
+            s, g, num_background, sbar=sbar, tier=rest, suppression=of_background
+        )  # Eq. 4
         indices = torch.cat([anchors, background], dim=1).sort(dim=1).values  # [B, K]
         assignment = stages.assign(
             s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight

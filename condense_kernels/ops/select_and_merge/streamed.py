@@ -429,7 +429,7 @@ def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
     }
 
 
-def launch_select(w, keys, scores, indices, num_anchors, suppression, packed=None):
+def launch_select(w, keys, scores, indices, num_anchors, suppressions, packed=None):
     """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles left in w."""
     n, dk = keys.shape[-2:]
     images, k = w.due.numel(), indices.shape[-1]
@@ -443,14 +443,14 @@ def launch_select(w, keys, scores, indices, num_anchors, suppression, packed=Non
         "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
     }  # fmt: skip
     factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
-    sizes = (as_fp32(suppression), *strides_of(keys, 3), n, blocks, dk, packed)
-    for background, count in zip((False, True), picks, strict=True):
+    for background, count, factor in zip((False, True), picks, map(as_fp32, suppressions), strict=True):
         begin_kernel[(images,)](
             scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
-            as_fp32(suppression), *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
+            factor, *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
+        sizes = (factor, *strides_of(keys, 3), n, blocks, dk, packed)
         for _ in range(count - 1):
             update_kernel[(w.best.numel(),)](*factors, *sizes, **tile, enable_fp_fusion=False)
             pick_kernel[(images,)](

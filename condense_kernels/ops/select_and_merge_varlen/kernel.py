@@ -15,6 +15,7 @@ from ..assign.kernel import Space, launch_assign
 from ..merge.kernel import launch_merge
 from ..select_and_merge import streamed
 from ..select_and_merge.kernel import launch_select
+from ..select_and_merge.pipeline import suppressions_of
 from ..similarity.kernel import launch_tiles, num_blocks_of
 
 
@@ -45,6 +46,7 @@ def select_and_merge_varlen(
     positions: torch.Tensor | None = None,  # [T, P]
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
     reject_float64(features=features, scores=scores, keys=keys)
@@ -61,17 +63,18 @@ def select_and_merge_varlen(
     packed = Packed.of(cu_seqlens, cu_anchors, cu_background, num_tokens, total_keep, max_seqlen)
     config = FusedConfig.for_packed(num_tokens, max_seqlen)
     space = dataclasses.replace(Space.of(None, positions, spatial_weight), strides=strides_of(positions, 3))
+    suppressions = suppressions_of(suppression, background_suppression)
     w = carve(pieces_of(num_tokens, packed, config), None, features.device)
     with on_device_of(features):
         sums = w.tier, w.row_sums, w.abs_sums
         if config.store_s:
             launch_tiles(keys, scores, None, *sums, w.s, packed=packed)
-            launch_select(w, scores, indices, assignment, 0, space, suppression, spatial_weight, config, packed)
+            launch_select(w, scores, indices, assignment, 0, space, suppressions, spatial_weight, config, packed)
             if not config.assign_in_select:
                 launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=packed)
         else:
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
-            streamed.launch_select(w, keys, scores, indices, 0, suppression, packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppressions, packed)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, merged, mass, packed)
     return merged, indices, assignment, mass

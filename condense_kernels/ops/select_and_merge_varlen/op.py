@@ -6,6 +6,7 @@ from ..._dispatch.checks import (
     INTEGERS,
     MAX_TOKENS,
     as_count,
+    check_background_suppression,
     check_count,
     check_not_empty,
     check_tensor,
@@ -34,6 +35,7 @@ def check(
     positions=None,
     suppression=1.0,
     spatial_weight=1.0,
+    background_suppression=None,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "T D", sizes, FLOATS)
@@ -50,6 +52,7 @@ def check(
         check_not_empty("keys", keys, 1, "channel")
     check_weight("suppression", suppression)
     check_weight("spatial_weight", spatial_weight)
+    check_background_suppression(background_suppression)
     if positions is not None:
         check_tensor("positions", positions, "T P", sizes, FLOATS + INTEGERS, features)
         check_not_empty("positions", positions, 1, "coordinate")
@@ -130,7 +133,7 @@ def examples(b: int) -> list[Example]:
     t, total_keep = int(cu_seqlens[-1]), int(cu_anchors[-1] + cu_background[-1])
     offsets = cu_seqlens, cu_anchors, cu_background, total_keep, 12
     features, scores = random(t, 5) - 0.5, random(t)
-    placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.5}
+    placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.0, "background_suppression": 2.0}
     return [
         Example((features, scores, *offsets), placed),
         Example((features.bfloat16(), scores, *offsets), {"spatial_weight": 0.0}),
@@ -168,6 +171,7 @@ def select_and_merge_varlen(
     positions: torch.Tensor | None = None,  # [T, P]
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    background_suppression: float | None = None,
     backend: str = "auto",
 ) -> Condensed:
     """Condense a packed batch: S images of any number of tokens, one after the other, each to its own budget.
@@ -191,7 +195,7 @@ def select_and_merge_varlen(
         keys: [T, Dk] floating: what the cosine similarity is computed on. None: features.
         positions: [T, P] coordinates of a float or signed integer dtype (or uint8), each segment's own. Required
             unless spatial_weight is 0.
-        suppression, spatial_weight, backend: as in :func:`select_and_merge`.
+        suppression, spatial_weight, background_suppression, backend: as in :func:`select_and_merge`.
 
     Returns:
         The named tuple of :func:`select_and_merge`, packed:
@@ -221,11 +225,18 @@ def select_and_merge_varlen(
             **others,
             suppression=suppression,
             spatial_weight=spatial_weight,
+            background_suppression=background_suppression,
             backend=backend,
         )
         return pack(packed, features, cu_anchors + cu_background)
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
     args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
-    options = {"keys": keys, "positions": positions, "suppression": suppression, "spatial_weight": spatial_weight}
+    options = {
+        "keys": keys,
+        "positions": positions,
+        "suppression": suppression,
+        "spatial_weight": spatial_weight,
+        "background_suppression": background_suppression,
+    }
     tracing.checked(check, *args, **options)
     return Condensed(*backends.run("select_and_merge_varlen", backend, args, options))
