@@ -88,6 +88,13 @@ CASES = [
     ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "mask": S}, TypeError, "mask: expected dtype bool"),
     ("select_and_merge", (F, S, 2, 1), {"positions": F[:1]}, ValueError, "positions: expected shape [B N P]"),
     ("select_and_merge", (F, S, 2, 1), {"grid": GRID, "suppression": -0.1}, ValueError, "suppression: expected a"),
+    (
+        "select_and_merge",
+        (F, S, 2, 1),
+        {"grid": GRID, "background_suppression": -0.1},
+        ValueError,
+        "background_suppression: expected a finite number >= 0, got -0.1",
+    ),
     # select_and_merge_varlen
     ("select_and_merge_varlen", packed(features=F), NOWHERE, ValueError, "features: expected 2 axes [T D], got 3"),
     ("select_and_merge_varlen", packed(features=F[0].int()), NOWHERE, TypeError, "features: expected dtype"),
@@ -135,6 +142,13 @@ CASES = [
         "spatial_weight: expected a finite number",
     ),
     ("select_and_merge_varlen", PACKED, {**NOWHERE, "suppression": -1.0}, ValueError, "suppression: expected a finite"),
+    (
+        "select_and_merge_varlen",
+        PACKED,
+        {**NOWHERE, "background_suppression": float("inf")},
+        ValueError,
+        "background_suppression: expected a finite",
+    ),
 ]
 
 # Of the operator that has no Python function.
@@ -186,6 +200,12 @@ def test_refused_in_backward(changed, message):
         ((F, S, 2.0, 1), {}, TypeError, "num_anchors: expected an int, got float"),
         ((F, S, 2, True), {}, TypeError, "num_background: expected an int, got bool"),
         ((F, S, 2, 1), {"suppression": "1"}, TypeError, "suppression: expected a number, got str"),
+        (
+            (F, S, 2, 1),
+            {"background_suppression": "1"},
+            TypeError,
+            "background_suppression: expected a number, got str",
+        ),
         ((F, S, 2, 1), {"spatial_weight": None}, TypeError, "spatial_weight: expected a number, got NoneType"),
         ((F, S, 2, 1), {"grid": 6}, TypeError, "grid: expected (H, W) or (T, H, W) as ints"),
         ((F, S, 2, 1), {"grid": (2.0, 3)}, TypeError, "grid: expected (H, W) or (T, H, W) as ints"),

@@ -24,6 +24,15 @@ WEIGHTS = {
         lambda x: ck.Condense(2, 1, suppression=x),
         lambda x: ck.select_and_merge_varlen(F[0], S[0], CU, CU // 2, CU // 6, 4, 6, spatial_weight=0, suppression=x),
     ],
+    "background_suppression": [
+        lambda x: ck.select_and_merge(F, S, 2, 1, grid=GRID, background_suppression=x),
+        lambda x: ck.condense(F, S, 3, grid=GRID, background_suppression=x),
+        lambda x: ck.workspace_bytes(F, S, 2, 1, grid=GRID, background_suppression=x),
+        lambda x: ck.Condense(2, 1, background_suppression=x),
+        lambda x: ck.select_and_merge_varlen(
+            F[0], S[0], CU, CU // 2, CU // 6, 4, 6, spatial_weight=0, background_suppression=x
+        ),
+    ],
     "spatial_weight": [
         lambda x: ck.select_and_merge(F, S, 2, 1, grid=GRID, spatial_weight=x),
         lambda x: ck.condense(F, S, 3, grid=GRID, spatial_weight=x),

@@ -44,12 +44,14 @@ def test_every_kind_of_input(threads, cpp):
                 n = pick.choice([49, 96, 97, 200, 520, 777, 1100])
                 k = pick.choice([1, 2, n // 8, n // 2, n - 1, n])
                 background = pick.choice([0, k // 4, k])
-                suppression = pick.choice([0.0, 0.5, 1.0, 1.0, 3.0, 3e38])
+                suppression, background_suppression = (pick.choice([0.0, 0.5, 1.0, 1.0, 3.0, 3e38]) for _ in range(2))
                 inputs = make_inputs(
                     kind, batch=pick.choice([1, 2, 3]), num_tokens=n, channels=pick.choice([3, 16, 131, 259]),
                     num_anchors=k - background, num_background=background, dtype=dtype, suppression=suppression,
+                    background_suppression=background_suppression,
                 )
-                same(inputs, f"{kind}, {dtype}, N {n}, K {k}, of these {background} background, x {suppression}")
+                factors = f"x {suppression} and {background_suppression}"
+                same(inputs, f"{kind}, {dtype}, N {n}, K {k}, of these {background} background, {factors}")
         """,
         OMP_NUM_THREADS=threads,
     )

@@ -99,8 +99,9 @@ def test_merged_tokens_are_those_of_condense(name, side):
     case = zoo.case(name)
     batch = case.inputs(MIXED)
     encoded = oracles.encode(case, MIXED, batch)
+    options = dict(background_ratio=0.4, suppression=0.5, spatial_weight=0.7, background_suppression=2.0)
     results = [
-        condense_kernels.condense(features[None], scores[None], KEEP, 0.4, grid, suppression=0.5, spatial_weight=0.7)
+        condense_kernels.condense(features[None], scores[None], KEEP, **options, grid=grid)
         for features, scores, grid in zip(
             encoded.features, oracles.scores(case, MIXED, batch), oracles.grids(case, MIXED), strict=True
         )
@@ -112,7 +113,6 @@ def test_merged_tokens_are_those_of_condense(name, side):
     for features, score, result in zip(encoded.features, scores, results, strict=True):
         torch.testing.assert_close(weighted(features, score, result), result.merged[0], rtol=1e-4, atol=1e-5)
     selection, merged = [result.indices[0] for result in results], [result.merged[0] for result in results]
-    options = dict(background_ratio=0.4, suppression=0.5, spatial_weight=0.7)
     found = condensed_rows(case, MIXED, side, KEEP, **options)
     for row, alone in zip(found, oracles.removed(case, MIXED, selection, merged, planes), strict=True):
         torch.testing.assert_close(row, case.model(**alone).logits[0], rtol=1e-4, atol=2e-4)

@@ -24,8 +24,8 @@ F, S, P = torch.rand(T, 4), torch.rand(T), torch.rand(T, 2)
         (ck.Condense(48, 16), "Condense(num_anchors=48, num_background=16)"),
         (ck.Condense(3, 0, grid=[3, 4]), "Condense(num_anchors=3, num_background=0, grid=(3, 4))"),
         (
-            ck.Condense(0, 2, suppression=0.5, spatial_weight=0.0, backend="cpp"),
-            "Condense(num_anchors=0, num_background=2, suppression=0.5, spatial_weight=0.0, backend='cpp')",
+            ck.Condense(0, 2, suppression=0.5, background_suppression=0.0, backend="cpp"),
+            "Condense(num_anchors=0, num_background=2, suppression=0.5, background_suppression=0.0, backend='cpp')",
         ),
     ],
 )
@@ -35,8 +35,8 @@ def test_repr_says_what_differs_from_the_defaults(layer, text):
 
 
 def test_the_layer_is_the_function():
-    layer = ck.Condense(3, 2, grid=(3, 4), suppression=0.7, spatial_weight=0.4)
-    options = {"suppression": 0.7, "spatial_weight": 0.4}
+    options = {"suppression": 0.7, "spatial_weight": 0.4, "background_suppression": 0.0}
+    layer = ck.Condense(3, 2, grid=(3, 4), **options)
     call = lambda **where: ck.select_and_merge(*INPUTS.args[:2], 3, 2, **options, **where)  # noqa: E731
     assert_same_bits(layer(INPUTS.features, INPUTS.scores), call(grid=(3, 4)))
     assert_same_bits(layer(INPUTS.features, INPUTS.scores, grid=(4, 3)), call(grid=(4, 3)))
@@ -51,6 +51,7 @@ def test_the_layer_is_the_function():
         ((-1, 2), {}, "num_anchors: expected 0 <= num_anchors"),
         ((2.0, 2), {}, "num_anchors: expected an int, got float"),
         ((2, 2), {"suppression": -1.0}, "suppression: expected a finite number >= 0"),
+        ((2, 2), {"background_suppression": -1.0}, "background_suppression: expected a finite number >= 0"),
         ((2, 2), {"spatial_weight": "1"}, "spatial_weight: expected a number, got str"),
         ((2, 2), {"grid": 24}, "grid: expected (H, W) or (T, H, W) as ints, got 24"),
         ((2, 2), {"grid": (24,)}, "grid: expected (H, W) or (T, H, W), got (24,)"),

@@ -416,6 +416,11 @@ GOOD = {
         ({"keys": F.bool()}, TypeError, "keys: expected dtype float32, float16, bfloat16, float64, got bool."),
         ({"keys": F[:, :0]}, ValueError, "keys: expected at least one channel, got shape [6, 0]."),
         ({"suppression": -1.0}, ValueError, "suppression: expected a finite number >= 0, got -1"),
+        (
+            {"background_suppression": -1.0},
+            ValueError,
+            "background_suppression: expected a finite number >= 0, got -1",
+        ),
         ({"spatial_weight": float("inf")}, ValueError, "spatial_weight: expected a finite number >= 0, got inf"),
         ({"positions": None}, ValueError, "positions: expected a tensor [T, P], as spatial_weight is not 0, got None."),
         ({"positions": F[:5]}, ValueError, "positions: expected shape [T P] = [6, "),

@@ -274,6 +274,7 @@ def test_without_s_stored_the_bits_are_the_same(kind, dtype):
         {"num_anchors": 50, "num_background": 20},  # K = N
         {"suppression": 0.0},
         {"suppression": 3e38},  # suppression * m is infinite
+        {"background_suppression": 3e38},
         {"mask": torch.arange(70).expand(2, 70) % 9 == 0},  # 8 valid tokens for 14 rows
         {"mask": torch.arange(70).expand(2, 70) % 35 == 0},  # fewer than anchors
         {"mask": torch.zeros(2, 70, dtype=torch.bool)},

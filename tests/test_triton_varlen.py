@@ -102,7 +102,7 @@ def test_sizes(lengths, anchors, background):
     assert_same_bits(batch.run(), batch.segment_by_segment())
 
 
-@pytest.mark.parametrize("kind", ["nan", "ties"])
+@pytest.mark.parametrize("kind", ["nan", "ties", "two_factors"])
 def test_without_s_stored(kind):
     batch = batch_of([5, 0, 70, 3, 2], [2, 0, 4, 0, 2], [0, 0, 2, 0, 0], make_inputs(kind, batch=1, num_tokens=80))
     assert_same_bits(streamed(batch), batch.run())
