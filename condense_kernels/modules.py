@@ -28,7 +28,7 @@ class Condense(torch.nn.Module):
         num_anchors, num_background: int >= 0, together at least 1.
         grid: (H, W) or (T, H, W), row-major, of every image that comes without positions. None: each call says.
         suppression, spatial_weight: finite, >= 0, the factors of Eq. 2, 4 and 6.
-        background_suppression: finite, >= 0, the factor of Eq. 4 alone. None: as suppression.
+        background_suppression: finite, >= 0, a factor of its own for Eq. 4. None: as suppression.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Raises:

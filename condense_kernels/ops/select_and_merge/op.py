@@ -284,8 +284,8 @@ def select_and_merge(
         suppression: finite, >= 0: factor on the similarity term of Eq. 2 and 4; 0 gives plain top-k
             of the scores, unscaled.
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
-        background_suppression: finite, >= 0: factor on the similarity term of Eq. 4 alone, suppression being that of
-            Eq. 2; each of them may be 0. None: as suppression.
+        background_suppression: finite, >= 0: factor on the similarity term of Eq. 4, suppression then being that of
+            Eq. 2 alone; 0 gives plain top-k of the global similarity. None: as suppression.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
         out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
             addresses must overlap neither each other's nor those of an argument, from first to last, and none may
