@@ -252,6 +252,12 @@ def without_attention() -> transformers.PreTrainedModel:
         (lambda: model_of("llava"), {"background_ratio": 2.0}, ValueError, "background_ratio: .* got 2.0"),
         (lambda: model_of("llava"), {"suppression": -1.0}, ValueError, "suppression: .*-1"),
         (lambda: model_of("llava"), {"background_suppression": -1.0}, ValueError, "background_suppression: .*-1"),
+        (
+            lambda: model_of("llava"),
+            {"background_suppression": 0.5, "method": "topk"},
+            ValueError,
+            "background_suppression: expected the default, None, as method='topk' has no such option, got 0.5. Remedy: ",
+        ),
         (lambda: model_of("llava"), {"spatial_weight": float("nan")}, ValueError, "spatial_weight: .*nan"),
         (lambda: model_of("llava"), {"backend": "cuda"}, ValueError, "backend: .*'cuda'"),
         (lambda: model_of("llava"), {"family": "alpaca"}, ValueError, "family: .*llava.*'alpaca'"),
