@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.nested import nested_tensor_from_jagged
 
 import condense_kernels as ck
 from condense_kernels import Condensed
@@ -59,16 +60,20 @@ def test_the_flagship_is_its_stages_in_a_row(of_anchors, of_background, kind, ba
 
 @pytest.mark.parametrize(("of_anchors", "of_background"), PAIRS)
 def test_packed(of_anchors, of_background, backend):
-    """Two images of one size, between them an empty segment."""
+    """Two images of one size, between them an empty segment; and the same as nested tensors."""
     images = MAKE("clustered", suppression=of_anchors, background_suppression=of_background)
     expected = in_a_row(images, of_anchors, of_anchors if of_background is None else of_background, backend)
-    offsets = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 30, 30, 60], [0, 7, 7, 14], [0, 6, 6, 12]))
+    expected = Condensed(*(x.flatten(0, 1) for x in expected))
+    offsets = [torch.tensor(cu, dtype=torch.int32) for cu in ([0, 30, 30, 60], [0, 7, 7, 14], [0, 6, 6, 12])]
+    features, scores = images.features.flatten(0, 1), images.scores.flatten()
     positions = torch.cartesian_prod(*map(torch.arange, images.grid)).repeat(2, 1)
-    packed = ck.select_and_merge_varlen(
-        images.features.flatten(0, 1), images.scores.flatten(), *offsets, 26, 30, positions=positions,
-        suppression=of_anchors, background_suppression=of_background, backend=backend,
-    )  # fmt: skip
-    assert_same_bits(packed, Condensed(*(x.flatten(0, 1) for x in expected)))
+    options = {"suppression": of_anchors, "background_suppression": of_background, "backend": backend}
+    packed = ck.select_and_merge_varlen(features, scores, *offsets, 26, 30, positions=positions, **options)
+    assert_same_bits(packed, expected)
+    starts = offsets[0].long()
+    features, scores, positions = (nested_tensor_from_jagged(x, starts) for x in (features, scores, positions))
+    nested = ck.select_and_merge_varlen(features, scores, None, *offsets[1:], 26, 30, positions=positions, **options)
+    assert_same_bits([part.values() for part in nested], expected)
 
 
 factors = st.sampled_from([0.0, 0.5, 1.0, 3.0, 3e38]) | st.floats(0, 2.0**100, width=32)

@@ -281,9 +281,8 @@ def test_nested_tensors(backend):
     features = nested_tensor_from_jagged(values, BUDGET.cu_seqlens.long())
     scores, places = (nested_tensor_from_jagged(t, features.offsets()) for t in (S, P))
     rest = BUDGET.cu_anchors, BUDGET.cu_background, BUDGET.total_keep
-    options = {"suppression": 0.0, "background_suppression": 3.0, "backend": backend}
-    nested = ck.select_and_merge_varlen(features, scores, None, *rest, positions=places, **options)
-    packed = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P, **options)
+    nested = ck.select_and_merge_varlen(features, scores, None, *rest, positions=places, backend=backend)
+    packed = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P, backend=backend)
     assert_same_bits([part.values() for part in nested], packed)
     assert nested.assignment.offsets() is features.offsets()
     for part in (nested.merged, nested.indices, nested.mass):
