@@ -256,7 +256,7 @@ def without_attention() -> transformers.PreTrainedModel:
             lambda: model_of("llava"),
             {"background_suppression": 0.5, "method": "topk"},
             ValueError,
-            "background_suppression: expected the default, None, as method='topk' has no such option, got 0.5. Remedy: ",
+            "background_suppression: expected the default, None, as method='topk' has no such option, got 0.5.",
         ),
         (lambda: model_of("llava"), {"spatial_weight": float("nan")}, ValueError, "spatial_weight: .*nan"),
         (lambda: model_of("llava"), {"backend": "cuda"}, ValueError, "backend: .*'cuda'"),
