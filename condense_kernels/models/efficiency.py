@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -191,15 +191,20 @@ def of_decoder(model: Any, counter: Any) -> Iterator[list[int]]:
 
 
 def cache_bytes(result: Any) -> int:
-    """Of the tensors in the cache of what generate returned; recurrent states of linear attention are among them."""
+    """Of keys and values in the cache of what generate returned; linear attention's states are among them."""
     cache = getattr(result, "cache", None)  # past_key_values before transformers 5.24
     layers = (result.past_key_values if cache is None else cache).layers
-    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = [value for layer in layers for value in vars(layer).values()]
+    held += [state for value in held if isinstance(value, dict) for state in value.values()]
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
+    return size_of(tensor for tensor in tensors if tensor.is_floating_point())  # a length may be a tensor, too
 
 
 def weight_bytes(model: Any) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
+    return size_of([*model.parameters(), *model.buffers()])
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
