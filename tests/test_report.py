@@ -145,7 +145,8 @@ def test_flops_counted_and_by_formula():
     decoder = formulas.Decoder.of(model.config)
     for count in (everything, ours, top):
         third = decoder.layers * count.prompt * decoder.width * decoder.hidden
-        assert count.decoder_flops == 2 * (formulas.flops(decoder, count.prompt) + third)
+        angles = count.decoder_flops - 2 * (formulas.flops(decoder, count.prompt) + third)
+        assert angles in (0, 2 * count.prompt * 12)  # of positions, which transformers 5.18 makes by a product
         assert count.flops > count.decoder_flops
     with FlopCounterMode(display=False) as counter:
         ck.condense(torch.randn(1, 144, 96), torch.rand(1, 144), 16, grid=(12, 12))
