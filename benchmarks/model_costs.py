@@ -19,6 +19,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLC
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 from condense_kernels.models import apply_condense
+from condense_kernels.models.efficiency import in_turn
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- results: written by benchmarks/model_costs.py -->", "<!-- end of results -->"
@@ -139,12 +140,9 @@ def measure(case: Case, methods: dict[str, Any], runs: int) -> list[list[str]]:
     model, inputs = case.build().eval(), case.inputs()
     sides = {"all tokens": lambda: stock(model, inputs)}
     sides |= {title: lambda method=method: condensed(model, inputs, method) for title, method in methods.items()}
-    found: dict[str, list[Times]] = {title: [] for title in sides}
-    for run in range(runs + 1):
-        for title, side in sides.items():
-            times = side()
-            if run > 0:  # the first warms up
-                found[title].append(times)
+    for side in sides.values():  # warms up
+        side()
+    found = in_turn(sides, runs)
     medians = {title: Times(*map(statistics.median, zip(*times, strict=True))) for title, times in found.items()}
     share = (TEXT + KEEP) / (TEXT + case.tokens)
     lines = []

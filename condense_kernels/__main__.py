@@ -5,12 +5,13 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, compare_answers, demo, env
+from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report
 
 PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "compare-answers": compare_answers,
+    "report": report,
     "check": check,
     "env": env,
 }

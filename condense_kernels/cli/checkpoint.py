@@ -27,7 +27,7 @@ def load(name: str) -> tuple[Any, Any]:
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise CommandError(f"--model {name}: expected a model with images and its processor: {reason}") from error
     return model.eval().to("cuda" if on_gpu else "cpu"), processor
