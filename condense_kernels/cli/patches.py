@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -14,8 +14,8 @@ PATCH = 14  # pixels a side, as in CLIP ViT-L/14-336, which LLaVA-1.5 uses: 24 x
 SCORE = "distance from the mean patch: what is unlike the rest of the picture stands out"
 
 
-def open_picture(path: Path, pixels: int) -> torch.Tensor:  # [pixels, pixels, 3] in [0, 1]
-    """Read, centre-crop to a square and resize; transparency is laid on white."""
+def read_picture(path: Path) -> Any:  # PIL.Image in RGB
+    """Read and turn upright; transparency is laid on white."""
     import numpy
     from PIL import Image, ImageOps
 
@@ -32,8 +32,15 @@ def open_picture(path: Path, pixels: int) -> torch.Tensor:  # [pixels, pixels, 3
         levels = numpy.asarray(image, dtype=numpy.float64)
         image = Image.fromarray((255 * levels / max(levels.max(), 255)).clip(0).astype(numpy.uint8))
     image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.fit(image, (pixels, pixels), Image.Resampling.LANCZOS)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def open_picture(path: Path, pixels: int) -> torch.Tensor:  # [pixels, pixels, 3] in [0, 1]
+    """Read, centre-crop to a square and resize."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    image = ImageOps.fit(read_picture(path), (pixels, pixels), Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(image)).float() / 255
 
 
