@@ -54,7 +54,8 @@ def followed(
         nearer = s[pick] > most if step else torch.ones_like(free)
         most, by = torch.where(nearer, s[pick], most), torch.where(nearer, pick, by)
         free = free.index_fill(0, order[step : step + 1], False)
-    utility = scaled_prior(prior.to(s.dtype), sbar, tier)
+    prior = prior.to(s.dtype)
+    utility = scaled_prior(prior, sbar, tier) if suppression else prior
     return Tier(order, utility, *(torch.stack(plane) for plane in (likeness, suppressor, open_)), suppression)
 
 

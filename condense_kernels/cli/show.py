@@ -7,6 +7,7 @@ docs/show.md tells how to read both.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,10 @@ def source(arguments: argparse.Namespace) -> "tuple[Seen, Answering | None]":
         name, picture = "a held-out scene", sources.scene(SCENE)
     model, processor = checkpoint.load(arguments.model)
     asked = sources.Answering(arguments.model, model, processor, picture, arguments.question or sources.ANY)
-    return asked.seen(name), asked
+    try:
+        return asked.seen(name), asked
+    except (TypeError, ValueError) as error:  # apply_condense, of a model that it does not take
+        raise CommandError(f"--model {arguments.model}: {error}") from error
 
 
 class Answers:
@@ -106,19 +110,16 @@ def run(arguments: argparse.Namespace) -> int:
                 progress.update(task, advance=1, description=f"{TITLES[method]}, {budget} tokens")
                 kept = keep_tokens(method, seen, budget, arguments.seed)
                 found.setdefault(method, {})[budget] = Cell(kept, answers.on(kept))
-    console = make_console()
-    written = [(arguments.output, "--output", draw), (arguments.html, "--html", write_page)]
-    for path, option, write in written:
-        if path is None:
-            continue
-        try:
-            write(path, seen, found if write is write_page else chosen(found, drawn), answers)
-        except OSError as error:
-            raise CommandError(f"{option}: {path} can't be written: {error.strerror or error}") from None
-        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    figure = {method: {budget: cells[budget] for budget in reversed(drawn)} for method, cells in found.items()}
+    write("--output", arguments.output, draw, seen, figure, answers)
+    if arguments.html is not None:
+        write("--html", arguments.html, write_page, seen, found, answers)
     return 0
 
 
-def chosen(found: dict[str, dict[int, Any]], budgets: tuple[int, ...]) -> dict[str, dict[int, Any]]:
-    return {method: {budget: cells[budget] for budget in sorted(budgets, reverse=True)} for method, cells in
-            found.items()}  # fmt: skip
+def write(option: str, path: Path, writer: Callable[..., None], *what: Any) -> None:
+    try:
+        writer(path, *what)
+    except OSError as error:
+        raise CommandError(f"{option}: {path} can't be written: {error.strerror or error}") from None
+    make_console().print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -126,7 +126,7 @@ def show_heat(axes: Any, heat: torch.Tensor, seen: Seen) -> None:
     height, width, _ = seen.picture.shape
     axes.imshow(heat.numpy(), cmap=HEAT, norm=PowerNorm(0.6), interpolation="nearest",
                 aspect=height * columns / (width * rows))  # fmt: skip
-    plain(axes, below="score: attention received\n(bright is high)")
+    plain(axes, below="attention received\n(bright is high)")
 
 
 def legend(figure: Any, methods: dict[str, Any], bold: bool) -> None:
