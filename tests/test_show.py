@@ -3,15 +3,19 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from PIL import Image
 from test_cli import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from condense_kernels import condense, split_budget
-from condense_kernels.cli import reasons, selection, show, show_page, show_picture, sources
+from condense_kernels.cli import checkpoint, reasons, selection, show, show_page, show_picture, sources
+from condense_kernels.cli.prompts import inputs_of
+from condense_kernels.models import apply_condense
 from condense_kernels.models.methods import METHODS
 from condense_kernels.testing import make_inputs
 from condense_kernels.tiny_llava import model, train
@@ -67,7 +71,18 @@ def texts(figure) -> str:
 
 def test_the_figure_has_a_row_a_method_and_two_panels_a_budget(capsys, tmp_path, folder, picture, figures):
     output = tmp_path / "out.png"
-    given = ["--model", folder, "--image", picture, "--question", QUESTION, "--methods", "condensevlm", "topk", "pooling"]
+    given = [
+        "--model",
+        folder,
+        "--image",
+        picture,
+        "--question",
+        QUESTION,
+        "--methods",
+        "condensevlm",
+        "topk",
+        "pooling",
+    ]
     status, out, err = run(capsys, "show", *given, "--output", output)
     assert status == 0, err
     assert out == f"wrote {output}\n"
@@ -207,7 +222,9 @@ def test_the_page_says_what_the_operators_return(capsys, tmp_path, folder, pictu
         assert cell["anchors"] == stages.anchors[0].tolist() and cell["background"] == stages.background[0].tolist()
         assert set(cell["tiers"]) == {"anchors", "background"}
         for name, tier in cell["tiers"].items():
-            exact = reasons.reasons(stages, selection.keep_tokens("condensevlm", seen, cell["size"]).inputs)[name].told()
+            exact = reasons.reasons(stages, selection.keep_tokens("condensevlm", seen, cell["size"]).inputs)[
+                name
+            ].told()
             assert tier["suppressor"] == exact["suppressor"].tolist()
             assert tier["score"] == pytest.approx(exact["score"].tolist(), abs=1e-4)
     cosine = seen.cosines()
@@ -243,27 +260,58 @@ def write_page(tmp_path, methods=("condensevlm", "topk", "pooling")):
 # Models and pictures
 
 
-def test_an_answer_is_apply_condenses(folder):
-    from condense_kernels.cli import checkpoint
-    from condense_kernels.models import apply_condense
-
+def asked_about(folder, scene) -> sources.Answering:
     loaded, processor = checkpoint.load(str(folder))
-    asked = sources.Answering("tiny", loaded, processor, sources.scene(1), QUESTION)
+    return sources.Answering(loaded, processor, scene, inputs_of("tiny", loaded, processor, scene, QUESTION))
+
+
+def test_an_answer_is_apply_condenses(folder):
+    asked = asked_about(folder, sources.scene(1))
     seen, on_all = asked.seen("scene"), asked.answer()
     assert seen.grid == GRID
     kept = selection.keep_tokens("condensevlm", seen, 16)
-    with apply_condense(loaded, 16):
+    with apply_condense(asked.model, 16):
         expected = asked.answer()
     assert asked.answer_on(kept, 0) == expected
     assert asked.answer_on(selection.keep_tokens("topk", seen, TOKENS), 0) == on_all != ""
 
 
-def test_the_picture_is_what_the_encoder_sees(folder):
-    from condense_kernels.cli import checkpoint
+def test_a_random_answer_is_on_the_tokens_that_are_drawn(folder):
+    asked, results = asked_about(folder, sources.scene(1)), []
+    kept = selection.keep_tokens("random_merge", asked.seen("scene"), 16, seed=9)
+    asked.answer = lambda: results.append(asked.model(**asked.inputs).image_hidden_states)
+    with torch.no_grad():
+        asked.answer_on(kept, 9)
+        projected = asked.model.model.multi_modal_projector(kept.condensed.merged)
+    torch.testing.assert_close(results[0].flatten(0, -2), projected[0])
 
+
+def test_the_picture_is_what_the_encoder_sees(folder):
     scene = sources.scene(1)
-    seen = sources.Answering("tiny", *checkpoint.load(str(folder)), scene, QUESTION).seen("scene")
+    seen = asked_about(folder, scene).seen("scene")
     torch.testing.assert_close(seen.picture, sources.as_pixels(scene), atol=0.004, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl", "mistral3", "gemma4", "idefics3", "internvl"])
+def test_any_family_is_seen(name):
+    """Of several crops or tiles the first; packed pixels are not unpacked."""
+    case, picture = zoo.case(name), Image.new("RGB", (30, 20))
+    inputs = case.inputs(((0,),))
+    processor = SimpleNamespace(image_processor=None)
+    found = []
+
+    def all_tokens(features, scores, keep, grid):
+        found.append((features, scores, grid))
+        return condense(features, scores, keep, grid=grid)
+
+    with apply_condense(case.model, 1.0, method=all_tokens):
+        case.model(**inputs)
+    seen = sources.Answering(case.model, processor, picture, inputs).seen("it")
+    features, scores, grid = found[0]
+    assert torch.equal(seen.features, features[:1]) and torch.equal(seen.scores, scores[:1])
+    assert seen.grid == tuple(grid)[-2:] and seen.grid[0] * seen.grid[1] == seen.tokens
+    assert seen.picture.shape[2] == 3
+    assert selection.keep_tokens("condensevlm", seen, 2).size == 2
 
 
 def text_only(tmp_path):
@@ -287,9 +335,9 @@ def text_only(tmp_path):
         (["--model", "MODEL"], "--image: needed with --model"),
         (["--model", "dinov2", "--question", "why"], "--question: DINOv2 answers none. Remedy"),
         (["--model", "MODEL", "--image", "PICTURE", "--output", "FOLDER"], "--output: .* can't be written"),
-        (["--model", "MODEL", "--image", "PICTURE", "--html", "PAGES", "--output", "OUT"], "--html: .* can't be written"),
+        (["--model", "MODEL", "--image", "PICTURE", "--output", "OUT", "--html", "PAGES"], "--html: .* can't be writ"),
     ],
-)  # fmt: skip
+)
 def test_show_tells_a_mistake_in_one_line(capsys, tmp_path, folder, picture, arguments, words):
     named = {"PICTURE": picture, "MODEL": folder, "FOLDER": tmp_path / "dir.png", "PAGES": tmp_path / "dir.html",
              "OUT": tmp_path / "out.png"}  # fmt: skip

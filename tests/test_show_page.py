@@ -54,7 +54,8 @@ def place(patch: int) -> str:
 
 def kinds(tab) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
-    for patch, names in enumerate(tab.run("[...document.querySelectorAll('[data-patch]')].map(p => p.className.baseVal)")):
+    classes = tab.run("[...document.querySelectorAll('[data-patch]')].map(patch => patch.className.baseVal)")
+    for patch, names in enumerate(classes):
         for name in names.split():
             found.setdefault(name, []).append(patch)
     return found
@@ -117,7 +118,7 @@ def test_a_patch_says_why(opened, touch):
             said, tier = tab.text("#details"), cell["tiers"][name]
             assert said.startswith(f"Patch in {place(patch)}\n")
             assert f"Kept as {kind}: pick {rank + 1} of {len(order)}." in said
-            score = f"{tier['score'][patch]:.3f}".replace("-", "−")
+            score = f"{tier['score'][patch]:.3f}".replace("-", "\u2212")
             assert score in said
             if rank:
                 assert f"The suppressor is {place(tier['suppressor'][patch])}" in said

@@ -56,7 +56,7 @@ def followed(
         free = free.index_fill(0, order[step : step + 1], False)
     prior = prior.to(s.dtype)
     utility = scaled_prior(prior, sbar, tier) if suppression else prior
-    return Tier(order, utility, *(torch.stack(plane) for plane in (likeness, suppressor, open_)), suppression)
+    return Tier(order, utility, torch.stack(likeness), torch.stack(suppressor), torch.stack(open_), suppression)
 
 
 def reasons(stages: Stages, inputs: Inputs) -> dict[str, Tier]:

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=checkpoint.TINY, metavar="DIR|tiny|dinov2", help="a folder of transformers' "
                         "that apply_condense takes, the tiny LLaVA that comes with the package, or DINOv2-small, which "
                         "needs the extra vision (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture (default: with tiny a held-out one of its "
-                        "own, with dinov2 a photograph)")  # fmt: skip
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture (default: of tiny a held-out one of its "
+                        "own, of dinov2 a photograph)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("show.png"), metavar="FILE.png",
                         help="the figure (default: %(default)s)")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write the page, too")
@@ -65,6 +65,7 @@ def source(arguments: argparse.Namespace) -> "tuple[Seen, Answering | None]":
     from . import sources
     from .patches import read_picture
     from .photographs import PHOTOGRAPHS
+    from .prompts import inputs_of
 
     if arguments.model == DINOV2:
         return sources.seen_by_dinov2(arguments.image or PHOTOGRAPHS[1].path), None
@@ -73,7 +74,8 @@ def source(arguments: argparse.Namespace) -> "tuple[Seen, Answering | None]":
     else:
         name, picture = "a held-out scene", sources.scene(SCENE)
     model, processor = checkpoint.load(arguments.model)
-    asked = sources.Answering(arguments.model, model, processor, picture, arguments.question or sources.ANY)
+    inputs = inputs_of(arguments.model, model, processor, picture, arguments.question or sources.ANY)
+    asked = sources.Answering(model, processor, picture, inputs)
     try:
         return asked.seen(name), asked
     except (TypeError, ValueError) as error:  # apply_condense, of a model that it does not take

@@ -155,7 +155,9 @@ def draw(path: Path, seen: Seen, found: dict[str, dict[int, Cell]], answers: "An
     for axes in panels[len(cells) :].flat:
         axes.axis("off")
     for axes, budget in zip(panels[0, ::2], budgets, strict=True):
-        axes.set_title(f"{budget} tokens, {percent(1 - budget / seen.tokens)} pruned", fontsize=LARGE, pad=7, loc="left")
+        axes.set_title(
+            f"{budget} tokens, {percent(1 - budget / seen.tokens)} pruned", fontsize=LARGE, pad=7, loc="left"
+        )
     bar = right.colorbar(image, ax=panels[:, -1].tolist(), shrink=0.5, aspect=30, pad=0.02)
     bar.set_label("cosine", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL - 1)

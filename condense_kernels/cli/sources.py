@@ -9,7 +9,6 @@ from ..models import apply_condense
 from ..ops.select_and_merge import Condensed
 from . import CommandError
 from .patches import PATCH, open_picture
-from .prompts import inputs_of
 from .selection import Kept, Seen, keep_tokens
 
 ANY = "what is this"  # where only the picture matters
@@ -39,9 +38,8 @@ def scene(seed: int) -> Any:
 class Answering:
     """A model, its processor and a picture, asked one question with all tokens and with fewer."""
 
-    def __init__(self, name: str, model: Any, processor: Any, picture: Any, question: str) -> None:
-        self.model, self.processor, self.picture = model, processor, picture
-        self.inputs = inputs_of(name, model, processor, picture, question)
+    def __init__(self, model: Any, processor: Any, picture: Any, inputs: dict[str, Any]) -> None:
+        self.model, self.processor, self.picture, self.inputs = model, processor, picture, inputs
 
     def answer(self) -> str:
         with torch.no_grad():
