@@ -135,7 +135,7 @@ def test_matrices_hold_the_cosines_on_one_scale(tmp_path, figures):
 
 
 def test_each_token_is_beside_the_most_similar_one_that_is_left():
-    s = torch.tensor([[1.0, 0.1, 0.9, 0.3], [0.1, 1.0, 0.2, 0.8], [0.9, 0.2, 1.0, 0.5], [0.3, 0.8, 0.5, 1.0]])
+    s = torch.tensor([[1.0, 0.1, 0.9, -0.3], [0.1, 1.0, -0.2, -0.8], [0.9, -0.2, 1.0, -0.1], [-0.3, -0.8, -0.1, 1.0]])
     assert selection.beside_alike(s, torch.tensor([0.5, 0.1, 0.2, 0.3])).tolist() == [0, 2, 3, 1]
 
 

@@ -75,7 +75,8 @@ def source(arguments: argparse.Namespace) -> "tuple[Seen, Answering | None]":
         name, picture = "a held-out scene", sources.scene(SCENE)
     model, processor = checkpoint.load(arguments.model)
     inputs = inputs_of(arguments.model, model, processor, picture, arguments.question or sources.ANY)
-    asked = sources.Answering(model, processor, picture, inputs)
+    words = sources.OF_TINY if arguments.model == checkpoint.TINY else sources.NEW_TOKENS
+    asked = sources.Answering(model, processor, picture, inputs, words)
     try:
         return asked.seen(name), asked
     except (TypeError, ValueError) as error:  # apply_condense, of a model that it does not take

@@ -14,7 +14,7 @@ from .selection import Kept, Seen, keep_tokens
 ANY = "what is this"  # where only the picture matters
 SIDE = 24  # patches of DINOv2's picture
 STRETCHED = 336  # pixels a side
-NEW_TOKENS = 24
+NEW_TOKENS, OF_TINY = 24, 1  # of an answer: the tiny LLaVA was taught one word, and no end
 
 
 def seen_by_dinov2(path: Path) -> Seen:
@@ -38,12 +38,14 @@ def scene(seed: int) -> Any:
 class Answering:
     """A model, its processor and a picture, asked one question with all tokens and with fewer."""
 
-    def __init__(self, model: Any, processor: Any, picture: Any, inputs: dict[str, Any]) -> None:
-        self.model, self.processor, self.picture, self.inputs = model, processor, picture, inputs
+    def __init__(
+        self, model: Any, processor: Any, picture: Any, inputs: dict[str, Any], words: int = NEW_TOKENS
+    ) -> None:
+        self.model, self.processor, self.picture, self.inputs, self.words = model, processor, picture, inputs, words
 
     def answer(self) -> str:
         with torch.no_grad():
-            found = self.model.generate(**self.inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            found = self.model.generate(**self.inputs, max_new_tokens=self.words, do_sample=False)
         new = found[0, self.inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
