@@ -13,7 +13,7 @@ from test_cli import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from condense_kernels import condense, split_budget
-from condense_kernels.cli import checkpoint, reasons, selection, show, show_page, show_picture, sources
+from condense_kernels.cli import checkpoint, photographs, reasons, selection, show, show_page, show_picture, sources
 from condense_kernels.cli.prompts import inputs_of
 from condense_kernels.models import apply_condense
 from condense_kernels.models.methods import METHODS
@@ -314,6 +314,15 @@ def test_any_family_is_seen(name):
     assert seen.grid == tuple(grid)[-2:] and seen.grid[0] * seen.grid[1] == seen.tokens
     assert seen.picture.shape[2] == 3
     assert selection.keep_tokens("condensevlm", seen, 2).size == 2
+
+
+@pytest.mark.slow
+def test_dinov2_is_shown(capsys, tmp_path):
+    status, _, err = run(capsys, "show", "--model", "dinov2", "--methods", "topk", "--output", tmp_path / "out.png")
+    assert status == 0, err
+    seen = sources.seen_by_dinov2(photographs.PHOTOGRAPHS[1].path)
+    assert (seen.grid, seen.tokens, seen.name) == ((24, 24), 576, "astronaut.png")
+    assert 0 < float(seen.scores.sum()) < 1  # of [CLS]' attention, what is not its own
 
 
 def text_only(tmp_path):
