@@ -29,7 +29,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -45,6 +45,10 @@ test: $(VENV)/installed ## run the tests
 
 test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
+
+# The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
+test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in headless Chromium
+	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
 lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types

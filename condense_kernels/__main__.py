@@ -5,11 +5,12 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report
+from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report, show
 
 PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
+    "show": show,
     "compare-answers": compare_answers,
     "report": report,
     "check": check,
