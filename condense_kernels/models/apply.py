@@ -13,13 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..budget import DEFAULT_BACKGROUND_RATIO, as_number
+from .carried import CARRIED, Carried, carrying
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
 from .generation import check_repeated, mask_of, seen_whole, with_lengths, with_prompt
 from .images import Images, joined_by_row
 from .instance import Replaced, Turns
 from .methods import Condenser, Method
-from .prompt import kept_columns, pad_token_of, shortened, text_positions
+from .positions import check_positions, given_positions, has_places, set_places
+from .prompt import kept_columns, pad_token_of, shortened
 from .report import Report
 from .scoring import Recorder, attention_of, has_class_token, is_recomputed, recording
 from .timing import Stopwatch
@@ -31,8 +33,11 @@ VIDEO = "pixel_values_videos"
 class CondenseHandle:
     """What apply_condense returns: ``remove()`` gives the model back as it was; ``report()`` says what was done."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, keep: int | float, condenser: Condenser) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: Family, keep: int | float, condenser: Condenser, positions: str
+    ) -> None:
         self.model, self.family, self.keep, self.condenser = model, family, keep, condenser
+        self.positions = positions
         self.base = model.base_model
         self.tower = self.base.get_encoder(modality="image")
         self.class_token = has_class_token(self.tower)
@@ -85,12 +90,12 @@ class CondenseHandle:
     def forward(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, on condensed images."""
         if not args and kwargs.get("pixel_values") is None:  # each step of decoding
-            return stock(**kwargs)
+            return carrying(stock, kwargs)
         inputs = self.by_name("forward", args, kwargs)
-        if inputs.get("pixel_values") is None:
-            return stock(*args, **kwargs)
-        check_call(inputs, self.family)
-        return stock(**self.rewritten(inputs, self.handed_on(inputs)))
+        if inputs.get("pixel_values") is not None:
+            check_call(inputs, self.family)
+            inputs = self.rewritten(inputs, self.handed_on(inputs))
+        return carrying(stock, inputs)
 
     @torch.no_grad()  # as the model's own, which begins too late for the encoder
     def generate(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +110,7 @@ class CondenseHandle:
         check_call(given, self.family)
         if given.get("attention_mask") is None:
             given["attention_mask"] = mask_of(self.model, given)
-        rewritten = self.rewritten(given, {}, text_row=True)
+        rewritten = self.rewritten(given, {}, in_generate=True)
         check_repeated(self.model, given, rewritten)
         long, short = given["input_ids"], rewritten["input_ids"]
         removed = long.shape[1] - short.shape[1]
@@ -126,44 +131,29 @@ class CondenseHandle:
         named = {name for part in (self.model, self.base) for name in inspect.signature(type(part).forward).parameters}
         return {name: value for name, value in inputs.items() if name not in named and name != "return_dict"}
 
-    def rewritten(self, inputs: Inputs, handed_on: Inputs, text_row: bool = False) -> Inputs:
+    def rewritten(self, inputs: Inputs, handed_on: Inputs, in_generate: bool = False) -> Inputs:
         """The arguments of forward or generate, with condensed features in place of pixels."""
-        positions = self.positions(inputs)
+        positions = given_positions(self.base, self.positions, inputs)
         images, output = self.encode(inputs, handed_on)
         outputs = {"image": output}
         if inputs.get(VIDEO) is not None:
             outputs["video"] = self.encode_video(inputs)
         spent = {*self.encoder_arguments, VIDEO, "video_grid_thw"}
         rest = {name: value for name, value in inputs.items() if name not in spent}
-        if positions is not None:
-            rest["position_ids"] = positions
         ids, image_token_id = inputs["input_ids"], self.model.config.image_token_id
         stays = kept_columns(ids, image_token_id, images.tokens, images.kept)
         of_rows = (stays & (ids == image_token_id)).sum(dim=1).tolist()
         for name in ("pooler_output", *self.family.planes):
             setattr(output, name, joined_by_row(getattr(output, name), of_rows))
+        places = has_places(self.base)
+        if positions is not None and (places or not bool(stays.all())):  # of all tokens the model counts as it does
+            rest["position_ids"] = positions
         rest = shortened(rest, stays, pad_token_of(self.model.config))
-        if positions is not None:
-            self.set_positions(rest, text_row)
+        if positions is not None and places:
+            set_places(self.base, rest, text_row=in_generate)
+        elif positions is not None and "position_ids" in rest:
+            setattr(output, CARRIED, Carried(rest["position_ids"]))
         return {**rest, "mm_encoder_outputs": outputs}
-
-    def positions(self, inputs: Inputs) -> torch.Tensor | None:
-        """[3, B, L] of the prompt with all tokens, of models whose tokens have a place in the picture (M-RoPE)."""
-        known = getattr(self.base, "get_rope_index", None)
-        if known is None or inputs.get("position_ids") is not None or inputs.get("mm_token_type_ids") is None:
-            return None
-        accepted = inspect.signature(known).parameters
-        return known(**{name: inputs[name] for name in accepted if inputs.get(name) is not None})[0]
-
-    def set_positions(self, inputs: Inputs, text_row: bool) -> None:
-        """Tokens keep their places; the next one comes after the last, however many there are."""
-        positions, mask = inputs["position_ids"], inputs.get("attention_mask")
-        text = text_positions(mask, inputs["input_ids"])
-        real = torch.ones_like(text) if mask is None else mask
-        last = positions.amax(dim=0).masked_fill(real == 0, 0).amax(dim=1, keepdim=True)  # [B, 1]
-        self.base.rope_deltas = last + 1 - real.sum(dim=1, keepdim=True)
-        if text_row:  # as generate wants them
-            inputs["position_ids"] = torch.cat([text[None], positions])
 
     def encode_video(self, inputs: Inputs) -> Any:
         accepted = inspect.signature(self.base.get_video_features).parameters
@@ -195,6 +185,7 @@ def apply_condense(
     background_ratio: float = DEFAULT_BACKGROUND_RATIO,
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
+    positions: str = "compact",
     family: str | None = None,
     backend: str = "auto",
 ) -> CondenseHandle:
@@ -215,6 +206,10 @@ def apply_condense(
             grid), "pooling"; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images
             of one size.
         background_ratio, suppression, spatial_weight: as in :func:`condense_kernels.condense`, of "condensevlm".
+        positions: of the tokens that are left, in a language model with positions along one axis: "compact" counts
+            them 0, 1, 2, as the papers' code does; "original" leaves each token where it was in the prompt as it was
+            given, new ones after the last. With M-RoPE tokens keep their places in the picture in either case, and
+            position_ids of the caller stay what they are.
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.
         backend: "auto" (by device), "cpp", "triton" or "reference".
@@ -231,4 +226,6 @@ def apply_condense(
     condenser = Condenser(method, background_ratio, suppression, spatial_weight, backend)
     num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
-    return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)
+    found = resolve_family(model, family)
+    check_positions(model, found, positions)
+    return CondenseHandle(model, found, num_tokens, condenser, positions)
