@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._dispatch.checks import check_flag
 from ..budget import DEFAULT_BACKGROUND_RATIO, as_number
-from .carried import CARRIED, Carried, carrying
+from .carried import CARRIED, Carried, carrying, laid_out
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
 from .generation import check_repeated, mask_of, seen_whole, with_lengths, with_prompt
@@ -22,6 +23,7 @@ from .instance import Replaced, Turns
 from .methods import Condenser, Method
 from .positions import check_positions, given_positions, has_places, set_places
 from .prompt import kept_columns, pad_token_of, shortened
+from .proportional import Weighed, attentions_of
 from .report import Report
 from .scoring import Recorder, attention_of, has_class_token, is_recomputed, recording
 from .timing import Stopwatch
@@ -34,7 +36,13 @@ class CondenseHandle:
     """What apply_condense returns: ``remove()`` gives the model back as it was; ``report()`` says what was done."""
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, keep: int | float, condenser: Condenser, positions: str
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        keep: int | float,
+        condenser: Condenser,
+        positions: str,
+        proportional: bool,
     ) -> None:
         self.model, self.family, self.keep, self.condenser = model, family, keep, condenser
         self.positions = positions
@@ -47,6 +55,7 @@ class CondenseHandle:
         self.watch: Stopwatch | None = None
         self.turns = Turns()
         attention_of(self.tower, layer_of(model.config, {}))  # without any it is refused now, not in its first call
+        self.weighed = Weighed(attentions_of(model)) if proportional else None
         setattr(model, MARK, self)
         names = ("forward", "generate") if model.can_generate() else ("forward",)
         self.replaced = [Replaced(self, name) for name in names]
@@ -60,6 +69,8 @@ class CondenseHandle:
         if self.applied:
             for method in self.replaced:
                 method.remove()
+            if self.weighed is not None:
+                self.weighed.remove()
             delattr(self.model, MARK)
 
     def __enter__(self) -> "CondenseHandle":
@@ -151,8 +162,11 @@ class CondenseHandle:
         rest = shortened(rest, stays, pad_token_of(self.model.config))
         if positions is not None and places:
             set_places(self.base, rest, text_row=in_generate)
-        elif positions is not None and "position_ids" in rest:
-            setattr(output, CARRIED, Carried(rest["position_ids"]))
+        own = None if places or positions is None else rest.get("position_ids")
+        log_sizes = None if self.weighed is None else images.log_sizes()
+        if own is not None or log_sizes is not None:
+            visual = rest["input_ids"] == image_token_id
+            setattr(output, CARRIED, Carried(own, None if log_sizes is None else laid_out(log_sizes, visual)))
         return {**rest, "mm_encoder_outputs": outputs}
 
     def encode_video(self, inputs: Inputs) -> Any:
@@ -186,6 +200,7 @@ def apply_condense(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     positions: str = "compact",
+    proportional: bool = False,
     family: str | None = None,
     backend: str = "auto",
 ) -> CondenseHandle:
@@ -210,6 +225,8 @@ def apply_condense(
             them 0, 1, 2, as the papers' code does; "original" leaves each token where it was in the prompt as it was
             given, new ones after the last. With M-RoPE tokens keep their places in the picture in either case, and
             position_ids of the caller stay what they are.
+        proportional: whether a visual token counts as often in the language model's attention as there are tokens in
+            it: log(size) is added to the logits of its key, in each layer, as in ToMe.
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.
         backend: "auto" (by device), "cpp", "triton" or "reference".
@@ -228,4 +245,5 @@ def apply_condense(
     check_options(num_tokens, condenser)
     found = resolve_family(model, family)
     check_positions(model, found, positions)
-    return CondenseHandle(model, found, num_tokens, condenser, positions)
+    check_flag("proportional", proportional)
+    return CondenseHandle(model, found, num_tokens, condenser, positions, proportional)

@@ -10,33 +10,41 @@ from transformers import Cache
 
 from .checks import CACHES
 from .families import Inputs
+from .proportional import BIAS, check_arrived, key_bias
 
 CARRIED = "condense_carried"  # the attribute of the images' features, and of a cache
 
 
 @dataclass(frozen=True)
 class Carried:
-    positions: torch.Tensor  # [B, L'] of the condensed prompt
+    positions: torch.Tensor | None  # [B, L'] of the condensed prompt, where the model does not count them itself
+    log_sizes: torch.Tensor | None  # [B, L'] fp32 of its tokens, 0 of text, where attention is proportional
 
     def added_to(self, inputs: Inputs) -> Inputs:
-        if inputs.get("position_ids") is not None:  # generate counts on by itself
-            return inputs
+        """The arguments of forward for the next tokens."""
         rows, count = rows_and_length(inputs)
-        cache = cache_of(inputs)
-        past = 0 if cache is None else cache.get_seq_length()  # of a static cache it is a tensor, which is not read
-        return {**inputs, "position_ids": repeated(self.positions_from(past, count), rows)}
+        cache, added = cache_of(inputs), dict(inputs)
+        if self.log_sizes is not None:
+            added[BIAS] = key_bias(self.log_sizes, cache, count)
+        if self.positions is not None and inputs.get("position_ids") is None:  # generate counts on by itself
+            past = 0 if cache is None else cache.get_seq_length()  # of a static cache it is a tensor, which is not read
+            added["position_ids"] = positions_from(self.positions, past, count).repeat_interleave(
+                rows // len(self.positions), dim=0
+            )
+        return added
 
-    def positions_from(self, past: Any, count: int) -> torch.Tensor:  # [B, count]
-        """Behind the prompt they go on after its last one, and not after its length."""
-        prompt, length = self.positions, self.positions.shape[1]
-        place = torch.arange(count, dtype=torch.int64, device=prompt.device) + past
-        behind = prompt.amax(dim=1, keepdim=True) + 1 + place - length
-        return torch.where(place < length, prompt[:, place.clamp(max=length - 1)], behind)
+
+def positions_from(prompt: torch.Tensor, past: Any, count: int) -> torch.Tensor:  # [B, count]
+    """Behind the prompt they go on after its last one, and not after its length."""
+    length = prompt.shape[1]
+    place = torch.arange(count, dtype=torch.int64, device=prompt.device) + past
+    behind = prompt.amax(dim=1, keepdim=True) + 1 + place - length
+    return torch.where(place < length, prompt[:, place.clamp(max=length - 1)], behind)
 
 
-def repeated(prompts: torch.Tensor, rows: int) -> torch.Tensor:
-    """[B, ...] for each sequence of a prompt: [rows, ...]."""
-    return prompts.repeat_interleave(rows // len(prompts), dim=0)
+def laid_out(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """[B, L'], values [n] in the n places of ``where`` [B, L'] and 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
 def rows_and_length(inputs: Inputs) -> tuple[int, int]:
@@ -68,7 +76,10 @@ def carrying(stock: Callable, inputs: Inputs) -> Any:
     carried = carried_by(inputs)
     if carried is None:
         return stock(**inputs)
-    output = stock(**carried.added_to(inputs))
+    given = carried.added_to(inputs)
+    output = stock(**given)
+    if BIAS in given:
+        check_arrived(given[BIAS])
     values = output.values() if isinstance(output, dict) else output
     for cache in values:
         if isinstance(cache, Cache):
