@@ -64,16 +64,21 @@ def continued(case, rows=MIXED, **options):
 
 
 def forced(case, given, tokens, **options):
-    """Logits of each step, of a model that has to say ``tokens``: [B, NEW, V]."""
+    """Logits of each step, of a model that has to say ``tokens`` [B, n]: [B, n, V]."""
     length = given["input_ids"].shape[1]
 
     def say(row, ids):
-        return [int(tokens[row, ids.shape[0] - length])] if ids.shape[0] - length < NEW else [0]
+        return [int(tokens[row, ids.shape[0] - length])]
 
     result = case.model.generate(
-        **given, max_new_tokens=NEW, do_sample=False, prefix_allowed_tokens_fn=say, return_dict_in_generate=True,
-        output_logits=True, **options,
-    )  # fmt: skip
+        **given,
+        max_new_tokens=tokens.shape[1],
+        do_sample=False,
+        prefix_allowed_tokens_fn=say,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
     return torch.stack(result.logits, 1)
 
 

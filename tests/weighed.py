@@ -85,7 +85,7 @@ def followed_by(case: zoo.Case, alone: dict, tokens: torch.Tensor) -> dict:
 
 
 def repeated(case: zoo.Case, alone: dict, logs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Of a model with positions along one axis: each token as often as its size, at one position, the copies seeing each
+    """Of a model with positions along one axis: each token as often as its size, at one position, where copies see each
     other, so that they stay alike. And where the first of each is."""
     sizes = logs[0].exp().round().long()
     token = torch.arange(len(sizes)).repeat_interleave(sizes)

@@ -23,5 +23,7 @@ def names_in(function: Any) -> tuple[str, ...]:
 def attention_named(module: torch.nn.Module, config: Any) -> Callable:
     """The function that ``config`` names. Of eager attention each file of models has one of its own."""
     files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
-    eager = next((vars(file)["eager_attention_forward"] for file in files if hasattr(file, "eager_attention_forward")), None)
+    eager = next(
+        (vars(file)["eager_attention_forward"] for file in files if hasattr(file, "eager_attention_forward")), None
+    )
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)

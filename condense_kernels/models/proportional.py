@@ -132,11 +132,10 @@ class Stock:
 class Weighed:
     """The attention modules of a language model, each with a copy of its config that names our function."""
 
-    def __init__(self, modules: list[torch.nn.Module]) -> None:
-        self.modules: list[Any] = modules
+    def __init__(self, modules: list[Any]) -> None:
+        self.modules = modules
         for module in self.modules:
-            own = module.config
-            module.config = copy.copy(own)
+            own, module.config = module.config, copy.copy(module.config)
             module.config._attn_implementation = PROPORTIONAL
             module.config.condense_own = own
 
@@ -188,6 +187,6 @@ def check_foldable(name: str, query: torch.Tensor, options: dict[str, Any]) -> N
         )
     if "flash" in name and query.shape[-1] + FOLDED > WIDEST:
         raise ValueError(
-            f"proportional: expected heads of at most {WIDEST - FOLDED} channels with {name}, as the bias takes {FOLDED}, "
-            f"got {query.shape[-1]}. {remedy}, or 'sdpa'."
+            f"proportional: expected heads of at most {WIDEST - FOLDED} channels with {name}, as the bias takes "
+            f"{FOLDED}, got {query.shape[-1]}. {remedy}, or 'sdpa'."
         )
