@@ -197,15 +197,17 @@ def compact(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def masked(case: Case, rows: Rows, side: str, selection: Selection) -> dict:
+def masked(case: Case, rows: Rows, side: str, selection: Selection, original: bool = False) -> dict:
     """Arguments of the stock model: all tokens are there, those not selected are hidden from all others. Positions are
-    those of the condensed prompt. Invalid with linear attention, whose state a hidden token changes."""
+    those of the condensed prompt, or those that the tokens have. Invalid with linear attention, whose state a hidden
+    token changes."""
     batch = case.inputs(rows, side, unpacked=True)
     encoded = encode(case, rows, batch)
     stays = staying(batch, selection, [len(image) for image in encoded.features])
     positions = mrope(case, batch) if case.family.mrope and "image_grid_thw" in batch else None
     mask = batch["attention_mask"] * stays
-    batch["attention_mask"], batch["position_ids"] = mask, compact(mask)
+    counted = compact(batch["attention_mask"] if original else mask)
+    batch["attention_mask"], batch["position_ids"] = mask, counted
     if positions is not None:
         batch["position_ids"] = torch.cat([compact(mask)[None], positions])
     if case.family.crops is not one_crop and any(rows):

@@ -151,12 +151,8 @@ def test_packed_sizes():
     result = ck.select_and_merge_varlen(F, S, *BUDGET, positions=P)
     sizes = ck.sizes(result.assignment, result.indices, cu_seqlens=BUDGET.cu_seqlens, cu_kept=KEPT)
     images = [result.assignment[slice(*BUDGET.cu_seqlens[s : s + 2])] for s in range(4)]
-    expected = [counted(image, int(KEPT[s + 1] - KEPT[s])) for s, image in enumerate(images)]
-    assert (
-        sizes.tolist() == [count for image in expected for count in image]
-        and sizes.sum() == T
-        and sizes.dtype == torch.int64
-    )
+    expected = [count for s, image in enumerate(images) for count in counted(image, int(KEPT[s + 1] - KEPT[s]))]
+    assert sizes.tolist() == expected and sizes.sum() == T and sizes.dtype == torch.int64
     nothing = torch.zeros(3, dtype=torch.int32)
     offsets = {"cu_seqlens": torch.tensor([0, 1, 3], dtype=torch.int32), "cu_kept": nothing}
     assert ck.sizes(torch.full((3,), -1), torch.zeros(0, dtype=torch.int64), **offsets).shape == (0,)

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._dispatch.checks import check_flag
 from ..budget import DEFAULT_BACKGROUND_RATIO, as_number
+from .carried import CARRIED, Carried, carrying, laid_out
 from .checks import check_call, check_continued, check_features, check_model, check_options, resolve_family
 from .families import Family, Inputs, layer_of
 from .generation import check_repeated, mask_of, seen_whole, with_lengths, with_prompt
 from .images import Images, joined_by_row
 from .instance import Replaced, Turns
 from .methods import Condenser, Method
-from .prompt import kept_columns, pad_token_of, shortened, text_positions
+from .positions import check_positions, given_positions, has_places, set_places
+from .prompt import kept_columns, pad_token_of, shortened
+from .proportional import Weighed, attentions_of
 from .report import Report
 from .scoring import Recorder, attention_of, has_class_token, is_recomputed, recording
 from .timing import Stopwatch
@@ -31,8 +35,17 @@ VIDEO = "pixel_values_videos"
 class CondenseHandle:
     """What apply_condense returns: ``remove()`` gives the model back as it was; ``report()`` says what was done."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, keep: int | float, condenser: Condenser) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        keep: int | float,
+        condenser: Condenser,
+        positions: str,
+        proportional: bool,
+    ) -> None:
         self.model, self.family, self.keep, self.condenser = model, family, keep, condenser
+        self.positions = positions
         self.base = model.base_model
         self.tower = self.base.get_encoder(modality="image")
         self.class_token = has_class_token(self.tower)
@@ -42,6 +55,7 @@ class CondenseHandle:
         self.watch: Stopwatch | None = None
         self.turns = Turns()
         attention_of(self.tower, layer_of(model.config, {}))  # without any it is refused now, not in its first call
+        self.weighed = Weighed(attentions_of(model)) if proportional else None
         setattr(model, MARK, self)
         names = ("forward", "generate") if model.can_generate() else ("forward",)
         self.replaced = [Replaced(self, name) for name in names]
@@ -55,6 +69,8 @@ class CondenseHandle:
         if self.applied:
             for method in self.replaced:
                 method.remove()
+            if self.weighed is not None:
+                self.weighed.remove()
             delattr(self.model, MARK)
 
     def __enter__(self) -> "CondenseHandle":
@@ -85,12 +101,12 @@ class CondenseHandle:
     def forward(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, on condensed images."""
         if not args and kwargs.get("pixel_values") is None:  # each step of decoding
-            return stock(**kwargs)
+            return carrying(stock, kwargs)
         inputs = self.by_name("forward", args, kwargs)
-        if inputs.get("pixel_values") is None:
-            return stock(*args, **kwargs)
-        check_call(inputs, self.family)
-        return stock(**self.rewritten(inputs, self.handed_on(inputs)))
+        if inputs.get("pixel_values") is not None:
+            check_call(inputs, self.family)
+            inputs = self.rewritten(inputs, self.handed_on(inputs))
+        return carrying(stock, inputs)
 
     @torch.no_grad()  # as the model's own, which begins too late for the encoder
     def generate(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +121,7 @@ class CondenseHandle:
         check_call(given, self.family)
         if given.get("attention_mask") is None:
             given["attention_mask"] = mask_of(self.model, given)
-        rewritten = self.rewritten(given, {}, text_row=True)
+        rewritten = self.rewritten(given, {}, in_generate=True)
         check_repeated(self.model, given, rewritten)
         long, short = given["input_ids"], rewritten["input_ids"]
         removed = long.shape[1] - short.shape[1]
@@ -126,44 +142,32 @@ class CondenseHandle:
         named = {name for part in (self.model, self.base) for name in inspect.signature(type(part).forward).parameters}
         return {name: value for name, value in inputs.items() if name not in named and name != "return_dict"}
 
-    def rewritten(self, inputs: Inputs, handed_on: Inputs, text_row: bool = False) -> Inputs:
+    def rewritten(self, inputs: Inputs, handed_on: Inputs, in_generate: bool = False) -> Inputs:
         """The arguments of forward or generate, with condensed features in place of pixels."""
-        positions = self.positions(inputs)
+        positions = given_positions(self.base, self.positions, inputs)
         images, output = self.encode(inputs, handed_on)
         outputs = {"image": output}
         if inputs.get(VIDEO) is not None:
             outputs["video"] = self.encode_video(inputs)
         spent = {*self.encoder_arguments, VIDEO, "video_grid_thw"}
         rest = {name: value for name, value in inputs.items() if name not in spent}
-        if positions is not None:
-            rest["position_ids"] = positions
         ids, image_token_id = inputs["input_ids"], self.model.config.image_token_id
         stays = kept_columns(ids, image_token_id, images.tokens, images.kept)
         of_rows = (stays & (ids == image_token_id)).sum(dim=1).tolist()
         for name in ("pooler_output", *self.family.planes):
             setattr(output, name, joined_by_row(getattr(output, name), of_rows))
+        places = has_places(self.base)
+        if positions is not None and (places or not bool(stays.all())):  # of all tokens the model counts as it does
+            rest["position_ids"] = positions
         rest = shortened(rest, stays, pad_token_of(self.model.config))
-        if positions is not None:
-            self.set_positions(rest, text_row)
+        if positions is not None and places:
+            set_places(self.base, rest, text_row=in_generate)
+        own = None if places or positions is None else rest.get("position_ids")
+        log_sizes = None if self.weighed is None else images.log_sizes()
+        if own is not None or log_sizes is not None:
+            visual = rest["input_ids"] == image_token_id
+            setattr(output, CARRIED, Carried(own, None if log_sizes is None else laid_out(log_sizes, visual)))
         return {**rest, "mm_encoder_outputs": outputs}
-
-    def positions(self, inputs: Inputs) -> torch.Tensor | None:
-        """[3, B, L] of the prompt with all tokens, of models whose tokens have a place in the picture (M-RoPE)."""
-        known = getattr(self.base, "get_rope_index", None)
-        if known is None or inputs.get("position_ids") is not None or inputs.get("mm_token_type_ids") is None:
-            return None
-        accepted = inspect.signature(known).parameters
-        return known(**{name: inputs[name] for name in accepted if inputs.get(name) is not None})[0]
-
-    def set_positions(self, inputs: Inputs, text_row: bool) -> None:
-        """Tokens keep their places; the next one comes after the last, however many there are."""
-        positions, mask = inputs["position_ids"], inputs.get("attention_mask")
-        text = text_positions(mask, inputs["input_ids"])
-        real = torch.ones_like(text) if mask is None else mask
-        last = positions.amax(dim=0).masked_fill(real == 0, 0).amax(dim=1, keepdim=True)  # [B, 1]
-        self.base.rope_deltas = last + 1 - real.sum(dim=1, keepdim=True)
-        if text_row:  # as generate wants them
-            inputs["position_ids"] = torch.cat([text[None], positions])
 
     def encode_video(self, inputs: Inputs) -> Any:
         accepted = inspect.signature(self.base.get_video_features).parameters
@@ -196,6 +200,8 @@ def apply_condense(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    positions: str = "compact",
+    proportional: bool = False,
     family: str | None = None,
     backend: str = "auto",
 ) -> CondenseHandle:
@@ -217,6 +223,12 @@ def apply_condense(
             of one size.
         background_ratio, suppression, spatial_weight, background_suppression: as in :func:`condense_kernels.condense`,
             of "condensevlm".
+        positions: of the tokens that are left, in a language model with positions along one axis: "compact" counts
+            them 0, 1, 2, as the papers' code does; "original" leaves each token where it was in the prompt as it was
+            given, new ones after the last. With M-RoPE tokens keep their places in the picture in either case, and
+            position_ids of the caller stay what they are.
+        proportional: whether a visual token counts as often in the language model's attention as there are tokens in
+            it: log(size) is added to the logits of its key, in each layer, as in ToMe.
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.
         backend: "auto" (by device), "cpp", "triton" or "reference".
@@ -233,4 +245,7 @@ def apply_condense(
     condenser = Condenser(method, background_ratio, suppression, spatial_weight, background_suppression, backend)
     num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
-    return CondenseHandle(model, resolve_family(model, family), num_tokens, condenser)
+    found = resolve_family(model, family)
+    check_positions(model, found, positions)
+    check_flag("proportional", proportional)
+    return CondenseHandle(model, found, num_tokens, condenser, positions, proportional)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..budget import count_of
+from ..ops.select_and_merge import Condensed
+from ..tokens import sizes
 from .checks import check_count, check_output
 from .families import Family, Inputs
 from .methods import Condenser, merged_plane
@@ -32,6 +34,7 @@ class Images:
         self.counts: list[tuple[int, int]] = []  # N, K of each image, or of each of its crops
         self.tokens: list[int] = []  # of each image in the prompt, before
         self.kept: list[torch.Tensor] = []  # [K] of each image, of those
+        self.condensed: list[Condensed] = []  # of each image, or of each of its crops
 
     def condense(
         self, features: Sequence[torch.Tensor], planes: Sequence[Sequence[torch.Tensor]] = ()
@@ -45,8 +48,15 @@ class Images:
             condensed = self.condenser(features, scores, keeps, grids)
             others = [[merged_plane(*of) for of in zip(plane, scores, condensed, strict=True)] for plane in planes]
         self.counts = list(zip(tokens, keeps, strict=True))
-        self.tokens, self.kept = tokens, [c.indices for c in condensed]
+        self.tokens, self.kept, self.condensed = tokens, [c.indices for c in condensed], condensed
         return [c.merged for c in condensed], others
+
+    def log_sizes(self) -> torch.Tensor | None:
+        """[tokens of all images that are left] fp32, log of how many went into each. None: of each only itself."""
+        if all(n == k for n, k in self.counts):
+            return None
+        counts = torch.cat([sizes(c.assignment[None], c.indices[None])[0] for c in self.condensed])
+        return counts.clamp(min=1).float().log() if bool((counts > 1).any()) else None
 
     def after_projector(self, output: Any) -> None:
         """Condense what get_image_features returned, if the family has it that way."""

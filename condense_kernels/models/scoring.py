@@ -5,16 +5,15 @@ No attention map is made and no attention implementation replaced: the encoder g
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.attention_scores import attention_scores
 from ..ops.attention_scores_varlen import attention_scores_varlen
+from .interface import attention_named
 from .timing import Stopwatch
 
 TAPPED = "condense_scores"
@@ -165,8 +164,7 @@ def tapped_attention(
     tapped = module.config
     own, recorder = tapped.condense_tap
     recorder.calls.append(lambda: (query, key, kwargs.get("scaling"), attention_mask))
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(own._attn_implementation, eager)
+    attention = attention_named(module, own)
     module.config = own
     try:
         return attention(module, query, key, value, attention_mask, **kwargs)
