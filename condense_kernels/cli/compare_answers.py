@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[-1]))
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:

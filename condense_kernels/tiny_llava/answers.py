@@ -14,8 +14,8 @@ from ..models.scoring import Recorder, attention_of, recording
 from ..models.timing import Stopwatch
 from ..ops.select_and_merge import Condensed
 from ..tokens import sizes
-from .model import PATCHES, answer, encode, to_input, tokens_of
-from .questions import ID, KINDS, ask
+from .model import PATCHES, answer, encode, ids_of, to_input, tokens_of
+from .questions import KINDS, ask
 from .scenes import GRID, Scene, Scenes
 
 BUDGETS = (48, 32, 16)  # tokens kept, as 192, 128 and 64 of LLaVA-1.5's 576 are: 66.7, 77.8 and 88.9 % pruned
@@ -82,13 +82,12 @@ class Exam:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, pictures: int = PICTURES, seed: int = SEED, step: int | None = None) -> "Exam":
-        drawn, rng = Scenes("test", seed), np.random.default_rng(seed)
-        drawn.step = drawn.step if step is None else step
+    def of(cls, model: Any, pictures: int = PICTURES, seed: int = SEED) -> "Exam":
+        drawn, rng = Scenes("test", seed, step=1), np.random.default_rng(seed)  # digits at any pixel
         scenes = [drawn.scene() for _ in range(pictures)]
         asked = [[ask(scene, kind, rng) for kind in range(len(KINDS))] for scene in scenes]
         questions, last = tokens_of([[question for question, _ in row] for row in asked])
-        answers = torch.tensor([[ID[word] for _, word in row] for row in asked], dtype=torch.int64, device="cpu")
+        answers = ids_of([[word for _, word in row] for row in asked])
         parts = [encoded(model, scenes[at : at + CHUNK]) for at in range(0, pictures, CHUNK)]
         features, scores = (torch.cat(part) for part in zip(*parts, strict=True))
         return cls(features, scores, questions, last, answers)

@@ -147,6 +147,11 @@ def seen(visual: int, questions: int, device: torch.device) -> torch.Tensor:
     return mask.masked_fill(~sees.tril(), torch.finfo(torch.float32).min)[None, None]
 
 
+def ids_of(words: Sequence[Sequence[str]]) -> torch.Tensor:
+    """[B, Q] int64."""
+    return torch.tensor([[ID[word] for word in row] for row in words], dtype=torch.int64, device="cpu")
+
+
 def tokens_of(questions: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, Q, LONGEST] int64, and [B, Q] the last word of each."""
     words = [[[ID[word] for word in question.split()] for question in row] for row in questions]

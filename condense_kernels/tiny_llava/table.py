@@ -23,8 +23,8 @@ def of_budget(everything: torch.Tensor, found: Results, keep: int) -> Table:
     title = f"{keep} of {PATCHES} tokens ({pruned:.1f} % pruned): % of answers right, {pictures} pictures"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("method", no_wrap=True)
-    for name in (*KINDS, "mean", "without count", f"{OURS} minus it"):
-        table.add_column(name, justify="right")
+    for name in (*(kind.replace(" ", "\n", 1) for kind in KINDS), "mean", "without\ncount", "ours\nminus it"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, runs in {
         "all tokens": everything,
         **{name: runs for (name, k), runs in found.items() if k == keep},
@@ -61,7 +61,7 @@ def in_words(found: Results, keep: int) -> str:
 
 
 def rows(everything: torch.Tensor, found: Results) -> list[dict[str, Any]]:
-    """Every cell, for a file: percent, standard errors over pictures."""
+    """Every cell, for a file: percent, standard errors over pictures; "ahead": ours minus it, paired."""
     lines = []
     for (name, keep), runs in {("all tokens", PATCHES): everything, **found}.items():
         mean, rest = Share.of(mean_of_kinds(runs)), Share.of(mean_of_kinds(runs, (COUNT,)))
@@ -70,7 +70,8 @@ def rows(everything: torch.Tensor, found: Results) -> list[dict[str, Any]]:
         line |= {"mean": round(mean.value, 2), "mean error": round(mean.error, 2)}
         line |= {"without count": round(rest.value, 2), "without count error": round(rest.error, 2)}
         if keep != PATCHES:
-            ahead = difference(found[OURS, keep], runs)
-            line |= {f"{OURS} minus it": round(ahead.value, 2), "difference error": round(ahead.error, 2)}
+            for what, without in (("", ()), (" without count", (COUNT,))):
+                ahead = difference(found[OURS, keep], runs, without)
+                line |= {f"ahead{what}": round(ahead.value, 2), f"ahead{what} error": round(ahead.error, 2)}
         lines.append(line)
     return lines
