@@ -28,10 +28,10 @@ def no_gradients():
         yield
 
 
-def by_oracle(case, tokens=None):
-    """Logits of each row of MIXED; with tokens [B, n] those that predict them and the one after."""
+def by_oracle(case, tokens=None, rows=MIXED):
+    """Logits of each row; with tokens [B, n] those that predict them."""
     found = []
-    for row, (alone, logs) in enumerate(Condensed(case, MIXED, KEEP).prompts()):
+    for row, (alone, logs) in enumerate(Condensed(case, rows, KEEP).prompts()):
         given = alone if tokens is None else followed_by(case, alone, tokens[row, None])
         logits = with_bias(case.model, logs)(**given).logits[0]
         found.append(logits if tokens is None else logits[-tokens.shape[1] - 1 : -1])
@@ -63,28 +63,33 @@ def test_logits_are_those_of_tokens_repeated():
 # Steps of decoding
 
 
-def steps(case, tokens, **options):
+def steps(case, tokens, rows=MIXED, **options):
     with apply_condense(case.model, KEEP, proportional=True):
-        return forced(case, case.inputs(MIXED), tokens, **options)
+        return forced(case, case.inputs(rows), tokens, **options)
 
 
+ALONE = ((0,),)  # no padding, so that sdpa gets no mask
+
+
+@pytest.mark.parametrize("rows", [MIXED, ALONE], ids=str)
 @pytest.mark.parametrize("options", CACHES, ids=str)
 @pytest.mark.parametrize("name", SOME)
-def test_steps_of_generate(name, options):
-    case, tokens = zoo.case(name), torch.randint(5, 80, (3, NEW))
-    expected = torch.stack(by_oracle(case, tokens))
-    torch.testing.assert_close(steps(case, tokens, **options), expected, rtol=1e-4, atol=2e-4)
+def test_steps_of_generate(name, options, rows):
+    case, tokens = zoo.case(name), torch.randint(5, 80, (len(rows), NEW))
+    expected = torch.stack(by_oracle(case, tokens, rows))
+    torch.testing.assert_close(steps(case, tokens, rows, **options), expected, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("rows", [MIXED, ALONE], ids=str)
 @pytest.mark.parametrize("options", CACHES, ids=str)
 @pytest.mark.parametrize("window", [3, 8, 14])
-def test_windows_that_slide_over_the_prompt(window, options):
+def test_windows_that_slide_over_the_prompt(window, options, rows):
     """A layer's cache then holds the last tokens only, the first of which is no longer the first of the prompt."""
     config = dict(sliding_window=window, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2)
     case = llava_on("cohere2", **config)
-    tokens = torch.randint(5, 80, (3, 6))
-    expected = torch.stack(by_oracle(case, tokens))
-    torch.testing.assert_close(steps(case, tokens, **options), expected, rtol=1e-4, atol=2e-4)
+    tokens = torch.randint(5, 80, (len(rows), 6))
+    expected = torch.stack(by_oracle(case, tokens, rows))
+    torch.testing.assert_close(steps(case, tokens, rows, **options), expected, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}])

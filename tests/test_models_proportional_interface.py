@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from zoo import MIXED
 
 from condense_kernels.models import apply_condense
+from condense_kernels.models.proportional import KeyBias, folded
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,14 @@ transformers.AttentionInterface.register("without_masks", attends_without_masks)
 transformers.AttentionMaskInterface.register("without_masks", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
 
 
+def test_a_mask_is_made_once_for_layers_of_one_kind():
+    """With the same mask, or none, a layer of another window has other keys."""
+    bias, query = KeyBias(torch.arange(6.0)[None], total=0), torch.zeros(1, 1, 1, 4)
+    one, other = (bias.of_keys(1, count) for count in (8, 3))
+    assert bias.mask(None, one, query, True) is bias.mask(None, one, query, True)
+    assert bias.mask(None, other, query, True).flatten().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "lighton_ocr"])
 @pytest.mark.parametrize("function", ["without_masks", "flash_attention_2"])
 def test_functions_that_take_no_mask(name, function, monkeypatch):
@@ -88,8 +97,6 @@ def real(case, logits):
 
 def test_a_bias_in_the_product_is_exact_in_any_precision():
     """Three numbers of bfloat16 are one of float32."""
-    from condense_kernels.models.proportional import folded
-
     logs = torch.arange(1, 577, dtype=torch.float32).log()[None]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         query, key = torch.zeros(1, 2, 3, 16, dtype=dtype), torch.zeros(1, 1, 576, 16, dtype=dtype)
@@ -107,11 +114,13 @@ def test_a_bias_in_the_product_is_exact_in_any_precision():
 def test_where_nothing_is_merged_nothing_changes(name, keep, method):
     """Bit for bit."""
     case = zoo.case(name)
-    batch, found = case.inputs(MIXED), []
-    for proportional in (False, True):
-        with apply_condense(case.model, keep, method=method, proportional=proportional):
-            found.append((case.model(**batch).logits, case.model.generate(**batch, max_new_tokens=2, do_sample=False)))
-    assert all(map(torch.equal, *found))
+    for batch in (case.inputs(MIXED), case.inputs(((0,),))):
+        found = []
+        for proportional in (False, True):
+            with apply_condense(case.model, keep, method=method, proportional=proportional):
+                tokens = case.model.generate(**batch, max_new_tokens=2, do_sample=False)
+                found.append((case.model(**batch).logits, tokens))
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -228,7 +228,8 @@ def apply_condense(
             given, new ones after the last. With M-RoPE tokens keep their places in the picture in either case, and
             position_ids of the caller stay what they are.
         proportional: whether a visual token counts as often in the language model's attention as there are tokens in
-            it: log(size) is added to the logits of its key, in each layer, as in ToMe.
+            it: log(size) is added to the logits of its key, in each layer, as in ToMe. Where nothing is merged it
+            changes nothing.
         family: None: by model.config.model_type. A name of condense_kernels.models.FAMILIES for a model that is built
             like one of it; "generic" for one that has no row: a warning says what is then assumed.
         backend: "auto" (by device), "cpp", "triton" or "reference".
