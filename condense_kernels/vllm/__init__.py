@@ -1,0 +1,26 @@
+"""vLLM's LLaVA and LLaVA-NeXT on K visual tokens an image: a plugin of vLLM, which changes none of its code.
+
+Every process of vLLM imports this module, wherever the package is installed, and calls ``register``: no model is
+imported here, and none changed where nothing is asked for.
+"""
+
+from .options import ARCHITECTURES, from_environment
+from .options import Options as Options
+from .options import condensed as condensed
+
+
+def register() -> None:
+    """What vLLM calls, by the entry point vllm.general_plugins: condensed models, beside its own, by names of theirs.
+
+    Where CONDENSE_NUM_TOKENS is set, they also go by the names of its own.
+
+    Raises:
+        ValueError: one of the variables has a value that it cannot have.
+    """
+    from vllm import ModelRegistry
+
+    configured = from_environment() is not None
+    for name in ARCHITECTURES.values():
+        model = f"Condensed{name}"
+        for known_as in (model, name) if configured else (model,):
+            ModelRegistry.register_model(known_as, f"{__name__}.models:{model}")
