@@ -52,7 +52,7 @@ test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in
 	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
 
 vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.11, 1.8 GB)
-	PYTHONPATH=tests/with_vllm/site:tests $(VLLM)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm $(ARGS)
+	PYTHONPATH=$(CURDIR)/tests/with_vllm/site:$(CURDIR)/tests $(VLLM)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
 lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types

@@ -44,7 +44,7 @@ def with_names_of_the_hub(folder: Path) -> None:
 def config_of_llava() -> LlavaConfig:
     config = untrained(width=64, vision_layers=3, heads=2).config
     config.update({"tie_word_embeddings": False})  # else random weights say each word again
-    config.text_config.update({"tie_word_embeddings": False})
+    config.text_config.update({"tie_word_embeddings": False, "max_position_embeddings": 2048})
     return config
 
 

@@ -7,6 +7,7 @@ os.environ.update(  # before vLLM is imported
     HF_HUB_OFFLINE="1",
     VLLM_CACHE_ROOT=tempfile.mkdtemp(prefix="vllm-"),
     VLLM_CPU_KVCACHE_SPACE="1",  # GiB
+    VLLM_CPU_OMP_THREADS_BIND="nobind",  # else two ranks need two nodes of memory
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # but for the tests that ask for it
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",

@@ -26,7 +26,7 @@ REQUESTS = [
 
 @contextlib.contextmanager
 def engine(folder, **options):
-    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "limit_mm_per_prompt": {"image": 2}}
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "limit_mm_per_prompt": {"image": 2}}
     llm = LLM(str(folder), **{**usual, **options})
     try:
         yield llm
@@ -36,13 +36,13 @@ def engine(folder, **options):
         cleanup_dist_env_and_memory()
 
 
-def outputs(llm: LLM, requests=REQUESTS, sampling=GREEDY):
+def outputs(llm: LLM, requests):
     prompts = [
         {"prompt": text, "multi_modal_data": {"image": pictures}} if pictures else {"prompt": text}
         for text, pictures in requests
     ]
-    return llm.generate(prompts, sampling, use_tqdm=False)
+    return llm.generate(prompts, GREEDY, use_tqdm=False)
 
 
-def tokens(llm: LLM, requests=REQUESTS) -> list[list[int]]:
+def tokens(llm: LLM, requests) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs(llm, requests)]

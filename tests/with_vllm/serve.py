@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from engines import engine, tokens
+from engines import REQUESTS, engine, tokens
 
 from condense_kernels.vllm import condensed
 
@@ -13,7 +13,7 @@ def main(checkpoint: str, options: dict, output: str) -> None:
     if "num_tokens" in options:
         options["hf_overrides"] = condensed(options.pop("num_tokens"))
     with engine(checkpoint, **options) as llm:
-        Path(output).write_text(json.dumps(tokens(llm)))
+        Path(output).write_text(json.dumps(tokens(llm, REQUESTS)))
 
 
 if __name__ == "__main__":  # the engine's processes import this file, too

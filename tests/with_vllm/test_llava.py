@@ -21,7 +21,7 @@ def test_in_a_batch_in_chunks_and_from_the_prefix_cache(llava):
     assert len({tuple(answer) for answer in expected}) == len(REQUESTS)  # another picture, another answer
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 4, "block_size": 32, "enable_prefix_caching": True}
     with engine(llava, hf_overrides=condensed(num_tokens=36), **options) as llm:
-        first, second = outputs(llm), outputs(llm)
+        first, second = outputs(llm, REQUESTS), outputs(llm, REQUESTS)
     for found in first, second:
         assert [list(output.outputs[0].token_ids) for output in found] == expected
     assert [len(output.prompt_token_ids) for output in first] == [41, 41, 41, 41, 4, 78, 78]
@@ -39,16 +39,16 @@ def test_options_by_a_dict(llava):
         "condense": {"num_tokens": 0.1, **options},
     }
     with engine(llava, hf_overrides=overrides) as llm:
-        assert tokens(llm) == expected
+        assert tokens(llm, REQUESTS) == expected
 
 
 def test_the_stock_model_stays_as_it_is_and_all_tokens_are_the_same_as_it(llava):
     with engine(llava) as llm:
         assert llm.apply_model(lambda model: type(model).__module__) == ["vllm.model_executor.models.llava"]
-        expected = outputs(llm)
+        expected = outputs(llm, REQUESTS)
     with engine(llava, hf_overrides=condensed(num_tokens=1.0)) as llm:
         assert llm.apply_model(lambda model: type(model).__module__) == ["condense_kernels.vllm.models"]
-        found = outputs(llm)
+        found = outputs(llm, REQUESTS)
     assert answers(llava, REQUESTS) == [list(output.outputs[0].token_ids) for output in expected]
     for ours, stock in zip(found, expected, strict=True):
         assert ours.prompt_token_ids == stock.prompt_token_ids

@@ -16,15 +16,15 @@ REQUESTS = [
 def test_same_tokens(llava_next):
     expected = answers(llava_next, REQUESTS, 20)
     assert len({tuple(answer) for answer in expected}) == len(REQUESTS)
-    with engine(llava_next, hf_overrides=condensed(num_tokens=20), max_model_len=512) as llm:
-        found = outputs(llm)
+    with engine(llava_next, hf_overrides=condensed(num_tokens=20)) as llm:
+        found = outputs(llm, REQUESTS)
     assert [list(output.outputs[0].token_ids) for output in found] == expected
     assert [len(output.prompt_token_ids) for output in found] == [65, 65, 65, 105, 166, 4]
 
 
 def test_all_tokens_are_the_stock_model(llava_next):
     """Newlines after the rows of the crops' grid included."""
-    with engine(llava_next, max_model_len=2048) as llm:
-        expected = tokens(llm)
-    with engine(llava_next, hf_overrides=condensed(num_tokens=144), max_model_len=2048) as llm:
-        assert tokens(llm) == expected
+    with engine(llava_next) as llm:
+        expected = tokens(llm, REQUESTS)
+    with engine(llava_next, hf_overrides=condensed(num_tokens=144)) as llm:
+        assert tokens(llm, REQUESTS) == expected
