@@ -7,6 +7,7 @@ imported here, and none changed where nothing is asked for.
 from .options import ARCHITECTURES, from_environment
 from .options import Options as Options
 from .options import condensed as condensed
+from .plan import Checked
 
 
 def register() -> None:
@@ -18,9 +19,11 @@ def register() -> None:
         ValueError: one of the variables has a value that it cannot have.
     """
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     configured = from_environment() is not None
     for name in ARCHITECTURES.values():
         model = f"Condensed{name}"
         for known_as in (model, name) if configured else (model,):
             ModelRegistry.register_model(known_as, f"{__name__}.models:{model}")
+            MODELS_CONFIG_MAP[known_as] = Checked

@@ -6,11 +6,9 @@ imports this module for a process that has such a model, and for no other.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -29,37 +27,11 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
-from ..budget import condense, count_of
+from ..budget import condense
 from ..ops.attention_scores import attention_scores
-from .options import Options
+from .plan import Plan
 
-TOWERS = {CLIPVisionConfig: "default", SiglipVisionConfig: "full"}  # which of its tokens are patches, and no [CLS]
 logger = init_logger("vllm.condense_kernels")  # vLLM shows what is logged below its own name
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What becomes of the tokens of one image, or of one crop."""
-
-    options: Options
-    side: int  # of the square grid that all of them lie on
-    keep: int
-
-    @classmethod
-    def of(cls, config: Any) -> "Plan":
-        vision, strategy = config.vision_config, config.vision_feature_select_strategy
-        if TOWERS.get(type(vision)) != strategy:
-            expected = " or ".join(f"{tower.__name__} with {patches!r}" for tower, patches in TOWERS.items())
-            raise ValueError(
-                "model: expected a vision_config, with its vision_feature_select_strategy, of "
-                f"{expected}, got {type(vision).__name__} with {strategy!r}. Remedy: the model without condensation."
-            )
-        options, side = Options.of(config), vision.image_size // vision.patch_size
-        return cls(options, side, count_of("num_tokens", options.num_tokens, side**2))
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.keep == self.side**2
 
 
 class Info:

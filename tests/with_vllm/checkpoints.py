@@ -12,6 +12,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from zoo import sharpen
@@ -51,6 +52,17 @@ def config_of_llava() -> LlavaConfig:
 def llava(folder: Path) -> Path:
     torch.manual_seed(0)
     return save(LlavaForConditionalGeneration(config_of_llava()), processor(), folder)
+
+
+def llava_siglip(folder: Path) -> Path:
+    torch.manual_seed(2)
+    config, of_llava = config_of_llava(), processor()
+    clip = config.vision_config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    config.vision_config = SiglipVisionConfig(**{name: getattr(clip, name) for name in names}, vision_use_head=False)
+    config.vision_feature_select_strategy = of_llava.vision_feature_select_strategy = "full"
+    of_llava.num_additional_image_tokens = 0  # it has no [CLS]
+    return save(LlavaForConditionalGeneration(config), of_llava, folder)
 
 
 def llava_next(folder: Path) -> Path:

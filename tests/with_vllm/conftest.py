@@ -23,5 +23,10 @@ def llava(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llava_siglip(tmp_path_factory):
+    return checkpoints.llava_siglip(tmp_path_factory.mktemp("llava_siglip"))
+
+
+@pytest.fixture(scope="session")
 def llava_next(tmp_path_factory):
     return checkpoints.llava_next(tmp_path_factory.mktemp("llava_next"))

@@ -42,6 +42,13 @@ def test_options_by_a_dict(llava):
         assert tokens(llm, REQUESTS) == expected
 
 
+def test_a_tower_without_cls(llava_siglip):
+    """Scores are the mean over all rows of its attention."""
+    expected = answers(llava_siglip, REQUESTS, 20)
+    with engine(llava_siglip, hf_overrides=condensed(num_tokens=20)) as llm:
+        assert tokens(llm, REQUESTS) == expected
+
+
 def test_the_stock_model_stays_as_it_is_and_all_tokens_are_the_same_as_it(llava):
     with engine(llava) as llm:
         assert llm.apply_model(lambda model: type(model).__module__) == ["vllm.model_executor.models.llava"]

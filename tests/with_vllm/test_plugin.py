@@ -12,7 +12,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import ProcessorInputs
 
 from condense_kernels.vllm import condensed
-from condense_kernels.vllm.models import Plan
+from condense_kernels.vllm.plan import Plan
 
 STARTED = """
 import sys
@@ -84,27 +84,32 @@ def test_keys_hold_the_options(llava, uuid):
     assert key(condensed(20)) == keys[1]
 
 
-def test_a_wrong_count_is_an_error_before_there_is_an_engine(llava, monkeypatch):
-    expected = "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"
-    with pytest.raises(ValueError, match=expected):
-        processor(llava, condensed(145))
-    by_name = {"architectures": ["CondensedLlavaForConditionalGeneration"]}
-    with pytest.raises(ValueError, match=expected):
-        processor(llava, {**by_name, "condense": {"num_tokens": 145}})
-    with pytest.raises(ValueError, match="condense: expected options of a condensed model, .* got none. Remedy: hf_ov"):
-        processor(llava, by_name)
-    with pytest.raises(ValueError, match=r"condense: expected a dict with num_tokens, .*got {'keep': 64}"):
-        processor(llava, {**by_name, "condense": {"keep": 64}})
-    monkeypatch.setenv("CONDENSE_NUM_TOKENS", "145")
-    with pytest.raises(ValueError, match=expected):
-        processor(llava, by_name)
+BY_NAME = {"architectures": ["CondensedLlavaForConditionalGeneration"]}
 
 
-def test_what_the_config_says_goes_before_the_environment(llava, monkeypatch):
+@pytest.mark.parametrize(
+    ("overrides", "variable", "said"),
+    [
+        (condensed(145), "", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
+        ({**BY_NAME, "condense": {"num_tokens": 145}}, "", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
+        (BY_NAME, "145", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
+        (BY_NAME, "", "condense: expected options of a condensed model, .* got none. Remedy: hf_overrides=condense"),
+        ({**BY_NAME, "condense": {"keep": 64}}, "", r"condense: expected a dict with num_tokens, .*got {'keep': 64}"),
+        ({**BY_NAME, "condense": {"num_tokens": 0}}, "", "num_tokens: expected 1 <= num_tokens"),
+    ],
+)
+def test_wrong_options_are_an_error_before_there_is_an_engine(llava, monkeypatch, overrides, variable, said):
+    monkeypatch.setenv("CONDENSE_NUM_TOKENS", variable)
+    with pytest.raises(ValueError, match=said):
+        EngineArgs(str(llava), hf_overrides=overrides).create_model_config()
+
+
+def test_what_the_config_says_goes_before_the_environment_which_is_written_there(llava, monkeypatch):
     monkeypatch.setenv("CONDENSE_NUM_TOKENS", "36")
     assert processor(llava, condensed(20)).info.plan.keep == 20
-    by_name = {"architectures": ["CondensedLlavaForConditionalGeneration"]}
-    assert processor(llava, by_name).info.plan.keep == 36
+    model_config = EngineArgs(str(llava), hf_overrides=BY_NAME).create_model_config()
+    monkeypatch.delenv("CONDENSE_NUM_TOKENS")  # as of a process on another machine
+    assert MULTIMODAL_REGISTRY.create_processor(model_config).info.plan.keep == 36
 
 
 def test_other_models_are_refused(llava):
@@ -112,8 +117,8 @@ def test_other_models_are_refused(llava):
         condensed()(Qwen2VLConfig())
     config = condensed()(AutoConfig.from_pretrained(llava))
     config.vision_feature_select_strategy = "full"
-    with pytest.raises(ValueError, match="expected a vision_config, .* got CLIPVisionConfig with 'full'"):
+    with pytest.raises(ValueError, match="expected a vision_config, .* got clip_vision_model with 'full'"):
         Plan.of(config)
     config.vision_config, config.vision_feature_select_strategy = PixtralVisionConfig(), "default"
-    with pytest.raises(ValueError, match="expected a vision_config, .* got PixtralVisionConfig with 'default'"):
+    with pytest.raises(ValueError, match="expected a vision_config, .* got pixtral with 'default'"):
         Plan.of(config)
