@@ -13,7 +13,7 @@ ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaN
 
 @dataclass(frozen=True)
 class Options:
-    """Of :func:`condense_kernels.condense`. vLLM calls them with the config of a model, which then is a condensed one."""
+    """Of :func:`condense_kernels.condense`. vLLM calls them with a model's config, which then is a condensed model's."""
 
     num_tokens: int | float
     background_ratio: float = DEFAULT_BACKGROUND_RATIO
@@ -70,11 +70,13 @@ NAMES = tuple(field.name for field in fields(Options))
 
 def from_environment() -> Options | None:
     """None where CONDENSE_NUM_TOKENS is not set."""
-    found = {name: environment.read(f"CONDENSE_{name.upper()}") for name in NAMES}
+    found: dict[str, Any] = {name: environment.read(f"CONDENSE_{name.upper()}") for name in NAMES}
     given = {name: value for name, value in found.items() if value is not None}
     if given and "num_tokens" not in given:
         name = f"CONDENSE_{next(iter(given)).upper()}"
-        raise ValueError(f"{name}: expected CONDENSE_NUM_TOKENS beside it, got none. Remedy: set that, or unset {name}.")
+        raise ValueError(
+            f"{name}: expected CONDENSE_NUM_TOKENS beside it, got none. Remedy: set that, or unset {name}."
+        )
     return Options(**given) if given else None
 
 

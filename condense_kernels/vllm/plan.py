@@ -35,8 +35,8 @@ class Plan:
 
 
 class Checked:
-    """What vLLM calls with the configs of a condensed model, before any process of the engine: errors are raised here, and
-    what the environment says is written down for all of them."""
+    """What vLLM calls with the configs of a condensed model before there is an engine: errors are raised here, and what
+    the environment says is written down, for all processes of the engine."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:

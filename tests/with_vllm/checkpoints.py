@@ -35,7 +35,7 @@ def save(model, processor, folder: Path) -> Path:
 
 
 def with_names_of_the_hub(folder: Path) -> None:
-    """transformers 5 calls the tower's weights by shorter names than its models on the hub have, and vLLM knows those."""
+    """transformers 5 has shorter ones for the tower's weights, which vLLM does not know."""
     for path in folder.glob("*.safetensors"):
         weights = load_file(path)
         longer = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): w for name, w in weights.items()}

@@ -17,7 +17,7 @@ def picture(number: int, width: int = 96, height: int = 96) -> Image.Image:
 
 
 REQUESTS = [
-    *((f"<s> <image> which digit is {place}", [picture(i)]) for i, place in enumerate("top left 3 7".split())),
+    *((f"<s> <image> which digit is {place}", [picture(i)]) for i, place in enumerate(["top", "left", "3", "7"])),
     ("<s> how many digits", []),
     ("<s> <image> <image> what color is the 4", [picture(0), picture(5)]),
     ("<s> what is <image> there a <image> 8", [picture(6), picture(1)]),

@@ -1,4 +1,4 @@
-"""A program of a user: python serve.py CHECKPOINT OPTIONS OUTPUT, with num_tokens among the options or in the environment."""
+"""A program of a user, python serve.py CHECKPOINT OPTIONS OUTPUT: num_tokens is an option, or in the environment."""
 
 import json
 import sys

@@ -7,7 +7,10 @@ from condense_kernels.vllm import condensed
 
 SIZES = [(96, 96), (192, 96), (96, 200), (190, 180)]  # 3, 3, 3 and 5 crops
 REQUESTS = [
-    *((f"<s> <image> which digit is {place}", [picture(i, *size)]) for i, (place, size) in enumerate(zip("top left 3 7".split(), SIZES, strict=True))),
+    *(
+        (f"<s> <image> which digit is {place}", [picture(i, *size)])
+        for i, (place, size) in enumerate(zip(["top", "left", "3", "7"], SIZES, strict=True))
+    ),
     ("<s> <image> <image> what color is the 4", [picture(5, 190, 180), picture(6, 96, 192)]),
     ("<s> how many digits", []),
 ]

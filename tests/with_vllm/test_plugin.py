@@ -91,7 +91,11 @@ BY_NAME = {"architectures": ["CondensedLlavaForConditionalGeneration"]}
     ("overrides", "variable", "said"),
     [
         (condensed(145), "", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
-        ({**BY_NAME, "condense": {"num_tokens": 145}}, "", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
+        (
+            {**BY_NAME, "condense": {"num_tokens": 145}},
+            "",
+            "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145",
+        ),
         (BY_NAME, "145", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
         (BY_NAME, "", "condense: expected options of a condensed model, .* got none. Remedy: hf_overrides=condense"),
         ({**BY_NAME, "condense": {"keep": 64}}, "", r"condense: expected a dict with num_tokens, .*got {'keep': 64}"),
