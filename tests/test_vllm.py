@@ -1,12 +1,14 @@
 """The options of vLLM's plugin, which need no vLLM. What the engine does with them: tests/with_vllm, by `make vllm`."""
 
 import pickle
+import re
+import sys
 import types
 
 import pytest
 from processes import fresh
 
-from condense_kernels.vllm import condensed
+from condense_kernels.vllm import condensed, register
 from condense_kernels.vllm.options import Options, from_environment
 from condense_kernels.vllm.plan import Plan
 
@@ -17,6 +19,17 @@ NAMES = ("NUM_TOKENS", "BACKGROUND_RATIO", "SUPPRESSION", "SPATIAL_WEIGHT")
 def nothing_set(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(f"CONDENSE_{name}", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def release(monkeypatch):
+    """Of vLLM, as far as it says which one it is; all else of it is not there."""
+
+    def is_there(version: str) -> None:
+        monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__=version))
+
+    is_there("0.32.0")
+    return is_there
 
 
 class Config(types.SimpleNamespace):
@@ -32,8 +45,6 @@ def llava(model_type="llava", tower="clip_vision_model", strategy="default"):
 
 
 def imports_the_plugin() -> set[str]:
-    import sys
-
     import condense_kernels.vllm  # noqa: F401
 
     return {name for name in sys.modules if name.partition(".")[0] in ("vllm", "transformers", "condense_kernels")}
@@ -43,9 +54,21 @@ def test_the_plugin_imports_no_model():
     """Every process of vLLM imports it."""
     brought = fresh(imports_the_plugin)
     assert {name for name in brought if "vllm" in name} == {
-        f"condense_kernels.vllm{part}" for part in ("", ".options", ".plan")
+        f"condense_kernels.vllm{part}" for part in ("", ".options", ".plan", ".release")
     }
     assert not {name for name in brought if name.startswith(("transformers", "condense_kernels.models"))}
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "0.320.0", "1.32.0", "0.1.dev1+g32", "dev"])
+def test_another_release_of_vllm_is_left_alone_or_refused(monkeypatch, release, version):
+    release(version)
+    register()  # which finds none of what it needs to do anything
+    said = f"^condense_kernels.vllm needs vLLM 0.32, got {re.escape(version)}. Remedy: pip install 'vllm==0.32"
+    with pytest.raises(ImportError, match=said):
+        condensed()(llava())
+    monkeypatch.setenv("CONDENSE_NUM_TOKENS", "64")
+    with pytest.raises(ImportError, match=said):
+        register()
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("llava", "Llava"), ("llava_next", "LlavaNext")])

@@ -6,6 +6,7 @@ from typing import Any
 from .._dispatch import environment
 from .._dispatch.checks import MAX_TOKENS, check_weight
 from ..budget import DEFAULT_BACKGROUND_RATIO, as_number, count_of, split_budget
+from .release import check_release
 
 KEY = "condense"  # of hf_overrides, and then of the model's config
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
@@ -13,7 +14,7 @@ ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaN
 
 @dataclass(frozen=True)
 class Options:
-    """Of :func:`condense_kernels.condense`. vLLM calls them with a model's config, which then is a condensed model's."""
+    """Of :func:`condense_kernels.condense`. vLLM calls them with a model's config, which is a condensed one's then."""
 
     num_tokens: int | float
     background_ratio: float = DEFAULT_BACKGROUND_RATIO
@@ -51,6 +52,7 @@ class Options:
 
     def __call__(self, config: Any) -> Any:
         """As hf_overrides. A config without images, as that of a draft model, stays as it is."""
+        check_release()
         if hasattr(config, "vision_config"):
             if config.model_type not in ARCHITECTURES:
                 raise ValueError(
@@ -96,5 +98,6 @@ def condensed(
     Raises:
         TypeError, ValueError: an option has a value that it cannot have. From vLLM, which calls the result: a model of
             another type than LLaVA and LLaVA-NeXT, or with fewer tokens.
+        ImportError: from there, another release of vLLM than 0.32.
     """
     return Options(num_tokens, background_ratio, suppression, spatial_weight)

@@ -46,3 +46,16 @@ class Checked:
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         pass
+
+
+class Unasked(Checked):
+    """Of vLLM's own models: options beside them would be lost."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        if hasattr(model_config.hf_config, KEY):
+            name = f"Condensed{model_config.architecture}"
+            raise ValueError(
+                f"{KEY}: expected a condensed model beside it, got {model_config.architecture}. Remedy: "
+                f"'architectures': ['{name}'] in hf_overrides, too."
+            )

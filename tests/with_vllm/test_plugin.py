@@ -96,6 +96,7 @@ BY_NAME = {"architectures": ["CondensedLlavaForConditionalGeneration"]}
             "",
             "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145",
         ),
+        ({"condense": {"num_tokens": 64}}, "", "condense: expected a condensed model beside it, got LlavaForCond"),
         (BY_NAME, "145", "num_tokens: expected 1 <= num_tokens <= 144 tokens, got 145"),
         (BY_NAME, "", "condense: expected options of a condensed model, .* got none. Remedy: hf_overrides=condense"),
         ({**BY_NAME, "condense": {"keep": 64}}, "", r"condense: expected a dict with num_tokens, .*got {'keep': 64}"),
