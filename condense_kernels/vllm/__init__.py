@@ -14,7 +14,7 @@ from .release import check_release, is_known
 def register() -> None:
     """What vLLM calls, by the entry point vllm.general_plugins: condensed models, beside its own, by names of theirs.
 
-    Where CONDENSE_NUM_TOKENS is set, they also go by the names of its own. Of a release other than 0.32 nothing changes.
+    Where CONDENSE_NUM_TOKENS is set, they also go by the names of its own. With another release than 0.32 it is idle.
 
     Raises:
         ValueError: one of the variables has a value that it cannot have.
