@@ -68,7 +68,7 @@ def llava_siglip(folder: Path) -> Path:
 def llava_next(folder: Path) -> Path:
     torch.manual_seed(1)
     of_llava = config_of_llava()
-    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    pinpoints = [[SIDE, 2 * SIDE], [3 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     config = LlavaNextConfig(
         vision_config=of_llava.vision_config,
         text_config=of_llava.text_config,
