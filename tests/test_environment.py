@@ -77,7 +77,7 @@ WRONG = [
     *(("CONDENSE_BACKGROUND_RATIO", text) for text in ("half", "1.01", "-0.1", "25%", "nan")),
     *(
         (f"CONDENSE_{name}", text)
-        for name in ("SUPPRESSION", "SPATIAL_WEIGHT")
+        for name in ("SUPPRESSION", "SPATIAL_WEIGHT", "BACKGROUND_SUPPRESSION")
         for text in ("-1", "inf", "1e-3", "0,5")
     ),
 ]

@@ -12,7 +12,7 @@ from condense_kernels.vllm import condensed, register
 from condense_kernels.vllm.options import Options, from_environment
 from condense_kernels.vllm.plan import Plan
 
-NAMES = ("NUM_TOKENS", "BACKGROUND_RATIO", "SUPPRESSION", "SPATIAL_WEIGHT")
+NAMES = ("NUM_TOKENS", "BACKGROUND_RATIO", "SUPPRESSION", "SPATIAL_WEIGHT", "BACKGROUND_SUPPRESSION")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,8 @@ def test_options_make_a_config_that_of_a_condensed_model(model_type, name):
     config = options(llava(model_type))
     assert config.architectures == [f"Condensed{name}ForConditionalGeneration"]
     assert config.condense == {
-        "num_tokens": 64, "background_ratio": 0.25, "suppression": 0.5, "spatial_weight": 1.0
+        "num_tokens": 64, "background_ratio": 0.25, "suppression": 0.5, "spatial_weight": 1.0,
+        "background_suppression": None,
     }  # fmt: skip
     assert Options.of(config) == options
     plan = Plan.of(config)
@@ -99,10 +100,10 @@ def test_the_environment(monkeypatch):
     assert from_environment() is None
     monkeypatch.setenv("CONDENSE_NUM_TOKENS", "0.25")
     assert from_environment() == Options(0.25)
-    for name, value in zip(NAMES, ("64", "0.5", "0", "2.5"), strict=True):
+    for name, value in zip(NAMES, ("64", "0.5", "0", "2.5", "0.75"), strict=True):
         monkeypatch.setenv(f"CONDENSE_{name}", value)
-    assert from_environment() == Options(64, 0.5, 0.0, 2.5)
-    assert Options.of(llava()) == Options(64, 0.5, 0.0, 2.5)
+    assert from_environment() == Options(64, 0.5, 0.0, 2.5, 0.75)
+    assert Options.of(llava()) == Options(64, 0.5, 0.0, 2.5, 0.75)
     assert Options.of(condensed(32)(llava())) == Options(32)
 
 
@@ -121,6 +122,7 @@ def test_an_option_without_a_count(monkeypatch, name):
         ({"num_tokens": "64"}, TypeError, "num_tokens: expected an int count or a float ratio"),
         ({"background_ratio": 2}, ValueError, "background_ratio: expected a share"),
         ({"suppression": -1.0}, ValueError, "suppression: expected a finite number >= 0"),
+        ({"background_suppression": -1.0}, ValueError, "background_suppression: expected a finite number >= 0"),
         ({"spatial_weight": "1"}, TypeError, "spatial_weight: expected a number"),
     ],
 )
@@ -157,6 +159,6 @@ def test_a_model_of_another_type():
 def test_each_option_is_in_the_keys_of_vllms_caches():
     """Two engines that share a cache share what they agree on, and nothing else."""
     options = [condensed(64), condensed(32), condensed(0.25), condensed(background_ratio=0.5)]
-    options += [condensed(suppression=0.5), condensed(spatial_weight=0.5)]
+    options += [condensed(suppression=0.5), condensed(spatial_weight=0.5), condensed(background_suppression=0.5)]
     assert len({str(of_engine) for of_engine in options}) == len(options)
-    assert str(condensed(64)) == "condensed-64-0.25-1.0-1.0"
+    assert str(condensed(64)) == "condensed-64-0.25-1.0-1.0-None"

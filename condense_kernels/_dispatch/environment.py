@@ -76,6 +76,7 @@ VARIABLES: dict[str, Callable] = {
     "CONDENSE_BACKGROUND_RATIO": share,
     "CONDENSE_SUPPRESSION": weight,
     "CONDENSE_SPATIAL_WEIGHT": weight,
+    "CONDENSE_BACKGROUND_SUPPRESSION": weight,
 }
 OF_A_RUN = tuple(VARIABLES)[:4]  # the others are read by a build, by the benchmarks, and by vLLM's plugin
 

@@ -30,7 +30,7 @@ def test_in_a_batch_in_chunks_and_from_the_prefix_cache(llava):
 
 def test_options_by_a_dict(llava):
     """As the command line has them, in JSON."""
-    options = {"background_ratio": 0.5, "suppression": 0.25, "spatial_weight": 3.0}
+    options = {"background_ratio": 0.5, "suppression": 0.25, "spatial_weight": 3.0, "background_suppression": 0.75}
     expected = answers(llava, REQUESTS, 0.1, **options)
     by_default = answers(llava, REQUESTS, 0.1)
     assert all(found != other for found, other in zip(expected, by_default, strict=True) if found != expected[4])
