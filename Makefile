@@ -24,12 +24,13 @@ BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
+VLLM := .venv-vllm
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html vllm lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -49,6 +50,9 @@ test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow"
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
 test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in headless Chromium
 	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
+
+vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.11, 1.8 GB)
+	PYTHONPATH=$(CURDIR)/tests/with_vllm/site:$(CURDIR)/tests $(VLLM)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
 lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types
@@ -128,6 +132,19 @@ $(VENV)/vision: $(VENV)/installed pyproject.toml
 $(VENV)/ray: $(VENV)/installed pyproject.toml
 	@echo "installing "$(RAY)
 	@$(PIP) install --quiet $(RAY)
+	@touch $@
+
+# No requirement is followed, so that none brings another torch.
+$(VLLM)/requirements: tests/with_vllm/requirements.txt
+	@echo "creating $(VLLM)"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
+
+$(VLLM)/installed: $(VLLM)/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
+	@echo "installing condense_kernels into $(VLLM); compiling csrc/"
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/linters: $(VENV)/created pyproject.toml

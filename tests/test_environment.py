@@ -50,12 +50,21 @@ def test_switches(monkeypatch, name, text, value):
         ("CONDENSE_STORED_TOKENS", "0", 0),
         ("CONDENSE_STORED_TOKENS", "9" * 18, 10**18 - 1),
         ("CONDENSE_COMMIT", "3b18e51", "3b18e51"),
+        ("CONDENSE_NUM_TOKENS", "1", 1),
+        ("CONDENSE_NUM_TOKENS", "64", 64),
+        ("CONDENSE_NUM_TOKENS", "1.0", 1.0),
+        ("CONDENSE_NUM_TOKENS", "0.25", 0.25),
+        ("CONDENSE_BACKGROUND_RATIO", "0", 0.0),
+        ("CONDENSE_BACKGROUND_RATIO", "1.0", 1.0),
+        ("CONDENSE_SUPPRESSION", "0.5", 0.5),
+        ("CONDENSE_SPATIAL_WEIGHT", "12", 12.0),
     ],
 )
 def test_other_values(monkeypatch, name, text, value):
     assert environment.read(name) is None
     monkeypatch.setenv(name, text)
     assert environment.read(name) == value
+    assert type(environment.read(name)) is type(value)
     monkeypatch.setenv(name, "")
     assert environment.read(name) is None
 
@@ -64,6 +73,13 @@ WRONG = [
     *((name, text) for name in SWITCHES for text in ("2", "maybe", "tru", " 1", "yes please")),
     *(("CONDENSE_CPU_CAPABILITY", text) for text in ("sse", "avx", "avx2 ", "1")),
     *(("CONDENSE_STORED_TOKENS", text) for text in ("many", "-1", "+1", " 1", "1.0", "1e3", "٣", "9" * 19)),
+    *(("CONDENSE_NUM_TOKENS", text) for text in ("many", "0", "0.0", "1.5", "-1", "64 ", "1e2", ".5", "٣", "9" * 19)),
+    *(("CONDENSE_BACKGROUND_RATIO", text) for text in ("half", "1.01", "-0.1", "25%", "nan")),
+    *(
+        (f"CONDENSE_{name}", text)
+        for name in ("SUPPRESSION", "SPATIAL_WEIGHT", "BACKGROUND_SUPPRESSION")
+        for text in ("-1", "inf", "1e-3", "0,5")
+    ),
 ]
 
 

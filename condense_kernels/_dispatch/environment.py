@@ -32,6 +32,31 @@ def number(name: str, text: str) -> int:
     return int(text)
 
 
+def decimal(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", text) else None
+
+
+def count_or_ratio(name: str, text: str) -> int | float:
+    value = decimal(text)
+    if value is None or (value < 1 if "." not in text else not 0 < value <= 1):
+        raise wrong(name, "a count of tokens, as 64, or a ratio up to 1.0, as 0.25", text)
+    return value if "." in text else int(text)
+
+
+def share(name: str, text: str) -> float:
+    value = decimal(text)
+    if value is None or value > 1:
+        raise wrong(name, "a decimal from 0 to 1", text)
+    return value
+
+
+def weight(name: str, text: str) -> float:
+    value = decimal(text)
+    if value is None:
+        raise wrong(name, "a decimal of digits, as 0.5", text)
+    return value
+
+
 def words(name: str, text: str) -> str:
     return text
 
@@ -47,8 +72,13 @@ VARIABLES: dict[str, Callable] = {
     "CONDENSE_STORED_TOKENS": number,
     "CONDENSE_BUILD_EXT": switch,
     "CONDENSE_COMMIT": words,
+    "CONDENSE_NUM_TOKENS": count_or_ratio,
+    "CONDENSE_BACKGROUND_RATIO": share,
+    "CONDENSE_SUPPRESSION": weight,
+    "CONDENSE_SPATIAL_WEIGHT": weight,
+    "CONDENSE_BACKGROUND_SUPPRESSION": weight,
 }
-OF_A_RUN = tuple(VARIABLES)[:4]  # the others are read by a build and by the benchmarks
+OF_A_RUN = tuple(VARIABLES)[:4]  # the others are read by a build, by the benchmarks, and by vLLM's plugin
 
 # What else is read around us, by others. Only named here, for `python -m condense_kernels env`.
 OF_OTHERS = (
@@ -62,7 +92,7 @@ OF_OTHERS = (
 )
 
 
-def read(name: str) -> bool | int | str | None:
+def read(name: str) -> bool | int | float | str | None:
     """The variable's value; None where it is not set, or empty, which is the same.
 
     Raises:
