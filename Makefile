@@ -25,12 +25,13 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
 VLLM := .venv-vllm
+SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html vllm lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html tiny-llava vllm lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -50,6 +51,9 @@ test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow"
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
 test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in headless Chromium
 	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
+
+tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core: build/tiny-llava/1, or another SEED
+	$(RUN) -m condense_kernels.tiny_llava.train --output build/tiny-llava/$(SEED) --seed $(SEED) $(ARGS)
 
 vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.11, 1.8 GB)
 	PYTHONPATH=$(CURDIR)/tests/with_vllm/site:$(CURDIR)/tests $(VLLM)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm $(ARGS)

@@ -1,6 +1,6 @@
 """Trains the tiny LLaVA from nothing, in stages, in 34 minutes of one core:
 
-    python -m condense_kernels.tiny_llava.train --output build/tiny-llava/1 --seed 1
+    make tiny-llava
 
 What is in OUTPUT goes on where it was interrupted. At the end OUTPUT is a Hugging Face folder in fp16, with
 training.json: the accuracy on held-out pictures along the way. The package has the model of seed 1.
