@@ -296,12 +296,14 @@ def test_a_config_of_lengths_is_not_taken_apart(caplog):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_condensed_too():
+@pytest.mark.parametrize("options", [{}, {"positions": "original", "proportional": True}], ids=str)
+def test_a_compiled_model_is_condensed_too(options):
     """In pieces, as the prompt is rewritten by its values; a step of decoding is one graph."""
     model, batch = model_of("llava"), zoo.case("llava").inputs(MIXED)
-    with torch.no_grad(), apply_condense(model, KEEP):
+    with torch.no_grad(), apply_condense(model, KEEP, **options):
         expected = model(**batch, use_cache=True)
         token = expected.logits[:, -1:].argmax(-1)
+        uncompiled = model(input_ids=token, **{CACHE: copy.deepcopy(expected[CACHE])}).logits
         decode = torch.compile(model.__call__, backend="eager", fullgraph=True)
-        assert decode(input_ids=token, **{CACHE: expected[CACHE]}).logits.shape[1] == 1
+        torch.testing.assert_close(decode(input_ids=token, **{CACHE: expected[CACHE]}).logits, uncompiled)
         torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, expected.logits)
