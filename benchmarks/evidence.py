@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
 from report import markdown
 from rows import ROOT, commit
 
