@@ -35,6 +35,14 @@ def test_topk_has_the_highest_scores():
     assert torch.equal(merged.indices, best) and (merged.assignment >= 0).all()
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_gradients_flow_through_a_baseline(name):
+    features, scores = some(1)
+    merged = Condenser(name).batch(features.requires_grad_(), scores.requires_grad_(), 6, GRID).merged
+    merged.sum().backward()
+    torch.testing.assert_close(features.grad.sum(), torch.tensor(6.0 * D))
+
+
 def test_maxmin_is_the_farthest_from_those_kept_each_time():
     features, scores = some(1)
     z = torch.nn.functional.normalize(features[0].double(), dim=1)

@@ -24,7 +24,7 @@ def selected(features: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor
 
 def merged_at(features: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor, grid: Grid) -> Condensed:
     """Any choice of tokens, with the paper's assignment and merge (Eq. 6 to 8)."""
-    s = similarity(features, scores)[0]
+    s = similarity(features.detach(), scores.detach())[0]  # a choice is a constant to autograd
     assignment = assign(s, indices, grid=grid)
     merged, mass = merge(features, scores, indices, assignment)
     return Condensed(merged, indices, assignment, mass)
