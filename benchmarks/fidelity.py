@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from report import markdown
@@ -57,8 +57,8 @@ class Picture(NamedTuple):
         return cls(path.name, tokens, encode(model, picture, PATCHES).scores, s)
 
 
-def condensed(picture: Picture, scores: torch.Tensor, keep: int, background: float) -> Choice:
-    out = ck.condense(picture.tokens.patches, scores, keep, background, (SIDE, SIDE))
+def condensed(picture: Picture, scores: torch.Tensor, keep: int, background: float, **options: Any) -> Choice:
+    out = ck.condense(picture.tokens.patches, scores, keep, background, (SIDE, SIDE), **options)
     return Choice(out.merged[0], out.assignment[0], out.indices[0])
 
 
