@@ -20,6 +20,11 @@ from .scenes import GRID, PATCH, SIDE
 PATCHES = GRID * GRID
 MEAN, STD = 0.3, 0.25  # of pixels in [0, 1]
 PROMPT = "<s> <image> {}"
+CHAT = (  # the same of messages, for those who speak to a model by its template
+    "<s> {% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
 
 
 def untrained(
@@ -95,6 +100,7 @@ def processor() -> LlavaProcessor:
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
+        chat_template=CHAT,
     )
 
 
