@@ -5,7 +5,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report, show
+from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report, reproduce, show
 
 PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
@@ -13,6 +13,7 @@ COMMANDS: dict[str, ModuleType] = {
     "show": show,
     "compare-answers": compare_answers,
     "report": report,
+    "reproduce": reproduce,
     "check": check,
     "env": env,
 }
