@@ -1,4 +1,4 @@
-"""What the paper printed, and how lmms-eval measures it. The rows that are run are in table_*.yaml, beside this file."""
+"""What the paper printed, and how lmms-eval measures it. The rows that are run: table_*.yaml, beside this file."""
 
 import math
 from pathlib import Path
@@ -75,7 +75,7 @@ TABLES = {
             Benchmark("POPE", "pope", ("pope_f1_score",), dataset="lmms-lab-encoder/POPE"),
             Benchmark("SQA", "scienceqa_img", ("exact_match",), dataset="lmms-lab-encoder/ScienceQA"),
             Benchmark("VQAv2", "vqav2_val", ("exact_match",), dataset="lmms-lab-encoder/VQAv2"),
-            Benchmark("VQAText", "textvqa_val_ocr", ("exact_match",), dataset="lmms-lab-encoder/textvqa"),
+            Benchmark("VQAText", "textvqa_val", ("exact_match",), dataset="lmms-lab-encoder/textvqa"),
             Benchmark("VizWiz", "vizwiz_vqa_val", ("exact_match",), dataset="lmms-lab-encoder/VizWiz-VQA"),
         ),
         paper={
