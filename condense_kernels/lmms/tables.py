@@ -1,4 +1,4 @@
-"""What the paper printed, and how lmms-eval measures it. The rows that are run are in table_*.yaml, beside this file."""
+"""What the paper printed, and how lmms-eval measures it. The rows that are run: table_*.yaml, beside this file."""
 
 import math
 from pathlib import Path
