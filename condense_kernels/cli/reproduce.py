@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..lmms import VERSION, local, tables
 from . import CommandError, checkpoint, make_console, need
 
@@ -64,6 +66,8 @@ def measured(row: tables.Row, task: str, arguments: argparse.Namespace) -> dict[
         from ..tiny_llava import PATH
 
         given["pretrained"] = str(PATH)
+    if not torch.cuda.is_available():  # lmms-eval's own default is cuda
+        given.setdefault("device", "cpu")
     config = {**row.config, "tasks": task, "model_args": ",".join(f"{name}={value}" for name, value in given.items())}
     settings = {"model_args": config["model_args"], "task": task, "limit": arguments.limit, "lmms-eval": VERSION}
     kept = arguments.output / f"{row.label.replace(', ', '-').replace(' ', '_')}-{task}.json"

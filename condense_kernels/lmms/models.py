@@ -1,7 +1,7 @@
 """lmms-eval's models on K visual tokens: condense_llava_hf is its llava_hf, and so on for each name in STOCK.
 
-The entry point ``manifests`` tells lmms-eval where they are. A class is made when it is asked for, from lmms-eval's
-own: ``chat_llava_hf`` from the one that lmms-eval prefers, ``simple_llava_hf`` from that of ``--force_simple``.
+The entry point ``manifests`` says where they are. A class is made when it is asked for, from lmms-eval's own:
+``chat_llava_hf`` from the one that lmms-eval prefers, ``simple_llava_hf`` from that of ``--force_simple``.
 """
 
 import inspect
@@ -61,7 +61,7 @@ def split_options(options: dict[str, Any], stock: type) -> tuple[dict[str, Any],
 
 
 def on_one_device(options: dict[str, Any], stock: type) -> dict[str, Any]:
-    """device_map is the device where it is not given: "" fails, "auto" may spread a model, or take a GPU for granted.
+    """device_map is the device where it is not given: "" fails, and "auto" may spread a model, or expect a GPU.
     Where there are several processes, each has its device by lmms-eval."""
     known = parameters_of(stock)
     if "device_map" in known and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -85,8 +85,8 @@ def condensed(stock: type[Any]) -> type[Any]:
             num_tokens = ours.pop("num_tokens", None)
             if num_tokens in NONE and ours:
                 raise ValueError(
-                    f"num_tokens: expected a count or a ratio, as {', '.join(sorted(ours))} is given, got none. "
-                    "Remedy: num_tokens=64; for the baseline of all tokens leave the other options out."
+                    f"num_tokens: expected a count or ratio, as {', '.join(sorted(ours))} is given, got none. Remedy: "
+                    "num_tokens=64; for the baseline of all tokens leave the other options out."
                 )
             super().__init__(**on_one_device(options, stock))
             self.handle = None if num_tokens in NONE else apply_condense(self.model, num_tokens, **ours)
