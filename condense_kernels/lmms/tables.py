@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..tiny_llava import questions
+from ..tiny_llava import KINDS
 
 HERE = Path(__file__).parent
 NOT_OURS = ("pretrained", "num_tokens", "method", "dtype")  # model_args that are no option of a method
@@ -89,7 +89,7 @@ TABLES = {
         title="the tiny LLaVA of this package, 144 tokens, by kind of question",
         file="table_tiny.yaml",
         model_type="llava",
-        benchmarks=tuple(Benchmark(kind, "tiny_llava", (kind,)) for kind in ("all", *questions.KINDS)),
+        benchmarks=tuple(Benchmark(kind, "tiny_llava", (kind,)) for kind in ("all", *KINDS)),
         paper={},
     ),
 }

@@ -5,4 +5,5 @@ It is there to see what condensation does to answers, without any download: what
 
 from pathlib import Path
 
+KINDS = ("digit of color", "color of digit", "digit at place", "count", "presence", "background")  # of questions
 PATH = Path(__file__).parent / "weights"  # a Hugging Face folder, for AutoModelForImageTextToText and AutoProcessor

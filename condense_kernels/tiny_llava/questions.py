@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from . import KINDS as KINDS
 from .scenes import BACKGROUNDS, COLOURS, QUARTERS, Digit, Scene
 
-KINDS = ("digit of color", "color of digit", "digit at place", "count", "presence", "background")
 COUNTS = ("one", "two", "three", "four")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ASKED = "which what digit color is the how many digits there a background yes no"
