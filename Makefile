@@ -25,13 +25,14 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp)
 VLLM := .venv-vllm
+LMMS := .venv-lmms-eval
 SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html tiny-llava vllm lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -57,6 +58,9 @@ tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core
 
 vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.11, 1.8 GB)
 	PYTHONPATH=$(CURDIR)/tests/with_vllm/site:$(CURDIR)/tests $(VLLM)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm $(ARGS)
+
+lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .venv-lmms-eval (1.8 GB)
+	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
 lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types
@@ -149,6 +153,18 @@ $(VLLM)/requirements: tests/with_vllm/requirements.txt
 $(VLLM)/installed: $(VLLM)/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
 	@echo "installing condense_kernels into $(VLLM); compiling csrc/"
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(LMMS)/requirements: tests/with_lmms_eval/requirements.txt
+	@echo "creating $(LMMS)"
+	@$(PYTHON) -m venv --clear $(LMMS)
+	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
+
+$(LMMS)/installed: $(LMMS)/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
+	@echo "installing condense_kernels into $(LMMS); compiling csrc/"
+	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/linters: $(VENV)/created pyproject.toml

@@ -26,7 +26,7 @@ else:  # a busy machine is slow, and not wrong
     hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=too_slow)
     hypothesis.settings.load_profile("any machine")
 
-collect_ignore = ["with_vllm"]  # which `make vllm` runs, in an environment of its own
+collect_ignore = ["with_vllm", "with_lmms_eval"]  # which `make vllm` and `make lmms-eval` run, in their environments
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
 
