@@ -262,6 +262,15 @@ def test_a_model_that_knows_other_words_is_refused(tmp_path, capsys):
     assert "knows these questions' words" in capsys.readouterr().err
 
 
+def test_show_and_report_need_nothing_but_the_package(tmp_path, capsys):
+    figure = tmp_path / "show.png"
+    question = ["--question", "which digit is red"]
+    assert main(["show", *question, "--methods", "condensevlm", "--output", str(figure)]) == 0
+    assert figure.stat().st_size > 1e4
+    assert main(["report", "--keep", "16", "--rounds", "1", "--new-tokens", "2"]) == 0
+    assert "random" in capsys.readouterr().out  # is in every table
+
+
 # Training
 
 

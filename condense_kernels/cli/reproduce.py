@@ -50,9 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for row in rows:
             if row.num_tokens is None or arguments.keep is None or int(row.num_tokens) in arguments.keep:
-                found[row.label] = {task: measured(row, task, arguments) for task in tasks}
-                if row.num_tokens is None:
-                    check_bound(table, row, found[row.label], arguments)
+                of_row = found.setdefault(row.label, {})
+                for task in tasks:
+                    of_row[task] = measured(row, task, arguments)
+                    if row.num_tokens is None:
+                        check_bound(table, row, {task: of_row[task]}, arguments)
     finally:
         show(table, rows, found, arguments)
     return 0
