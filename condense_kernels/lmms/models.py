@@ -5,7 +5,6 @@ The entry point ``manifests`` says where they are. A class is made when it is as
 """
 
 import inspect
-import os
 from typing import Any
 
 from . import PREFIX, STOCK
@@ -60,11 +59,18 @@ def split_options(options: dict[str, Any], stock: type) -> tuple[dict[str, Any],
     return ours, options
 
 
+def launched() -> bool:
+    """Whether torchrun, or accelerate by it, has started this process among others."""
+    import torch.distributed
+
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+
 def on_one_device(options: dict[str, Any], stock: type) -> dict[str, Any]:
     """device_map is the device where it is not given: "" fails, and "auto" may spread a model, or expect a GPU.
     Where there are several processes, each has its device by lmms-eval."""
     known = parameters_of(stock)
-    if "device_map" in known and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "device_map" in known and not launched():
         device = options.get("device") or known["device"].default
         return {"device_map": device, **options}
     return options
