@@ -142,29 +142,24 @@ $(VENV)/ray: $(VENV)/installed pyproject.toml
 	@$(PIP) install --quiet $(RAY)
 	@touch $@
 
-# No requirement is followed, so that none brings another torch.
-$(VLLM)/requirements: tests/with_vllm/requirements.txt
-	@echo "creating $(VLLM)"
-	@$(PYTHON) -m venv --clear $(VLLM)
-	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+# One each, on the torch named above. No requirement is followed, so that none brings another torch.
+define pinned
+	@echo "creating $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
+endef
 
-$(VLLM)/installed: $(VLLM)/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
-	@echo "installing condense_kernels into $(VLLM); compiling csrc/"
-	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+$(VLLM)/requirements: tests/with_vllm/requirements.txt
+	$(pinned)
 
 $(LMMS)/requirements: tests/with_lmms_eval/requirements.txt
-	@echo "creating $(LMMS)"
-	@$(PYTHON) -m venv --clear $(LMMS)
-	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
-	@touch $@
+	$(pinned)
 
-$(LMMS)/installed: $(LMMS)/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
-	@echo "installing condense_kernels into $(LMMS); compiling csrc/"
-	@$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+$(VLLM)/installed $(LMMS)/installed: %/installed: %/requirements $(CPP) $(SCHEMAS) setup.py pyproject.toml condense_kernels/_version.py
+	@echo "installing condense_kernels into $(@D); compiling csrc/"
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/linters: $(VENV)/created pyproject.toml

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import fidelity
 import torch
 from report import markdown
 from rows import ROOT, commit
@@ -20,7 +21,7 @@ from condense_kernels.tiny_llava import answers, table
 from condense_kernels.tiny_llava.answers import ABLATIONS, BUDGETS, COUNT, METHODS, OURS, Results, Share
 from condense_kernels.tiny_llava.questions import KINDS
 
-BEGIN, END = "<!-- results: written by benchmarks/evidence.py -->", "<!-- end of results -->"
+BEGIN = "<!-- results: written by benchmarks/evidence.py -->"
 # The one that comes with the package, and another of the same recipe and another seed.
 MODELS = {"seed 1": checkpoint.TINY, "seed 0": str(ROOT / "benchmarks" / "results" / "tiny_llava_seed_0")}
 
@@ -110,9 +111,7 @@ def main() -> None:
     if arguments.page is None:
         print(text)
     else:
-        page = arguments.page.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        arguments.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        arguments.page.write_text(fidelity.replaced(arguments.page.read_text(), text, BEGIN))
     if arguments.csv is not None:
         write_csv(arguments.csv, found)
 

@@ -187,9 +187,9 @@ def report(results: Results, pictures: Sequence[Picture], seeds: int) -> str:
     return f"{origin}\n\n{tables}\n\n{beaten}\n\n{by_picture(results, pictures)}"
 
 
-def replaced(page: str, text: str) -> str:
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+def replaced(page: str, text: str, begin: str = BEGIN) -> str:
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from condense_kernels.tiny_llava import answers, table
 from condense_kernels.tiny_llava.answers import BUDGETS, COUNT, Exam, Share, condensing, mean_of_kinds
 from condense_kernels.tiny_llava.questions import KINDS
 
-BEGIN, END = "<!-- results: written by benchmarks/what_works.py -->", "<!-- end of results -->"
+BEGIN = "<!-- results: written by benchmarks/what_works.py -->"
 PAPER = {"background_ratio": 0.25, "suppression": 1.0}
 RATIOS, FACTORS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 1.0, 2.0)
 SWEEPS: dict[str, list[dict[str, float]]] = {
@@ -124,9 +124,7 @@ def main() -> None:
     if arguments.page is None:
         print(text)
     else:
-        page = arguments.page.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        arguments.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        arguments.page.write_text(fidelity.replaced(arguments.page.read_text(), text, BEGIN))
 
 
 if __name__ == "__main__":
