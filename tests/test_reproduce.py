@@ -9,10 +9,15 @@ from condense_kernels.cli import CommandError, reproduce
 from condense_kernels.lmms import tables
 
 
-def written(folder, answer="a"):
+def written(folder, answer="a", asked=1):
     (folder / "m").mkdir()
     (folder / "m" / "1_results.json").write_text(
-        json.dumps({"results": {"gqa": {"exact_match,none": 0.6, "alias": "gqa"}}})
+        json.dumps(
+            {
+                "results": {"gqa": {"exact_match,none": 0.6, "alias": "gqa"}},
+                "n-samples": {"gqa": {"original": 100, "effective": asked}},
+            }
+        )
     )
     (folder / "m" / "1_samples_gqa.jsonl").write_text(json.dumps({"filtered_resps": [answer]}) + "\n")
 
@@ -25,6 +30,18 @@ def test_results_are_read(tmp_path):
 def test_empty_answers_are_refused(tmp_path):
     written(tmp_path, " ")
     with pytest.raises(CommandError, match="1 empty of 1"):
+        reproduce.read(tmp_path, "gqa")
+
+
+def test_the_error_is_told_and_not_the_progress_bar():
+    assert reproduce.telling("ValueError: no template\nResponding: 0/2\n") == "ValueError: no template"
+    assert reproduce.telling("a\nb\n") == "b"
+    assert reproduce.telling("") == "nothing printed"
+
+
+def test_missing_answers_are_refused(tmp_path):
+    written(tmp_path, asked=2)
+    with pytest.raises(CommandError, match="each of 2 questions, got 1"):
         reproduce.read(tmp_path, "gqa")
 
 

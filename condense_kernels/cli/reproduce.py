@@ -95,10 +95,16 @@ def evaluate(config: dict[str, Any], task: str, limit: int | None, folder: Path)
     (folder / "config.json").write_text(json.dumps([config]), encoding="utf-8")  # which is YAML, too
     command = [sys.executable, "-m", "lmms_eval", "--config", str(folder / "config.json")]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    last = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
+    last = telling(done.stdout)
     if done.returncode:
         raise CommandError(f"lmms-eval failed on {task} (a dataset missing?), {config['model_args']}: {last}")
     return read(folder / "out", task, last)
+
+
+def telling(output: str) -> str:
+    """Of what lmms-eval printed, the last line that names an error; progress bars may follow it."""
+    lines = output.strip().splitlines() or ["nothing printed"]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1]).strip()
 
 
 def read(folder: Path, task: str, last: str = "") -> dict[str, float]:
@@ -111,7 +117,11 @@ def read(folder: Path, task: str, last: str = "") -> dict[str, float]:
     empty = sum(not str(a[0] if isinstance(a, list) and a else a or "").strip() for a in answers)
     if empty or not answers:
         raise CommandError(f"{task}: expected an answer to every question, got {empty} empty of {len(answers)}")
-    values = json.loads(results[-1].read_text(encoding="utf-8"))["results"][task]
+    record = json.loads(results[-1].read_text(encoding="utf-8"))
+    asked = record["n-samples"][task]["effective"]
+    if len(answers) != asked:
+        raise CommandError(f"{task}: expected an answer to each of {asked} questions, got {len(answers)}")
+    values = record["results"][task]
     return {k.partition(",")[0]: v for k, v in values.items() if isinstance(v, int | float) and "_stderr" not in k}
 
 
