@@ -103,11 +103,16 @@ def encoded(model: Any, scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Te
     return features, recorder.flat().view(len(scenes), PATCHES)
 
 
+def right(model: Any, exam: Exam, condensed: Condensed | None, *options: bool) -> torch.Tensor:
+    """[P, kinds] bool; the arguments are those of :func:`said`."""
+    return said(model, exam, condensed, *options).argmax(dim=-1) == exam.answers
+
+
 @torch.no_grad()
-def right(
+def said(
     model: Any, exam: Exam, condensed: Condensed | None, original: bool = False, proportional: bool = False
 ) -> torch.Tensor:
-    """[P, kinds] bool. None: with all tokens; ``original``, ``proportional``: as of apply_condense."""
+    """[P, kinds, words] logits. None: with all tokens; ``original``, ``proportional``: as of apply_condense."""
     features = exam.features if condensed is None else condensed.merged
     found = []
     for at in range(0, len(features), CHUNK):
@@ -118,8 +123,7 @@ def right(
             positions = torch.nn.functional.pad(places, (0, 1), value=1 + PATCHES)
         if proportional and condensed is not None:
             log_sizes = sizes(condensed.assignment[of], condensed.indices[of]).to(features.dtype).log()
-        logits = answer(model, features[of], exam.questions[of], exam.last[of], positions, log_sizes)
-        found.append(logits.argmax(dim=-1) == exam.answers[of])
+        found.append(answer(model, features[of], exam.questions[of], exam.last[of], positions, log_sizes))
     return torch.cat(found)
 
 
