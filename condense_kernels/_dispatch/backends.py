@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import torch
 
+from .._triton.prepared import Kept
 from . import autograd, debug, library, sharding, vmap
 from .declaration import OPERATORS, Operator
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 OLDEST_TRITON = (3, 6)
+on_triton: dict[str, Kept] = {}  # of every operator
 
 
 def triton_unavailable() -> str | None:
@@ -59,7 +61,8 @@ def register(operator: Operator) -> None:
     """Everything of an operator but its C++ kernel, which registers itself."""
     op = operator.name
     OPERATORS[op] = operator
-    cpu_fallback, cuda = (raw(operator.check, kernel) for kernel in (operator.reference, operator.triton))
+    on_triton[op] = Kept(operator.triton, operator.check, operator.check_memory)
+    cpu_fallback, cuda = raw(after(operator.check, operator.check_memory, operator.reference)), raw(on_triton[op])
     library.register(op, cpu_fallback=cpu_fallback, cuda=cuda, fake=operator.fake)
     if operator.derivatives is not None or operator.no_derivatives is not None:
         autograd.register(op)
@@ -77,7 +80,7 @@ def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
     if backend == "triton" and device.type == "cpu":
-        return on_stored(OPERATORS[op].triton)
+        return on_stored(on_triton[op])
     if backend == "reference":
         return OPERATORS[op].reference
     return getattr(torch.ops.condense, op).default
@@ -118,17 +121,25 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         return kernel(*args, **kwargs)
 
 
-def raw(check: Callable, kernel: Callable) -> Callable:
-    """``kernel`` behind ``check``, for the raw operator, whose errors are RuntimeErrors as in C++."""
-
-    @functools.wraps(kernel)
+def after(check: Callable, check_memory: Callable | None, kernel: Callable) -> Callable:
     def checked(*args, **kwargs):
+        check(*args, **kwargs)
+        if check_memory is not None:
+            check_memory(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return checked
+
+
+def raw(kernel: Callable) -> Callable:
+    """``kernel``, which checks, as the raw operator: its errors are RuntimeErrors as in C++."""
+
+    def run(*args, **kwargs):
         try:
-            check(*args, **kwargs)
             return kernel(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise RuntimeError(str(error)) from error
         except ImportError as error:  # of a kernel, on its first call
             raise RuntimeError(f"GPU tensors need Triton, and {triton_unavailable() or error}.") from error
 
-    return checked
+    return run

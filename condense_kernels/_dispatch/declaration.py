@@ -25,12 +25,15 @@ class Derivatives:
 @dataclass(frozen=True)
 class Operator:
     name: str
-    check: Callable[..., None]  # metadata alone; raises TypeError or ValueError
+    check: Callable[
+        ..., None
+    ]  # metadata alone, and the same for all calls of such tensors; raises TypeError or ValueError
     reference: Callable[..., Any]
     triton: Callable[..., Any]
     fake: Callable[..., Any] | None  # None: returns no tensor, so there is nothing to trace
     flops: Callable[..., int]  # additions, products and comparisons; of the arguments, with shapes for tensors
     examples: Callable[[int], list[Example]]  # of so many images; they cover all arguments and all outcomes of check
+    check_memory: Callable[..., None] | None = None  # where tensors lie; raises ValueError
     look: Callable[..., None] | None = None  # at the values, under the debug switch; raises ValueError
     derivatives: Derivatives | None = None
     no_derivatives: str | None = None  # why, where one would be expected

@@ -1,10 +1,44 @@
-"""The host's side of a launch: which device, which strides, and what a packed batch hands to a kernel."""
+"""The host's side of a launch: the launch, which device, which strides, and what a packed batch hands to a kernel."""
 
 import contextlib
 import ctypes
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from . import prepared
+
+# Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
+# a multiple of 16. Strides of keys, features and s are not among them: they are such multiples for all images or none.
+VARYING = (
+    "N", "K", "M", "R", "num_anchors", "num_blocks", "num_tiles", "num_parts", "group", "HEIGHT", "GRID_WIDTH",
+    "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b", "stride_grad_mass_b", "stride_index_b",
+    "stride_assignment_b", "stride_tier_b", "stride_prior_b", "stride_where_b", "stride_row_b", "stride_lse_b",
+    "stride_lse_h",
+)  # fmt: skip
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    compiled = kernel[grid](*args, **options)
+    if (recording := prepared.recording()) is not None:
+        recording.launched(kernel, compiled, grid, args, options)
+
+
+def new(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, fill: int | None = None):
+    """A tensor on the device of ``like``, in its dtype unless another is given; not initialised unless to ``fill``."""
+    made = like.new_empty(shape, dtype=dtype) if fill is None else like.new_full(shape, fill, dtype=dtype)
+    if (recording := prepared.recording()) is not None:
+        recording.made(made, fill)
+    return made
+
+
+def zero(tensor: torch.Tensor) -> None:
+    """Fill a piece of a workspace with zeros."""
+    tensor.zero_()
+    if (recording := prepared.recording()) is not None:
+        recording.zeroed(tensor)
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

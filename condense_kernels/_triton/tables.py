@@ -35,6 +35,10 @@ def trying(config: type, **fields) -> Iterator[None]:
         _tried.reset(token)
 
 
+def is_trying() -> bool:
+    return bool(_tried.get())
+
+
 def _chosen(config):
     return dataclasses.replace(config, **_tried.get().get(type(config), {}))
 

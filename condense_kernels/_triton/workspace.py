@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
+from . import prepared
+
 ALIGNMENT = 256  # bytes: of every piece, counted from the start
 START = 16  # bytes: of the start, for the widest load
 
@@ -20,6 +22,8 @@ def carve(pieces: Pieces, workspace: torch.Tensor | None, device: torch.device) 
     needed = bytes_of(pieces)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        if (recording := prepared.recording()) is not None:
+            recording.made(workspace, None)
     else:
         _check(workspace, needed, device)
     tensors, start = {}, 0
@@ -27,6 +31,8 @@ def carve(pieces: Pieces, workspace: torch.Tensor | None, device: torch.device) 
         size = math.prod(shape) * dtype.itemsize
         tensors[name] = workspace[start : start + size].view(dtype).view(shape)
         start += _padded(shape, dtype)
+    if (recording := prepared.recording()) is not None:
+        recording.cut(workspace, tensors.values())
     return SimpleNamespace(**tensors)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import image_rows, image_tokens, tokens_before
-from ..._triton.launcher import as_fp32, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -54,7 +54,7 @@ def with_first(kept, more, limit):
     return both
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def select_kernel(
     s_ptr,  # [B, N, WIDTH], packed: [T, WIDTH]; likewise the rest
     scores_ptr,  # [B, N]
@@ -205,7 +205,8 @@ def launch_select(
     classes = [(0, config.width)] if packed is None else SelectConfig.classes(config.width)
     for low, span in classes:
         select = SelectConfig.for_shape(span)
-        select_kernel[(images,)](
+        launch(
+            select_kernel, (images,),
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
             indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
             *strides_of(scores, 2), *space.strides,
@@ -248,10 +249,10 @@ def select_and_merge(
     w = carve(pieces_of(b, n), workspace, features.device)
     if out is None:
         out = (
-            features.new_empty((b, k, d)),
-            features.new_empty((b, k), dtype=torch.int64),
-            features.new_empty((b, n), dtype=torch.int64),
-            features.new_empty((b, k), dtype=torch.float32),
+            new(features, (b, k, d)),
+            new(features, (b, k), torch.int64),
+            new(features, (b, n), torch.int64),
+            new(features, (b, k), torch.float32),
         )
     merged, indices, assignment, mass = out
     config = FusedConfig.for_shape(n)

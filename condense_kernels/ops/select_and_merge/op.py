@@ -130,7 +130,12 @@ def check_raw_out(
     check_out(features, scores, num_anchors + num_background, out)
     if workspace is not None:
         check_workspace(workspace, features, 0)  # enough or not, the kernel will say
-    check_memory(features, scores, out, workspace, **options)
+
+
+def check_raw_memory(
+    features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
+) -> None:
+    check_memory(features, scores, Condensed(merged, indices, assignment, mass), workspace, **options)
 
 
 def on_triton_out(*args, workspace=None, merged, indices, assignment, mass, **options):
@@ -222,6 +227,7 @@ backends.register(
     Operator(
         "select_and_merge_out",
         check=check_raw_out,
+        check_memory=check_raw_memory,
         reference=on_reference_out,
         triton=on_triton_out,
         fake=lambda *args, **kwargs: None,

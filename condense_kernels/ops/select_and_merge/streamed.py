@@ -31,7 +31,7 @@ from ..._triton.device import (
     order_key,
     tokens_before,
 )
-from ..._triton.launcher import as_fp32, strides_of
+from ..._triton.launcher import VARYING, as_fp32, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
@@ -84,7 +84,7 @@ def load_priors(
     return prior, tier, offs_n, mask_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def begin_kernel(
     scores_ptr,  # [B, N], packed: [T]; likewise the rest
     tier_ptr,  # [B, N]
@@ -178,7 +178,7 @@ def cosines_of(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def update_kernel(
     keys_ptr,  # [B, N, Dk]
     scale_ptr,  # [B, N]
@@ -242,7 +242,7 @@ def best_tokens(packed, key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, B
     return candidates, tl.min(best, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def pick_kernel(
     keys_ptr,  # [B, N, Dk]
     scale_ptr,  # [B, N]
@@ -293,7 +293,7 @@ def pick_kernel(
     tl.store(fresh_ptr + pid_b, fresh)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def keep_kernel(
     nu_ptr,  # [B, N]
     indices_ptr,  # [B, K]
@@ -338,7 +338,7 @@ def keep_kernel(
         start += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def assign_streamed_kernel(
     keys_ptr,  # [B, N, Dk]
     scale_ptr,  # [B, N]
@@ -351,7 +351,7 @@ def assign_streamed_kernel(
     spatial_weight,
     stride_key_b, stride_key_n, stride_key_d,
     stride_where_b, stride_where_n, stride_where_p,
-    N, K, num_blocks, num_channels, HEIGHT, WIDTH, packed,
+    N, K, num_blocks, num_channels, HEIGHT, GRID_WIDTH, packed,
     P: tl.constexpr, AXES: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -376,7 +376,7 @@ def assign_streamed_kernel(
     origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
         origin, shrink_first, shrink, factor = distance_frame(
-            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, WIDTH,
+            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, GRID_WIDTH,
             P, AXES, BLOCK_BOX, MODE, True,
         )  # fmt: skip
     best = tl.full([BLOCK], float("nan"), tl.float32)
@@ -399,7 +399,7 @@ def assign_streamed_kernel(
             s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
             best, row, own = compare_rows(
                 best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
-                stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
+                stride_where_n, stride_where_p, HEIGHT, GRID_WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
             )  # fmt: skip
             part += BLOCK_K
         tl.debug_barrier()
@@ -444,21 +444,23 @@ def launch_select(w, keys, scores, indices, num_anchors, suppressions, packed=No
     }  # fmt: skip
     factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
     for background, count, factor in zip((False, True), picks, map(as_fp32, suppressions), strict=True):
-        begin_kernel[(images,)](
-            scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
+        launch(
+            begin_kernel, (images,), scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
             factor, *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         sizes = (factor, *strides_of(keys, 3), n, blocks, dk, packed)
         for _ in range(count - 1):
-            update_kernel[(w.best.numel(),)](*factors, *sizes, **tile, enable_fp_fusion=False)
-            pick_kernel[(images,)](
-                *factors, w.due, *sizes, **tile, BLOCKS=triton.next_power_of_2(blocks), enable_fp_fusion=False
-            )
-    keep_kernel[(images,)](
-        w.nu, indices, n, k, packed, CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False
-    )
+            launch(update_kernel, (w.best.numel(),), *factors, *sizes, **tile, enable_fp_fusion=False)
+            launch(
+                pick_kernel, (images,), *factors, w.due, *sizes, **tile, BLOCKS=triton.next_power_of_2(blocks),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    launch(
+        keep_kernel, (images,), w.nu, indices, n, k, packed,
+        CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def launch_assign(w, keys, indices, space, spatial_weight, assignment, packed=None):
@@ -468,7 +470,8 @@ def launch_assign(w, keys, indices, space, spatial_weight, assignment, packed=No
     blocks, _ = num_blocks_of(n)
     similarity = SimilarityConfig.for_shape(keys.dtype)
     axes = triton.next_power_of_2(space.axes)
-    assign_streamed_kernel[(w.best.numel(),)](
+    launch(
+        assign_streamed_kernel, (w.best.numel(),),
         keys, w.scale, w.inverse, indices, w.tier, w.tier if space.tensor is None else space.tensor, assignment,
         w.tile, float(spatial_weight), *strides_of(keys, 3), *space.strides,
         n, indices.shape[-1], blocks, dk, space.height, space.width, packed,

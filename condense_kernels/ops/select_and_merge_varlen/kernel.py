@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from ..._triton.launcher import Packed, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import Packed, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig
 from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign
@@ -54,10 +54,10 @@ def select_and_merge_varlen(
     max_seqlen = min(max_seqlen, num_tokens)
     if keys is None:
         keys = features
-    merged = features.new_empty((total_keep, d))
-    indices = features.new_full((total_keep,), -1, dtype=torch.int64)  # and -1 it stays where there is no token,
-    assignment = features.new_full((num_tokens,), -1, dtype=torch.int64)  # or no row
-    mass = features.new_empty((total_keep,), dtype=torch.float32)
+    merged = new(features, (total_keep, d))
+    indices = new(features, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no token,
+    assignment = new(features, (num_tokens,), torch.int64, fill=-1)  # or no row
+    mass = new(features, (total_keep,), torch.float32)
     if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
         return merged.zero_(), indices, assignment, mass.zero_()
     packed = Packed.of(cu_seqlens, cu_anchors, cu_background, num_tokens, total_keep, max_seqlen)
