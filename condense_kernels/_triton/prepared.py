@@ -55,7 +55,7 @@ class Tuple(NamedTuple):
 
 class Launch(NamedTuple):
     compiled: Any
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]  # and ones, of which three count
     args: list[Any]  # in the kernel's order
     places: list[tuple[int, int]]  # the address of which source goes where among them
     tuples: list[tuple[int, Tuple]]
@@ -106,7 +106,7 @@ class Recording:
             self.is_understood = False
         if not self.is_understood:
             return
-        names = [parameter.name for parameter in kernel.params]
+        names = kernel.arg_names
         given = dict(zip(names, args, strict=False)) | options
         try:
             values = [given[name] for name in names]
@@ -115,7 +115,7 @@ class Recording:
                 for i, value in enumerate(values)
                 if isinstance(value, tuple)
             ]
-            self.steps.append(Launch(compiled, (*grid, 1, 1)[:3], *self.without_tensors(values), tuples))
+            self.steps.append(Launch(compiled, (*grid, 1, 1), *self.without_tensors(values), tuples))
         except Unknown:
             self.is_understood = False
 
@@ -179,7 +179,9 @@ class Call:
                 addresses.append(addresses[origin[0]] + origin[1])
         active = self.driver.active
         stream = active.get_current_stream(active.get_current_device())
-        enter, leave = self.knobs.launch_enter_hook, self.knobs.launch_exit_hook
+        enter, leave = (
+            hook if _calls(hook) else None for hook in (self.knobs.launch_enter_hook, self.knobs.launch_exit_hook)
+        )
         for step in self.steps:
             if isinstance(step, Zero):
                 sources[step.source][step.start : step.stop].zero_()
@@ -189,9 +191,14 @@ class Call:
             for i, (kind, values, inner) in tuples:
                 args[i] = kind(_with_addresses(values, inner, addresses))
             metadata = None if enter is None else compiled.launch_metadata(grid, stream, *args)
-            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
+            compiled.run(*grid[:3], stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
         results = [sources[number] for number in self.results]
         return tuple(results) if self.packs else results[0] if results else None
+
+
+def _calls(hook: Any) -> bool:
+    """Triton has chains of hooks, of profilers; with an empty one a launch still describes itself, for nobody."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _with_addresses(values: list[Any], places: list[tuple[int, int]], addresses: list[int]) -> list[Any]:
