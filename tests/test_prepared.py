@@ -305,6 +305,13 @@ def test_the_interpreter_keeps_nothing():
     assert not launcher.calls
 
 
+def test_a_number_is_kept():
+    """What workspace_bytes returns follows from shapes, too."""
+    launcher = kept("workspace_bytes")
+    counts = [launcher(*one_call(n=n), 2, 1, spatial_weight=0.0) for n in (12, 12, 70)]
+    assert counts[0] == counts[1] < counts[2] and len(launcher.calls) == 2
+
+
 def test_zeros_are_repeated_where_they_were_written():
     """Of a piece, and of nothing beside it."""
     recording = prepared.Recording([torch.empty(3)])

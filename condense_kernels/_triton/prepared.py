@@ -133,8 +133,10 @@ class Recording:
             raise Unknown
         return numbers[0]
 
-    def end(self, returned: Any) -> "Call | None":
+    def end(self, returned: Any) -> "Callable[[list[torch.Tensor]], Any] | None":
         """What to keep: nothing, unless every step is understood and all that is returned was made here."""
+        if isinstance(returned, int) and not self.sources[self.num_arguments :]:  # of shapes alone
+            return lambda tensors: returned
         if not self.is_understood or not self.steps:
             return None
         results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
@@ -222,7 +224,7 @@ class Kept:
 
     def forget(self) -> None:
         """After a fork, too: nothing of the parent's device can be used, and its lock may be held for ever."""
-        self.calls: dict[tuple, Call] = {}
+        self.calls: dict[tuple, Callable[[list[torch.Tensor]], Any]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
