@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import condense_kernels as ck
 from condense_kernels._dispatch import backends
 from condense_kernels._dispatch.declaration import OPERATORS
 
@@ -355,3 +356,29 @@ def test_a_launcher_computes_nothing_with_torch(op, launched):
             made = {"aten::new_empty", "aten::new_full", "aten::empty", "aten::zero_"}
             assert names <= harmless | made, names - harmless - made
         names.clear()
+
+
+@pytest.mark.parametrize("with_out", [False, True], ids=["new results", "out"])
+def test_the_function_leaves_the_checks_to_the_kernel_on_a_gpu(launched, monkeypatch, with_out):
+    """A repeated call is not looked at, and wrong arguments are the function's errors all the same."""
+    from condense_kernels.ops.select_and_merge import op
+
+    monkeypatch.setattr(backends, "is_on_gpu", lambda value: isinstance(value, torch.Tensor))
+    looked = []
+    name = "select_and_merge_out" if with_out else "select_and_merge"
+    monkeypatch.setitem(backends.on_triton, name, kept(name))
+    look, monkeypatched = op.check, lambda *args, **options: (looked.append(1), look(*args, **options))
+    monkeypatch.setattr(op, "check", monkeypatched)
+    features, scores = one_call()
+    options = {"spatial_weight": 0.0, "backend": "triton"}
+    if with_out:
+        options["out"] = ck.select_and_merge(features, scores, 3, 2, backend="reference", spatial_weight=0.0)
+        looked.clear()
+    results = [ck.select_and_merge(features, scores, 3, 2, **options) for _ in range(3)]
+    assert len(looked) == with_out  # by the kernel, of the first call
+    assert_same_bits(results[-1], OPERATORS["select_and_merge"].triton(features, scores, 3, 2, spatial_weight=0.0))
+    with pytest.raises(ValueError, match=r"^scores: expected"):
+        ck.select_and_merge(features, scores[:, :5], 3, 2, **options)
+    with pytest.raises(TypeError, match=r"^scores: expected"):
+        ck.select_and_merge(features, None, 3, 2, **options)
+    assert looked

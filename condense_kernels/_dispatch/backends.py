@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from .declaration import OPERATORS, Operator
 BACKENDS = ("auto", "cpp", "triton", "reference")
 OLDEST_TRITON = (3, 6)
 on_triton: dict[str, Kept] = {}  # of every operator
+T = TypeVar("T")
 
 
 def triton_unavailable() -> str | None:
@@ -119,6 +121,32 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         return autograd.differentiate(autograd.Call(op, kernel, backward), *autograd.flatten(op, args, kwargs))
     with autograd.below(op):
         return kernel(*args, **kwargs)
+
+
+def is_on_gpu(value: object) -> bool:
+    return type(value) is torch.Tensor and value.is_cuda
+
+
+def looked_at(look: Callable[[], None], run: Callable[[], T], backend: str, first: object) -> T:
+    """``run()`` after ``look()``, which raises what the Python function raises for bad arguments.
+
+    A GPU's kernel looks once at each kind of call by itself: before it, nobody does, and after an error somebody does.
+    """
+    looks_itself = (
+        is_on_gpu(first)
+        and backend in ("auto", "triton")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not debug.is_on()
+    )
+    if not looks_itself:
+        look()
+        return run()
+    try:
+        return run()
+    except Exception:
+        look()
+        raise
 
 
 def after(check: Callable, check_memory: Callable | None, kernel: Callable) -> Callable:

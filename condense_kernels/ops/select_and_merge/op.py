@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -322,24 +323,35 @@ def select_and_merge(
     }
     num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
-    tracing.checked(check, *args, **options)
     if out is None and workspace is None:
-        return Condensed(*backends.run("select_and_merge", backend, args, options))
-    if out is not None and not (isinstance(out, tuple) and len(out) == 4):
-        raise TypeError(
-            f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of an "
-            "earlier call."
+        return backends.looked_at(
+            functools.partial(tracing.checked, check, *args, **options),
+            lambda: Condensed(*backends.run("select_and_merge", backend, args, options)),
+            backend,
+            features,
         )
-    out = Condensed(*(fake(*args) if out is None else out))
-    tracing.checked(check_out, features, scores, num_anchors + num_background, out)
-    if workspace is not None and not torch.compiler.is_compiling():
-        tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
-    tracing.checked(check_memory, features, scores, out, workspace, **options)
-    options |= {"workspace": workspace, **out._asdict()}
-    backends.run("select_and_merge_out", backend, args, options)
-    if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
-        torch.autograd.graph.increment_version(out)
-    return out
+
+    def look() -> None:
+        tracing.checked(check, *args, **options)
+        if out is not None and not (isinstance(out, tuple) and len(out) == 4):
+            raise TypeError(
+                f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of "
+                "an earlier call."
+            )
+        written = Condensed(*(fake(*args) if out is None else out))
+        tracing.checked(check_out, features, scores, num_anchors + num_background, written)
+        if workspace is not None and not torch.compiler.is_compiling():
+            tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
+        tracing.checked(check_memory, features, scores, written, workspace, **options)
+
+    def run() -> Condensed:
+        written = Condensed(*(fake(*args) if out is None else out))
+        backends.run("select_and_merge_out", backend, args, {**options, "workspace": workspace, **written._asdict()})
+        if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
+            torch.autograd.graph.increment_version(written)
+        return written
+
+    return backends.looked_at(look, run, backend, features)
 
 
 @tracing.leaf()
