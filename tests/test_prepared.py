@@ -76,9 +76,12 @@ def launched(monkeypatch) -> list[Compiled]:
         return compiled[-1]
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     was = driver._active
     driver.set_active(SimpleNamespace(get_current_stream=lambda i: "the current stream", get_current_device=lambda: 0))
+    torch.use_deterministic_algorithms(True)  # and then memory that nobody wrote is filled
     yield compiled
+    torch.use_deterministic_algorithms(False)
     driver._active = was
 
 
@@ -176,6 +179,7 @@ def test_what_a_call_depends_on_is_told_apart(launched):
             (features.transpose(1, 2).contiguous().transpose(1, 2), scores, {}),
             (torch.rand(2 * 12 * 6 + 1)[1:].view(2, 12, 6), scores, {}),
             (features, scores, {"suppression": 0.5}),
+            (features, scores, {"background_suppression": 0.5}),
             (features, scores, {"mask": torch.ones(2, 12, dtype=torch.bool)}),
             (features, scores, {"keys": features}),
         ],
@@ -198,6 +202,15 @@ def test_two_arguments_that_were_one_tensor_need_not_stay_one(launched):
     assert_same_bits(
         result, OPERATORS["select_and_merge"].triton(features, scores, 3, 2, keys=keys, spatial_weight=0.0)
     )
+
+
+def test_views_of_two_arguments_at_one_address_are_not_taken_for_each_other(launched):
+    launcher = kept("attention_scores_varlen")
+    queries, offsets = torch.rand(9, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32)
+    launcher(queries, queries, offsets, 5)  # of which the kernel gets transposed views
+    keys = torch.rand(9, 2, 16)
+    expected = OPERATORS["attention_scores_varlen"].triton(queries, keys, offsets, 5)
+    assert_same_bits([launcher(queries, keys, offsets, 5)], [expected])
 
 
 def test_a_launch_on_a_tensor_of_unknown_origin_is_not_kept(launched):
