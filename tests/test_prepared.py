@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import condense_kernels as ck
-from condense_kernels._dispatch import backends
+from condense_kernels._dispatch import autograd, backends
 from condense_kernels._dispatch.declaration import OPERATORS
 
 if not backends.triton_interprets():
@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from condense_kernels._triton import prepared
 from condense_kernels._triton.launcher import new, zero
-from condense_kernels._triton.prepared import Kept
+from condense_kernels._triton.prepared import Kept, Spans
 from condense_kernels._triton.tables import MergeConfig, trying
 from condense_kernels._triton.workspace import carve
 from condense_kernels.testing import make_inputs
@@ -87,7 +87,7 @@ def launched(monkeypatch) -> list[Compiled]:
 
 def kept(op: str) -> Kept:
     operator = OPERATORS[op]
-    return Kept(operator.triton, operator.check, operator.check_memory)
+    return Kept(operator.triton, operator.check, operator.check_memory, autograd.written_by(op))
 
 
 def fresh(value):
@@ -242,15 +242,25 @@ def test_what_is_kept_is_bounded(launched, monkeypatch):
     assert sizes == [7, 8, 5]
 
 
-def test_checks_run_once_and_those_of_memory_each_time(launched):
+def test_checks_run_once(launched):
     checked = []
-    launcher = Kept(
-        OPERATORS["merge"].triton, lambda *a, **k: checked.append("kind"), lambda *a, **k: checked.append("memory")
-    )
+    launcher = Kept(OPERATORS["merge"].triton, lambda *a, **k: checked.append("kind"))
     args, options = OPERATORS["merge"].examples(2)[0]
     for _ in range(3):
         launcher(*args, **options)
-    assert checked == ["kind", "memory", "memory", "memory"]
+    assert checked == ["kind"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("distance", [-7, -6, 0, 5, 6])
+def test_overlaps_are_seen(written, distance):
+    """Of 6 elements each; two that are only read may overlap, and do."""
+    memory = torch.zeros(40)
+    tensors = {str(i): memory[10:16] for i in range(3)}
+    tensors[str(written)] = memory[10 + distance :][:12].view(6, 2)[:, 0][:3] if distance else memory[10:16]
+    spans = Spans((memory[0:2], 3), tensors, [str(written)])
+    addresses = [memory.data_ptr(), *(tensor.data_ptr() for tensor in tensors.values())]
+    assert spans.overlap(addresses) == (-5 < distance < 6)
 
 
 def test_overlapping_memory_is_refused_in_a_repeated_call(launched):
@@ -280,7 +290,7 @@ def test_threads_share_what_is_kept(launched):
     args, options = OPERATORS["merge"].examples(2)[0]
     launcher(*args, **options)
     expected = results_of(OPERATORS["merge"].triton(*args, **options), options)
-    call = next(iter(launcher.calls.values()))
+    call, _ = next(iter(launcher.calls.values()))
     before = (str(call.steps), str(call.origins))
     failures = []
 

@@ -63,7 +63,7 @@ def register(operator: Operator) -> None:
     """Everything of an operator but its C++ kernel, which registers itself."""
     op = operator.name
     OPERATORS[op] = operator
-    on_triton[op] = Kept(operator.triton, operator.check, operator.check_memory)
+    on_triton[op] = Kept(operator.triton, operator.check, operator.check_memory, autograd.written_by(op))
     cpu_fallback, cuda = raw(after(operator.check, operator.check_memory, operator.reference)), raw(on_triton[op])
     library.register(op, cpu_fallback=cpu_fallback, cuda=cuda, fake=operator.fake)
     if operator.derivatives is not None or operator.no_derivatives is not None:

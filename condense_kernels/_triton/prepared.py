@@ -210,21 +210,59 @@ def _with_addresses(values: list[Any], places: list[tuple[int, int]], addresses:
     return values
 
 
+class Spans:
+    """How far a call's arguments reach from their addresses, and which of them are written."""
+
+    def __init__(self, args: tuple, kwargs: dict, written: Sequence[str]) -> None:
+        named = (*((None, value) for value in args), *kwargs.items())
+        self.reaches = [(_reach(value), name in written) for name, value in named if isinstance(value, torch.Tensor)]
+
+    def overlap(self, addresses: list[int]) -> bool:
+        """Whether one that is written overlaps another."""
+        spans = sorted(
+            (start, start + size, is_written)
+            for start, (size, is_written) in zip(addresses, self.reaches, strict=True)
+            if size
+        )
+        end_of_written = end_of_any = 0
+        for start, end, is_written in spans:
+            if start < (end_of_any if is_written else end_of_written):
+                return True
+            end_of_any = max(end_of_any, end)
+            if is_written:
+                end_of_written = max(end_of_written, end)
+        return False
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last."""
+    if tensor.numel() == 0:
+        return 0
+    return tensor.itemsize * (
+        1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+
+
 class Kept:
     """An operator's launcher behind its checks, which keeps the calls that it has made."""
 
     def __init__(
-        self, launcher: Callable[..., Any], check: Callable[..., None], check_memory: Callable[..., None] | None
+        self,
+        launcher: Callable[..., Any],
+        check: Callable[..., None],
+        check_memory: Callable[..., None] | None = None,
+        written: Sequence[str] = (),
     ) -> None:
         self.launcher = launcher
         self.check = check  # what is the same for all calls of a kind
-        self.check_memory = check_memory  # what is not
+        self.check_memory = check_memory  # what is not: whether an argument that is written overlaps another
+        self.written = written
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
         """After a fork, too: nothing of the parent's device can be used, and its lock may be held for ever."""
-        self.calls: dict[tuple, Callable[[list[torch.Tensor]], Any]] = {}
+        self.calls: dict[tuple, tuple[Callable[[list[torch.Tensor]], Any], Spans]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -232,12 +270,13 @@ class Kept:
             self.look(args, kwargs)
             return self.launcher(*args, **kwargs)
         key, tensors = _kind_of(args, kwargs)
-        call = self.calls.get(key)
-        if call is None:
+        found = self.calls.get(key)
+        if found is None:
             self.look(args, kwargs)
             return self.record(key, args, kwargs)
-        if self.check_memory is not None:
-            self.check_memory(*args, **kwargs)
+        call, spans = found
+        if self.check_memory is not None and spans.overlap([tensor.data_ptr() for tensor in tensors]):
+            self.check_memory(*args, **kwargs)  # says what overlaps
         return call(tensors)
 
     def look(self, args: tuple, kwargs: dict) -> None:
@@ -267,7 +306,7 @@ class Kept:
             with self.lock:
                 while len(self.calls) >= MAX_KEPT:
                     del self.calls[next(iter(self.calls))]
-                self.calls[key] = call
+                self.calls[key] = call, Spans(args, kwargs, self.written)
         return returned
 
 
