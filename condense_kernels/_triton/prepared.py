@@ -133,10 +133,10 @@ class Recording:
             raise Unknown
         return numbers[0]
 
-    def end(self, returned: Any) -> "Callable[[list[torch.Tensor]], Any] | None":
+    def end(self, returned: Any) -> "Callable[[list[torch.Tensor], list[int]], Any] | None":
         """What to keep: nothing, unless every step is understood and all that is returned was made here."""
         if isinstance(returned, int) and not self.sources[self.num_arguments :]:  # of shapes alone
-            return lambda tensors: returned
+            return lambda tensors, addresses: returned
         if not self.is_understood or not self.steps:
             return None
         results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
@@ -159,16 +159,14 @@ class Call:
         self.origins, self.steps, self.results, self.packs = origins, steps, results, packs
         self.knobs, self.driver = knobs.runtime, driver
 
-    def __call__(self, tensors: list[torch.Tensor]) -> Any:
-        index = tensors[0].device.index
-        if tensors[0].is_cuda and torch.cuda.current_device() != index:
-            with torch.cuda.device(index):
-                return self.repeat(tensors)
-        return self.repeat(tensors)
+    def __call__(self, tensors: list[torch.Tensor], addresses: list[int]) -> Any:
+        if tensors[0].is_cuda and torch.cuda.current_device() != tensors[0].device.index:
+            with torch.cuda.device(tensors[0].device):
+                return self.repeat(tensors, addresses)
+        return self.repeat(tensors, addresses)
 
-    def repeat(self, sources: list[torch.Tensor]) -> Any:
-        """``sources`` are the arguments at first."""
-        addresses = [tensor.data_ptr() for tensor in sources]
+    def repeat(self, sources: list[torch.Tensor], addresses: list[int]) -> Any:
+        """Those of the arguments come in; the others are added."""
         like = sources[0]
         for origin in self.origins:
             if isinstance(origin, Made):
@@ -181,9 +179,7 @@ class Call:
                 addresses.append(addresses[origin[0]] + origin[1])
         active = self.driver.active
         stream = active.get_current_stream(active.get_current_device())
-        enter, leave = (
-            hook if _calls(hook) else None for hook in (self.knobs.launch_enter_hook, self.knobs.launch_exit_hook)
-        )
+        enter, leave = _unless_empty(self.knobs.launch_enter_hook), _unless_empty(self.knobs.launch_exit_hook)
         for step in self.steps:
             if isinstance(step, Zero):
                 sources[step.source][step.start : step.stop].zero_()
@@ -198,9 +194,9 @@ class Call:
         return tuple(results) if self.packs else results[0] if results else None
 
 
-def _calls(hook: Any) -> bool:
-    """Triton has chains of hooks, of profilers; with an empty one a launch still describes itself, for nobody."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _unless_empty(hook: Any) -> Any:
+    """Triton has chains of hooks, for profilers; with an empty one a launch would still describe itself, to nobody."""
+    return hook if getattr(hook, "calls", True) else None
 
 
 def _with_addresses(values: list[Any], places: list[tuple[int, int]], addresses: list[int]) -> list[Any]:
@@ -219,11 +215,12 @@ class Spans:
 
     def overlap(self, addresses: list[int]) -> bool:
         """Whether one that is written overlaps another."""
-        spans = sorted(
+        spans = [
             (start, start + size, is_written)
             for start, (size, is_written) in zip(addresses, self.reaches, strict=True)
             if size
-        )
+        ]
+        spans.sort()
         end_of_written = end_of_any = 0
         for start, end, is_written in spans:
             if start < (end_of_any if is_written else end_of_written):
@@ -262,22 +259,22 @@ class Kept:
 
     def forget(self) -> None:
         """After a fork, too: nothing of the parent's device can be used, and its lock may be held for ever."""
-        self.calls: dict[tuple, tuple[Callable[[list[torch.Tensor]], Any], Spans]] = {}
+        self.calls: dict[tuple, tuple[Callable[[list[torch.Tensor], list[int]], Any], Spans]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_trying():
             self.look(args, kwargs)
             return self.launcher(*args, **kwargs)
-        key, tensors = _kind_of(args, kwargs)
+        key, tensors, addresses = _kind_of(args, kwargs)
         found = self.calls.get(key)
         if found is None:
             self.look(args, kwargs)
             return self.record(key, args, kwargs)
         call, spans = found
-        if self.check_memory is not None and spans.overlap([tensor.data_ptr() for tensor in tensors]):
+        if self.check_memory is not None and spans.overlap(addresses):
             self.check_memory(*args, **kwargs)  # says what overlaps
-        return call(tensors)
+        return call(tensors, addresses)
 
     def look(self, args: tuple, kwargs: dict) -> None:
         self.check(*args, **kwargs)
@@ -310,14 +307,16 @@ class Kept:
         return returned
 
 
-def _kind_of(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor]]:
-    """All that a call's launches depend on, and the tensors among its arguments."""
+def _kind_of(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor], list[int]]:
+    """All that a call's launches depend on; the tensors among its arguments, and their addresses."""
     kind: list[Any] = list(kwargs)
-    tensors = []
+    tensors, addresses = [], []
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
+            address = value.data_ptr()
             tensors.append(value)
-            kind += (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() & 15)
+            addresses.append(address)
+            kind += (value.dtype, value.device, value.shape, value.stride(), address & 15)
         else:
             kind.append(tuple(value) if isinstance(value, list) else value)
-    return tuple(kind), tensors
+    return tuple(kind), tensors, addresses
