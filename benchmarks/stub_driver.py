@@ -22,17 +22,19 @@ import pathlib
 import resource
 import subprocess
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.cache import get_cache_manager
 
-from condense_kernels._dispatch import backends, declaration, library
+from condense_kernels._dispatch import backends, library
 
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
 INCLUDE = pathlib.Path(nvidia.__file__).with_name("include")  # Triton brings cuda.h
@@ -215,6 +217,8 @@ def _driver(counts: Counts, capability: int):
 
 def _forget_kernels() -> None:
     """Compiled kernels are kept by the device's number, and that of another device is the same."""
+    for kept in backends.on_triton.values():
+        kept.forget()
     for kernel in triton.runtime.jit._triton_jit_function_registry.values():
         kernel.device_caches.clear()
 
@@ -225,8 +229,10 @@ def raw_operators_on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         registry = torch.library.Library(library.NAMESPACE, "IMPL")
         stack.callback(registry._destroy)
-        for name, operator in declaration.OPERATORS.items():
-            registry.impl(name, backends.raw(operator.check, operator.triton), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are kernels already
+            for name, kernel in backends.on_triton.items():
+                registry.impl(name, backends.raw(kernel), "CPU", allow_override=True)
         yield
 
 
@@ -247,17 +253,18 @@ def device(
     stub.stub_set_devices(devices)
     stub.stub_record(record)
     counts = Counts(stub)
-    jit, before = triton.JITFunction, (triton.JITFunction._do_compile, backends.triton_interprets)
-    active, listener = triton.runtime.driver._active, triton.knobs.compilation.listener
+    counted = _counted(counts, compiling, triton.JITFunction._do_compile)
     _forget_kernels()
-    triton.runtime.driver.set_active(_driver(counts, capability))
-    jit._do_compile, backends.triton_interprets = _counted(counts, compiling, before[0]), lambda: True
-    try:
-        with raw_operators_on_cpu():
-            yield counts
-    finally:
-        _forget_kernels()
-        jit._do_compile, backends.triton_interprets = before
-        triton.knobs.compilation.listener = listener
-        triton.runtime.driver._active = active
-        stub.stub_record(False)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stub.stub_record, False)
+        for place, name, value in (
+            (triton.runtime.driver, "_active", _driver(counts, capability)),
+            (triton.JITFunction, "_do_compile", counted),
+            (triton.knobs.compilation, "listener", None),
+            (backends, "triton_interprets", lambda: True),
+            (backends, "is_on_gpu", lambda value: type(value) is torch.Tensor),
+        ):
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.callback(_forget_kernels)
+        stack.enter_context(raw_operators_on_cpu())
+        yield counts
