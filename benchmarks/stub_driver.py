@@ -258,13 +258,16 @@ def device(
     with contextlib.ExitStack() as stack:
         stack.callback(stub.stub_record, False)
         for place, name, value in (
-            (triton.runtime.driver, "_active", _driver(counts, capability)),
             (triton.JITFunction, "_do_compile", counted),
             (triton.knobs.compilation, "listener", None),
             (backends, "triton_interprets", lambda: True),
             (backends, "is_on_gpu", lambda value: type(value) is torch.Tensor),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
+        # It stays where there was none: a compiled kernel that outlives this asks the driver to unload it.
+        if (before := triton.runtime.driver._active) is not None:
+            stack.callback(triton.runtime.driver.set_active, before)
+        triton.runtime.driver.set_active(_driver(counts, capability))
         stack.callback(_forget_kernels)
         stack.enter_context(raw_operators_on_cpu())
         yield counts
