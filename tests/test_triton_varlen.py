@@ -12,7 +12,7 @@ import torch
 from condense_kernels import Condensed
 from condense_kernels._dispatch import backends
 from condense_kernels._triton.launcher import Packed
-from condense_kernels._triton.tables import FusedConfig, MergeBackwardConfig, SelectConfig, trying
+from condense_kernels._triton.tables import AssignConfig, FusedConfig, Grouping, MergeBackwardConfig, SelectConfig, trying
 from condense_kernels.ops.merge import reference
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -118,11 +118,74 @@ def test_without_s_stored_batches_of_one_pick():
     assert_same_bits(streamed(batch), batch.run())
 
 
-def test_too_much_to_store():
+GROUPINGS = [Grouping(1, 1), Grouping(2, 1), Grouping(3, 3), Grouping(6, 3)]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=lambda grouping: f"{grouping.blocks} of {grouping.reserved}")
+@pytest.mark.parametrize(
+    ("lengths", "anchors", "background"),
+    [
+        ([9, 0, 66, 4, 3, 64], [3, 0, 5, 0, 2, 4], [1, 0, 3, 0, 1, 0]),
+        ([1, 2, 130, 3, 0], [1, 1, 5, 1, 0], [0, 1, 2, 1, 0]),  # one giant
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+        ([70, 5], [0, 0], [0, 0]),
+    ],
+    ids=["mixed", "one giant", "empty", "nothing kept"],
+)
+def test_in_groups(lengths, anchors, background, grouping):
+    """s is stored for some segments at a time, in the same place."""
+    batch = batch_of(lengths, anchors, background)
+    with trying(FusedConfig, grouping=grouping):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+def test_in_groups_on_every_path():
+    batch = batch_of([16, 17, 1, 64, 65, 0, 15], [5, 4, 1, 6, 7, 0, 3], [2, 2, 0, 3, 2, 0, 1])
+    expected = batch.segment_by_segment()
+    with trying(FusedConfig, grouping=Grouping(2, 1), assign_in_select=True):
+        assert_same_bits(batch.run(), expected)
+    with trying(FusedConfig, grouping=Grouping(4, 2)), trying(AssignConfig, block_n=16):
+        assert_same_bits(batch.run(), expected)
+
+
+def groups_of(num_segments: int, num_tokens: int, max_seqlen: int) -> int:
+    """How many groups of segments store s; 0: none does."""
+    config = FusedConfig.for_packed(num_tokens, num_segments, max_seqlen)
+    if not config.store_s:
+        return 0
+    if config.grouping is None:
+        return 1
+    assert config.grouping.rows(max_seqlen) * config.width * 4 <= 2**31
+    return len(config.grouping.ends(num_tokens, num_segments))
+
+
+def test_too_much_to_store_at_once():
     """Rows of s are as long as the longest segment's, so a long one makes many short ones expensive."""
-    assert FusedConfig.for_packed(40_000, 8192).store_s
-    assert not FusedConfig.for_packed(80_000, 8192).store_s
-    assert not FusedConfig.for_packed(20_000, 16385).store_s
+    assert groups_of(64, 64 * 2880, 2880) == 1
+    assert groups_of(65, 65 * 2880, 2880) == 2
+    assert groups_of(5, 5 * 16384, 16384) == 3  # of two
+    assert groups_of(4096, 4096 * 100, 10_000) == 16
+    assert groups_of(65_536, 10_000 + 65_536, 10_000) == 0  # 96: one selection after the other
+    assert groups_of(2, 16_385 + 64, 16_385) == 0
+
+
+@pytest.mark.parametrize("max_seqlen", [1, 64, 65, 2880, 9999, 16384])
+def test_groups_hold_every_segment_once(max_seqlen):
+    """Numbers do not fall, within a group rows of s do not overlap, and the last of them exists."""
+    generator = torch.Generator().manual_seed(max_seqlen)
+    lengths = torch.randint(0, max_seqlen + 1, (200,), generator=generator) // torch.tensor([1, 50]).repeat(100)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+    tokens = int(lengths.sum())
+    for rows in (2 * max_seqlen, 5 * max_seqlen + 77):
+        for grouping in Grouping.within(rows, max_seqlen):
+            number = torch.arange(200) * grouping.reserved + (cu // 64 if grouping.reserved == 1 else 0)
+            ends = grouping.ends(tokens, 200)
+            group = number // grouping.blocks
+            assert len(ends) * grouping.blocks == ends[-1] and group[-1] < len(ends)
+            start = number % grouping.blocks * 64
+            same = group[1:] == group[:-1]
+            assert (start[1:] >= start[:-1] + lengths[:-1])[same].all()
+            assert (start + lengths).max() <= grouping.rows(max_seqlen) <= rows
 
 
 def test_classes_of_sizes(monkeypatch):
@@ -191,18 +254,28 @@ def wrong(change: dict) -> Batch:
     return dataclasses.replace(batch, **values)
 
 
+WAYS = {
+    "stored": {},
+    "in groups": {"grouping": Grouping(1, 1)},
+    "in groups of as many": {"grouping": Grouping(2, 2)},
+    "streamed": {"store_s": False},
+}
+
+
 @only_interpreted
+@pytest.mark.parametrize("way", list(WAYS)[:-1])
 @pytest.mark.parametrize("name", CUT)
-def test_wrong_offsets_are_cut_to_what_exists(name, bounded):
+def test_wrong_offsets_are_cut_to_what_exists(name, way, bounded):
     batch = wrong(CUT[name])
-    assert_same_bits(batch.run(), batch.segment_by_segment())
+    with trying(FusedConfig, **WAYS[way]):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
 
 
 @only_interpreted
-@pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", TANGLED)
-def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
-    with trying(FusedConfig, store_s=store_s):
+def test_wrong_offsets_lead_nowhere(name, way, bounded):
+    with trying(FusedConfig, **WAYS[way]):
         result = wrong({"max_seqlen": 80, **TANGLED[name]}).run()
     assert result.indices.ge(-1).all() and result.indices.lt(80).all()
     assert result.assignment.ge(-1).all() and result.assignment.lt(7).all()
@@ -246,7 +319,7 @@ def test_enough_programs_for_every_block():
             lengths = torch.randint(0, 200, (segments,), generator=generator)
             cu = offsets(lengths.tolist()).cpu()
             packed = Packed.of(cu, cu, cu, int(cu[-1]), 1, 200)
-            first = cu[:-1] // block + torch.arange(segments)
+            first = (cu[:-1] // 64 + torch.arange(segments)) * (64 // block)
             behind = first + (lengths + block - 1) // block
             assert (behind[:-1] <= first[1:]).all() and behind[-1] <= packed.num_slots(block)
 

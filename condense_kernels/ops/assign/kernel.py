@@ -15,6 +15,7 @@ from ..._triton.device import (
     image_rows,
     image_tokens,
     is_finite,
+    stored_at,
     tokens_before,
 )
 from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
@@ -262,8 +263,10 @@ def assign_kernel(
     pid = tl.program_id(0)
     pid_b, part = image_of_block(packed, pid, num_parts, BLOCK_N)
     at_b, N = image_tokens(packed, pid_b, N)
-    if has_block(packed, N, part, BLOCK_N) == 0:
-        return
+    stored = stored_at(packed, pid_b, at_b)
+    if packed is not None:
+        if (has_block(packed, N, part, BLOCK_N) == 0) | (stored < 0):
+            return
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
@@ -279,7 +282,7 @@ def assign_kernel(
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
-        s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
+        s_ptr + stored * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
         origin, shrink_first, shrink, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
