@@ -3,8 +3,12 @@
 A segment has the bits that the dense kernels give it alone. Offsets that are wrong lead nowhere outside the tensors.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import math
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +16,20 @@ import torch
 from condense_kernels import Condensed
 from condense_kernels._dispatch import backends
 from condense_kernels._triton.launcher import Packed
-from condense_kernels._triton.tables import AssignConfig, FusedConfig, Grouping, MergeBackwardConfig, SelectConfig, trying
+from condense_kernels._triton.tables import (
+    AssignConfig,
+    FusedConfig,
+    Grouping,
+    MergeBackwardConfig,
+    SelectConfig,
+    StreamConfig,
+    trying,
+)
 from condense_kernels.ops.merge import reference
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
+from condense_kernels.ops.select_and_merge.streamed import pieces_of
+from condense_kernels.ops.select_and_merge.turns import launch_turns
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.ops.select_and_merge_varlen.reference import for_each_segment, segments_of
 from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs, unit_roundoff
@@ -65,8 +79,8 @@ def batch_of(lengths, anchors, background, inputs: Inputs | None = None) -> Batc
     )  # fmt: skip
 
 
-def streamed(batch: Batch) -> Condensed:
-    with trying(FusedConfig, store_s=False):
+def streamed(batch: Batch, spare_turns: int = StreamConfig.spare_turns) -> Condensed:
+    with trying(FusedConfig, store_s=False), trying(StreamConfig, spare_turns=spare_turns):
         return batch.run()
 
 
@@ -105,17 +119,21 @@ def test_sizes(lengths, anchors, background):
 @pytest.mark.parametrize("kind", ["nan", "ties", "two_factors"])
 def test_without_s_stored(kind):
     batch = batch_of([5, 0, 70, 3, 2], [2, 0, 4, 0, 2], [0, 0, 2, 0, 0], make_inputs(kind, batch=1, num_tokens=80))
-    assert_same_bits(streamed(batch), batch.run())
+    expected = batch.run()
+    assert_same_bits(streamed(batch), expected)
+    assert_same_bits(streamed(batch, spare_turns=0), expected)
 
 
 def test_without_s_stored_batches_of_one_pick():
-    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed."""
+    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed, or rounds."""
     inputs = Inputs(
         torch.eye(3).repeat_interleave(70, dim=0)[None], torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None],
         0, 0, grid=(1, 210),
     )  # fmt: skip
     batch = batch_of([205, 5], [3, 0], [0, 0], inputs)
-    assert_same_bits(streamed(batch), batch.run())
+    expected = batch.run()
+    assert_same_bits(streamed(batch), expected)
+    assert_same_bits(streamed(batch, spare_turns=0), expected)
 
 
 GROUPINGS = [Grouping(1, 1), Grouping(2, 1), Grouping(3, 3), Grouping(6, 3)]
@@ -301,6 +319,50 @@ def test_what_no_program_computed_leads_nowhere(store_s, start, kept, suppressio
     with trying(FusedConfig, store_s=store_s):
         result = batch.run()
     assert result.indices.lt(200 - start).all() and result.assignment[:start].eq(-1).all()
+
+
+@contextlib.contextmanager
+def at_most(seconds: int):
+    """What does not end raises."""
+
+    def stop(*_):
+        raise TimeoutError(f"still running after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def anything(dtype: torch.dtype, size: int, draw: str) -> torch.Tensor:
+    """What memory may hold: any bits; the same bits everywhere; numbers near those that belong there."""
+    bits = torch.randint(-(2**63), 2**63 - 1, (size,), dtype=torch.int64)
+    if draw == "near":
+        return bits.remainder(150).to(dtype)
+    if draw != "any bits":
+        bits.fill_({"zeros": 0, "ones": -1, "NaN": 0x7FC00000_7FC00000, "largest": 2**63 - 1}[draw])
+    return bits.view(dtype)[:size]
+
+
+@only_interpreted
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("draw", ["any bits", "near", "zeros", "ones", "NaN", "largest"])
+def test_turns_end_whatever_is_in_memory(draw, turns, bounded):
+    """Where segments overlap, programs write to each other's tokens at any time. Of two segments, one is empty."""
+    batch = batch_of([130, 0], [9, 0], [0, 0], make_inputs("ties", batch=1, num_tokens=130, channels=8))
+    packed = Packed.of(batch.cu_seqlens, batch.cu_anchors, batch.cu_background, 130, 9, 130)
+    for due in (anything(torch.int32, 2, draw), torch.tensor([2**31 - 1, 2**31 - 1]), torch.tensor([130, 1])):
+        pieces = pieces_of(2, 130, packed.num_slots(64))
+        w = {name: anything(dtype, math.prod(shape), draw).view(shape) for name, (shape, dtype) in pieces.items()}
+        w |= {"scale": torch.ones(130), "inverse": torch.ones(130), "due": due.int()}
+        before = w["due"].clone()
+        with at_most(60), trying(StreamConfig, spare_turns=turns - 1):
+            launch_turns(SimpleNamespace(**w), batch.features, turns + 1, 1.0, packed)
+        assert w["fresh"].ge(0).all() and w["fresh"].le(64).all() and w["fresh"][1] == 0
+        assert w["due"].le(before).all()
 
 
 @only_interpreted

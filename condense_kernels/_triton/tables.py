@@ -16,7 +16,9 @@ from typing import ClassVar, NamedTuple
 import torch
 
 MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
-MAX_STORED_BYTES = 2**31  # of s in a packed batch, whose rows are all as long as the longest segment's: above, in groups
+MAX_STORED_BYTES = (
+    2**31
+)  # of s in a packed batch, whose rows are all as long as the longest segment's: above, in groups
 MAX_GROUPS = 32  # of segments, whose selections wait for each other: above, a packed batch does not store s either
 UNIT = 64  # tokens of a block where the blocks of a packed batch are numbered, see device.first_block_of
 ALL_BLOCKS = 2**29  # instead of a group's blocks: more than there are
@@ -214,6 +216,9 @@ class StreamConfig:
     chunk: int = 1024  # tokens that a program of one image looks at together
     num_warps: int = 4  # of those programs
     block_k: int = 8  # rows that the assignment looks at together: counted, 64 of them spill on every target
+    # Launches of a loop beyond one for each 64 picks. Simulated (docs/design/gpu.md): with 16 a turn has one round of
+    # candidates, but where tokens come in many copies; with none, up to 300.
+    spare_turns: int = 16
 
     @classmethod
     def for_shape(cls) -> "StreamConfig":

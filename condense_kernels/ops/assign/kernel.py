@@ -263,13 +263,14 @@ def assign_kernel(
     pid = tl.program_id(0)
     pid_b, part = image_of_block(packed, pid, num_parts, BLOCK_N)
     at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, part, BLOCK_N) == 0:
+        return
     stored = stored_at(packed, pid_b, at_b)
-    if packed is not None:
-        if (has_block(packed, N, part, BLOCK_N) == 0) | (stored < 0):
-            return
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
+        if stored < 0:
+            return
         first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
         indices_ptr += first_k * stride_index_k
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
