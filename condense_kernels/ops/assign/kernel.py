@@ -15,6 +15,7 @@ from ..._triton.device import (
     image_rows,
     image_tokens,
     is_finite,
+    stored_at,
     tokens_before,
 )
 from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
@@ -264,9 +265,12 @@ def assign_kernel(
     at_b, N = image_tokens(packed, pid_b, N)
     if has_block(packed, N, part, BLOCK_N) == 0:
         return
+    stored = stored_at(packed, pid_b, at_b)
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
+        if stored < 0:
+            return
         first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
         indices_ptr += first_k * stride_index_k
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -279,7 +283,7 @@ def assign_kernel(
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
-        s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
+        s_ptr + stored * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
         origin, shrink_first, shrink, factor,
         stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,

@@ -8,12 +8,14 @@ from ..._triton.device import (
     INFINITY_BITS,
     INTERPRETED,
     first_block_of,
+    first_of_group,
     has_block,
     image_of_block,
     image_tokens,
     is_finite,
     magnitude_bits,
     power_of_two,
+    stored_at,
     sum_in_pairs,
     tokens_before,
 )
@@ -163,7 +165,7 @@ def first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK: tl.constexpr):
     if packed is None:
         return pid_b * num_tiles
     else:
-        return first_block_of(packed, pid_b, num_blocks, BLOCK) * (num_blocks // 2 + 1)
+        return (first_block_of(packed, pid_b, num_blocks, BLOCK) - first_of_group(packed)) * (num_blocks // 2 + 1)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -193,9 +195,11 @@ def similarity_tile_kernel(
         pid_b, block = image_of_block(packed, pid, num_blocks, BLOCK)
     at_b, N = image_tokens(packed, pid_b, N)
     blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
+    stored = stored_at(packed, pid_b, at_b)
     if packed is not None:  # a program of each block takes every blocks-th tile, from that of its number on
         pid_tile = tl.program_id(1) * blocks + block
-        if (pid_tile >= tiles_of_image(packed, blocks, num_tiles)) | (has_block(packed, N, block, BLOCK) == 0):
+        exists = (pid_tile < tiles_of_image(packed, blocks, num_tiles)) & has_block(packed, N, block, BLOCK)
+        if (exists == 0) | (stored < 0):
             return
     pid_i, pid_j = tile_of(pid_tile, blocks)
     keys_ptr += at_b * stride_key_b
@@ -244,8 +248,9 @@ def similarity_tile_kernel(
     offs_j64 = offs_j.to(tl.int64)
     first = tokens_before(packed, at_b, N)
     if STORE:
-        s_ptr += first * WIDTH
-        row_sums_ptr += first * num_blocks
+        rows_before = tokens_before(packed, stored, N)
+        s_ptr += rows_before * WIDTH
+        row_sums_ptr += rows_before * num_blocks
         mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
         tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
         tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
