@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import prepared
+from . import prepared, traced
 
 # Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
 # a multiple of 16. Strides of keys, features and s are not among them: they are such multiples for all images or none.
@@ -21,6 +21,8 @@ VARYING = (
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    if traced.is_on():
+        return traced.launch(kernel, grid, args, options)
     compiled = kernel[grid](*args, **options)
     if (recording := prepared.recording()) is not None:
         recording.launched(kernel, compiled, grid, args, options)
@@ -43,7 +45,8 @@ def zero(tensor: torch.Tensor) -> None:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    switches = tensor.is_cuda and not traced.is_on()  # in a graph, Inductor sees to it
+    return torch.cuda.device(tensor.device) if switches else contextlib.nullcontext()
 
 
 def as_fp32(number: float) -> float:
