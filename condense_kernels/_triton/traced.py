@@ -1,9 +1,14 @@
 """A launch while torch traces: a node of the graph that Inductor compiles, in the place of the operator.
 
-torch.library.wrap_triton makes the node; what it and Inductor leave out is added here. They find out which tensors a
-kernel writes by walking every path through its code, of which a pick loop has more than can be walked: they are shown a
-kernel of the same arguments that touches what this one does and computes nothing. And they drop enable_fp_fusion=False,
-where a fused multiply-add rounds once and picks another token: the text that they compile says so itself.
+torch.library.wrap_triton makes the node. What torch 2.13 makes of it would not be the launch, so it gets the kernel in
+another form:
+
+- It finds out which tensors a kernel writes by walking every path through its code, of which a pick loop has more than
+  can be walked. It is shown a kernel of the same arguments that touches what this one does and computes nothing.
+- It drops enable_fp_fusion=False, and a fused multiply-add rounds once where the contract has two roundings. The text
+  that it compiles says so itself.
+- It passes a float as fp64, in which the scores would be computed, and 1 as a constant whatever do_not_specialize says.
+  The text begins by making them what a launch makes them.
 """
 
 import ast
@@ -47,9 +52,11 @@ def launch(kernel: Any, grid: tuple, args: tuple, options: dict[str, Any]) -> No
     compiled_with = {name: given.pop(name) for name in options if name not in kernel.arg_names}
     if compiled_with.pop("enable_fp_fusion", True):
         raise RuntimeError(f"{kernel.__name__}: a kernel in a graph is compiled with enable_fp_fusion=False.")
+    given = {name: getattr(value, "value", value) for name, value in given.items()}  # of a tl.constexpr
     written = tuple(name for name in _written_by(kernel) if _is_first(name, given))
-    node = torch.library.wrap_triton(_configured(kernel, written, tuple(compiled_with.items())))
-    node[(*grid, 1, 1)[:3]](**given)
+    floats = tuple(name for name, value in given.items() if isinstance(value, float))
+    shown = _configured(kernel, written, floats, tuple(compiled_with.items()))
+    torch.library.wrap_triton(shown)[(*grid, 1, 1)[:3]](**given)
 
 
 def _is_first(name: str, given: dict[str, Any]) -> bool:
@@ -59,33 +66,42 @@ def _is_first(name: str, given: dict[str, Any]) -> bool:
 
 
 @functools.cache
-def _configured(kernel: Any, written: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Any:
-    """As wrap_triton wants options; made once, so that the same kernel is the same in all graphs."""
+def _configured(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...], options: tuple) -> Any:
+    """With options, as wrap_triton wants them; made once, so that the same kernel is the same in all graphs."""
     from triton import Config, autotune
 
-    return autotune(configs=[Config({}, **dict(options))], key=[])(_shown(kernel, written))
+    return autotune(configs=[Config({}, **dict(options))], key=[])(_shown(kernel, written, floats))
 
 
-def _shown(kernel: Any, written: tuple[str, ...]) -> Any:
-    """The kernel as torch sees it: to be read, a few loads and stores; to be compiled, its own text."""
+def _shown(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...]) -> Any:
+    """The kernel as torch sees it: to be read, a few loads and stores; to be compiled, what it does."""
     from triton import JITFunction
 
-    function = kernel.parse().body[0]
+    unspecialised = [p.name for p in kernel.params if p.do_not_specialize]
     pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
     touches = [f"tl.store({name}, tl.load({name}))" if name in written else f"tl.load({name})" for name in pointers]
-    lines = [f"if {name} is not None:\n    {touch}" for name, touch in zip(pointers, touches, strict=True)]
-    function.body = ast.parse("\n".join(lines)).body
+    read = _with_body(
+        kernel, [f"if {name} is not None:\n    {touch}" for name, touch in zip(pointers, touches, strict=True)]
+    )
+    as_launched = [f"{name} = {name}.to(tl.float32)" for name in floats]
+    as_launched += [f"{name} = tl.to_tensor({name})" for name in unspecialised if name not in floats]
+    compiled = ast.unparse(_with_body(kernel, as_launched, keep=True)) + UNFUSED
 
     class Shown(JITFunction):
         def parse(self) -> ast.Module:
-            return ast.Module([function], [])
+            return ast.Module([read], [])
 
         @property
         def src(self) -> str:
-            return kernel.src + UNFUSED
+            return compiled
 
-    unspecialised = [p.name for p in kernel.params if p.do_not_specialize]
     return Shown(kernel.fn, do_not_specialize=unspecialised)
+
+
+def _with_body(kernel: Any, lines: list[str], keep: bool = False) -> ast.FunctionDef:
+    function = kernel.parse().body[0]
+    function.body = ast.parse("\n".join(lines)).body + (function.body if keep else [])
+    return ast.fix_missing_locations(function)
 
 
 @functools.cache
