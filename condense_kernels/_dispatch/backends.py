@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from .._triton.prepared import Kept
-from . import autograd, debug, library, sharding, vmap
+from . import autograd, debug, decompose, library, sharding, vmap
 from .declaration import OPERATORS, Operator
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
@@ -41,6 +41,11 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether Triton's compiled kernels run tensors of this device."""
+    return device.type == "cuda" and triton_unavailable() is None and not triton_interprets()
+
+
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run tensors of ``device``, with the remedy; None where it can."""
     if backend == "cpp":
@@ -69,6 +74,8 @@ def register(operator: Operator) -> None:
     if operator.derivatives is not None or operator.no_derivatives is not None:
         autograd.register(op)
     vmap.register(op, functools.partial(autograd.dispatch, op))
+    if operator.is_traced is not None:
+        decompose.register(operator, compiles_for)
 
 
 def check_backend(backend: str) -> None:

@@ -41,10 +41,15 @@ class Operator:
     looped: bool = False  # under vmap, where there is no batch axis to fold the mapped one into
     no_vmap: str | None = None  # the remedy
     no_shards: str | None = None  # why
+    is_traced: Callable[..., bool] | None = None  # whether Inductor sees the kernels of a call on a GPU; None: of none
     as_operator: Mapping[str, Any] = field(default_factory=dict)  # with these, the Python function returns its result
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def always(*args: Any, **options: Any) -> bool:
+    return True
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import prepared
+from . import prepared, traced
 from .tables import ALL_BLOCKS, UNIT, Grouping
 
 # Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
@@ -22,6 +22,8 @@ VARYING = (
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    if traced.is_on():
+        return traced.launch(kernel, grid, args, options)
     compiled = kernel[grid](*args, **options)
     if (recording := prepared.recording()) is not None:
         recording.launched(kernel, compiled, grid, args, options)
@@ -44,7 +46,8 @@ def zero(tensor: torch.Tensor) -> None:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    switches = tensor.is_cuda and not traced.is_on()  # in a graph, Inductor sees to it
+    return torch.cuda.device(tensor.device) if switches else contextlib.nullcontext()
 
 
 def as_fp32(number: float) -> float:

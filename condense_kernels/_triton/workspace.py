@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import prepared
+from . import prepared, traced
 
 ALIGNMENT = 256  # bytes: of every piece, counted from the start
 START = 16  # bytes: of the start, for the widest load
@@ -19,6 +19,9 @@ def bytes_of(pieces: Pieces) -> int:
 
 def carve(pieces: Pieces, workspace: torch.Tensor | None, device: torch.device) -> SimpleNamespace:
     """The pieces as tensors in ``workspace``, or in one allocation where it is None. Nothing is initialised."""
+    if workspace is None and traced.is_on():  # a graph has no views that kernels write through; Inductor plans memory
+        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in pieces.items()}
+        return SimpleNamespace(**made)
     needed = bytes_of(pieces)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)

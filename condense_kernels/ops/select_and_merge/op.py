@@ -21,6 +21,7 @@ from ..._dispatch.checks import (
 )
 from ..._dispatch.debug import check_finite, check_positions, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, random
+from ..._triton.tables import MAX_STORED
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
@@ -123,6 +124,11 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
+def is_traced(features, *args, **options) -> bool:
+    """Not where s is not stored: a pick is two launches there."""
+    return features.shape[1] <= MAX_STORED
+
+
 def check_raw_out(
     features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
 ) -> None:
@@ -221,6 +227,7 @@ backends.register(
         look=look,
         derivatives=OF_MERGE,
         shared={"positions": 2},
+        is_traced=is_traced,
     )
 )
 NOT_IN_PLACE = "condense_kernels.select_and_merge without out= and workspace="
