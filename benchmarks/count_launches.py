@@ -1,6 +1,6 @@
 """How many kernels a call launches, on a machine without a GPU: the launchers are called with meta tensors.
 
-    python benchmarks/count_launches.py [--json]
+python benchmarks/count_launches.py [--json]
 """
 
 import argparse

@@ -28,7 +28,8 @@ def test_the_page_has_these_counts(counts):
 
 
 @pytest.mark.parametrize(
-    ("batch", "groups"), [("64 x 2880, K = 320", 1), ("65 x 2880, K = 320", 2), ("4096 segments, the longest 10000", 16)]
+    ("batch", "groups"),
+    [("64 x 2880, K = 320", 1), ("65 x 2880, K = 320", 2), ("4096 segments, the longest 10000", 16)],
 )
 def test_packed_batches_are_stored_in_groups(counts, batch, groups):
     """65 x 2880 made 11,522 launches, as its s takes more than 2 GiB. No more than 5 a group, and the merge."""
