@@ -125,7 +125,7 @@ def test_without_s_stored(kind):
 
 
 def test_without_s_stored_batches_of_one_pick():
-    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed, or rounds."""
+    """Three clusters of more equal tokens than there are candidates: every turn is needed, or rounds of candidates."""
     inputs = Inputs(
         torch.eye(3).repeat_interleave(70, dim=0)[None], torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None],
         0, 0, grid=(1, 210),

@@ -86,7 +86,7 @@ class Packed(NamedTuple):
     odd_tokens: int
     odd_keep: int
     odd_seqlen: int
-    odd_behind: int  # the number of the first block behind the group of segments that a launch is for
+    odd_end: int  # the number behind the blocks of the group of segments that a launch is for
     odd_blocks: int  # how many numbers a group has
     odd_reserved: int  # how many numbers each segment has; 1: those that its tokens need
 
@@ -101,9 +101,9 @@ class Packed(NamedTuple):
         if grouping is None:
             yield self
             return
-        for behind in grouping.ends(self.num_tokens, self.num_segments):
-            sizes = {"odd_behind": behind, "odd_blocks": grouping.blocks, "odd_reserved": grouping.reserved}
-            yield self._replace(**{name: 2 * size + 1 for name, size in sizes.items()})
+        odd_blocks, odd_reserved = 2 * grouping.blocks + 1, 2 * grouping.reserved + 1
+        for end in grouping.ends(self.num_tokens, self.num_segments):
+            yield self._replace(odd_end=2 * end + 1, odd_blocks=odd_blocks, odd_reserved=odd_reserved)
 
     @property
     def num_tokens(self) -> int:
