@@ -80,8 +80,8 @@ class Packed(NamedTuple):
     """
 
     cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor | None  # [S + 1]; None where nothing is kept
-    cu_background: torch.Tensor | None  # [S + 1], likewise
+    cu_anchors: torch.Tensor  # [S + 1]; where nothing is kept, cu_seqlens, and never read: Triton 3.6 takes no None here
+    cu_background: torch.Tensor  # [S + 1], likewise
     odd_segments: int
     odd_tokens: int
     odd_keep: int
@@ -92,9 +92,9 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
-        anchors, background = (None if cu is None else cu.contiguous() for cu in (cu_anchors, cu_background))
+        offsets = (cu_seqlens if cu is None else cu for cu in (cu_seqlens, cu_anchors, cu_background))
         sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen, ALL_BLOCKS, ALL_BLOCKS, 1)
-        return cls(cu_seqlens.contiguous(), anchors, background, *(2 * size + 1 for size in sizes))
+        return cls(*(cu.contiguous() for cu in offsets), *(2 * size + 1 for size in sizes))
 
     def groups(self, grouping: Grouping | None) -> "Iterator[Packed]":
         """The whole batch, or one group of its segments after the other."""
