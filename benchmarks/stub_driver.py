@@ -261,6 +261,7 @@ def device(
             (triton.JITFunction, "_do_compile", counted),
             (triton.knobs.compilation, "listener", None),
             (backends, "triton_interprets", lambda: True),
+            (backends, "compiles_for", lambda device: True),
             (backends, "is_on_gpu", lambda value: type(value) is torch.Tensor),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
