@@ -137,6 +137,7 @@ class Counts:
     def __init__(self, stub: ctypes.CDLL):
         self._stub = stub
         self.current_device, self.current_stream = 0, 0
+        self.kernels: set[triton.JITFunction] = set()  # that were compiled
         self.reset()
 
     def reset(self) -> None:
@@ -173,6 +174,11 @@ class Counts:
         return found
 
 
+def loaded() -> int:
+    """Kernels that were looked up in modules, of all devices so far."""
+    return sum(1 for _ in linked(load().stub_functions()))
+
+
 def cpu_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
@@ -194,6 +200,7 @@ def _counted(counts: Counts, compiling: bool, compile_):
     """JITFunction._do_compile, which a launch comes to once for each specialisation."""
 
     def compile_and_count(kernel, key, signature, device, *rest, **options):
+        counts.kernels.add(kernel)
         before, hit = cpu_seconds(), []
         if compiling:
             triton.knobs.compilation.listener = lambda *, cache_hit, **_: hit.append(cache_hit)
@@ -215,11 +222,11 @@ def _driver(counts: Counts, capability: int):
     return driver
 
 
-def _forget_kernels() -> None:
-    """Compiled kernels are kept by the device's number, and that of another device is the same."""
+def _forget(kernels: set) -> None:
+    """Compiled kernels are kept by the device's number, and that of the next device is the same."""
     for kept in backends.on_triton.values():
         kept.forget()
-    for kernel in triton.runtime.jit._triton_jit_function_registry.values():
+    for kernel in kernels:
         kernel.device_caches.clear()
 
 
@@ -254,7 +261,6 @@ def device(
     stub.stub_record(record)
     counts = Counts(stub)
     counted = _counted(counts, compiling, triton.JITFunction._do_compile)
-    _forget_kernels()
     with contextlib.ExitStack() as stack:
         stack.callback(stub.stub_record, False)
         for place, name, value in (
@@ -269,6 +275,6 @@ def device(
         if (before := triton.runtime.driver._active) is not None:
             stack.callback(triton.runtime.driver.set_active, before)
         triton.runtime.driver.set_active(_driver(counts, capability))
-        stack.callback(_forget_kernels)
+        stack.callback(_forget, counts.kernels)
         stack.enter_context(raw_operators_on_cpu())
         yield counts

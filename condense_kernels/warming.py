@@ -86,7 +86,7 @@ def warm_up(
     """
     device = device_of(device)
     found, common = sizes_of(shapes), Calls(scores, positions, axes, distance, masked)
-    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    dtypes = dtypes_of(dtypes)
     check_options(dtypes, common, packed, stages, workers)
     if not backends.compiles_for(device):
         if progress:
@@ -127,6 +127,12 @@ def sizes_of(shapes: Sequence[Sequence]) -> list[Sizes]:
             kept = split_budget(n, min(keep, n) if type(keep) is int else keep)
             found.append(Sizes(n, *kept, *channels, *[None] * (2 - len(channels))))
     return list(dict.fromkeys(found))
+
+
+def dtypes_of(dtypes: torch.dtype | Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
+    if not isinstance(dtypes, (torch.dtype, Sequence)) or isinstance(dtypes, str):
+        raise TypeError(f"dtypes: expected a torch.dtype, or several, got {dtypes!r}. Remedy: torch.bfloat16.")
+    return (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
 
 
 def check_options(dtypes: Iterable, common: Calls, packed: bool, stages: bool, workers: int | None) -> None:
@@ -201,11 +207,6 @@ class Job(NamedTuple):
             fields.append(value if parameter.is_constexpr else told(value, not parameter.do_not_specialize))
         return self.kernel, *fields, *sorted(given.items())
 
-    def compile(self, device: torch.device) -> None:
-        with launcher.on_device(device):
-            compiled = self.kernel.run(*self.args, grid=(1,), warmup=True, **self.options)
-            compiled.run  # noqa: B018  loads it into the device, which may not happen in a graph capture either
-
 
 def told(value: Any, special: bool) -> Any:
     if isinstance(value, tuple):
@@ -232,37 +233,42 @@ def jobs_of(calls: Iterable[Callable]) -> list[Job]:
 
 def compile_all(jobs: list[Job], device: torch.device, workers: int, progress: bool) -> None:
     """In threads: Triton's passes and ptxas run without Python's lock."""
-    with bar(len(jobs), progress) as advance, ThreadPoolExecutor(workers, "warm_up") as pool:
-        waiting = [pool.submit(job.compile, device) for job in jobs]
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                advance()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    from triton import AsyncCompileMode
+
+    with (
+        launcher.on_device(device),
+        bar(len(jobs), progress) as advance,
+        ThreadPoolExecutor(workers, "warm_up") as pool,
+    ):
+        with AsyncCompileMode(pool) as mode:
+            compiled = [job.kernel.run(*job.args, grid=(1,), warmup=True, **job.options) for job in jobs]
+            advance(len(jobs) - len(mode.raw_futures))
+            for _ in as_completed(mode.raw_futures):
+                advance(1)
+        for kernel in compiled:
+            kernel.run  # noqa: B018  loads it into the device, which has no place in a graph capture either
 
 
 @contextlib.contextmanager
-def bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called after each."""
+def bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be called with how many more are done."""
     what = "condense_kernels: kernels compiled"
     if not shown or not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda more: None
         return
     try:
         from rich.console import Console
-        from rich.progress import track
+        from rich.progress import Progress
     except ImportError:
         done = 0
 
-        def advance() -> None:
+        def advance(more: int) -> None:
             nonlocal done
-            done += 1
+            done += more
             print(f"\r{what}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
         yield advance
         return
-    turns = iter(track(range(total + 1), what, console=Console(stderr=True)))
-    next(turns)
-    yield lambda: next(turns, None)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda more: progress.advance(task, more)
