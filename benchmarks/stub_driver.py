@@ -39,7 +39,18 @@ from condense_kernels._dispatch import backends, library
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
 INCLUDE = pathlib.Path(nvidia.__file__).with_name("include")  # Triton brings cuda.h
 MAX_THREADS, SHARED, WARP, CLOCK, SMS, MEMORY_CLOCK, BUS, MAJOR, MINOR, SHARED_SM, OPTIN, REGISTERS = (
-    1, 8, 10, 13, 16, 36, 37, 75, 76, 81, 97, 12
+    1,
+    8,
+    10,
+    13,
+    16,
+    36,
+    37,
+    75,
+    76,
+    81,
+    97,
+    12,
 )  # fmt: skip  of cuda.h's CUdevice_attribute
 COMMON = {MAX_THREADS: 1024, SHARED: 49152, WARP: 32, REGISTERS: 65536, BUS: 5120}
 FIGURES = {  # of an A100 and an H100 (SXM)
@@ -244,9 +255,7 @@ def raw_operators_on_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def device(
-    capability: int = 90, *, compiling: bool = True, record: bool = False, devices: int = 1
-) -> Iterator[Counts]:
+def device(capability: int = 90, *, compiling: bool = True, record: bool = False, devices: int = 1) -> Iterator[Counts]:
     """Within, Triton's driver is a stub of a GPU of this capability, and CPU tensors go to the Triton kernels: with
     backend="auto" on the way of CUDA tensors, through the raw operators, with backend="triton" straight.
 

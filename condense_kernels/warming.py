@@ -92,7 +92,9 @@ def warm_up(
         if progress:
             print(f"condense_kernels.warm_up: for {device} there is nothing to compile.", file=sys.stderr)
         return 0
-    jobs = jobs_of(call for dtype in dtypes for sizes in found for call in calls_of(sizes, dtype, common, packed, stages))
+    jobs = jobs_of(
+        call for dtype in dtypes for sizes in found for call in calls_of(sizes, dtype, common, packed, stages)
+    )
     compile_all(jobs, device, workers or len(os.sched_getaffinity(0)), progress)
     return len(jobs)
 
@@ -113,7 +115,9 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 def sizes_of(shapes: Sequence[Sequence]) -> list[Sizes]:
     if not isinstance(shapes, Sequence) or isinstance(shapes, str):
-        raise TypeError(f"shapes: expected a list of (N, keep, D), got {type(shapes).__name__}. Remedy: [(N, keep, D)].")
+        raise TypeError(
+            f"shapes: expected a list of (N, keep, D), got {type(shapes).__name__}. Remedy: [(N, keep, D)]."
+        )
     found = []
     for i, shape in enumerate(shapes):
         if not isinstance(shape, Sequence) or len(shape) not in (3, 4):
@@ -144,7 +148,12 @@ def check_options(dtypes: Iterable, common: Calls, packed: bool, stages: bool, w
                 names = ", ".join(str(a).removeprefix("torch.") for a in allowed)
                 raise TypeError(f"{name}: expected {names}, got {dtype!r}. Remedy: {name}={allowed[-1]}.")
     check_count("axes", common.axes, 1, 16, "of positions")
-    for name, flag in {"packed": packed, "stages": stages, "distance": common.distance, "masked": common.masked}.items():
+    for name, flag in {
+        "packed": packed,
+        "stages": stages,
+        "distance": common.distance,
+        "masked": common.masked,
+    }.items():
         check_flag(name, flag)
     if workers is not None:
         check_count("workers", workers, 1, 2**16, "threads")
@@ -246,6 +255,7 @@ def compile_all(jobs: list[Job], device: torch.device, workers: int, progress: b
             for _ in as_completed(mode.raw_futures):
                 advance(1)
         for kernel in compiled:
+            kernel = getattr(kernel, "result", lambda kernel=kernel: kernel)()  # of a future
             kernel.run  # noqa: B018  loads it into the device, which has no place in a graph capture either
 
 

@@ -1,8 +1,6 @@
 """warm_up on the stub of the CUDA driver: after it, no call of these sizes compiles. Nothing of the package is imported
 here: see stubbed.py."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -66,6 +64,7 @@ def compiled_after(shapes, options, sizes):
         return counts.compiled, count, warmed
 
 
+@on_stub
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_it_nothing_compiles(kind):
     """Sizes on both sides of every launch choice: short, an image of one token, kept all, long, streamed."""
@@ -79,6 +78,7 @@ def test_after_it_nothing_compiles(kind):
     assert warmed == count > 4  # each once
 
 
+@on_stub
 def test_a_range_of_sizes():
     sizes = [(n, n // 4, 1024, None) for n in range(65, 1500, 50)]
     later, count, _ = fresh(compiled_after, [(range(64, 1501), 0.25, 1024)], {}, sizes)
@@ -99,6 +99,7 @@ def really_compiled():
         return count, warmed, launched, loaded, counts.compiled, counts.launches, stub_driver.loaded()
 
 
+@on_stub
 def test_it_compiles_and_loads_and_launches_nothing():
     count, warmed, launched, loaded, later, launches, loaded_later = fresh(really_compiled)
     assert sum(warmed.values()) == count == 4
@@ -148,6 +149,35 @@ def test_what_no_call_can_have(shapes, options, error):
 
     with pytest.raises((TypeError, ValueError), match=error):
         ck.warm_up(shapes, **{"device": "cpu", **options})
+
+
+def test_without_triton(monkeypatch):
+    import condense_kernels as ck
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"device: cuda:1 needs Triton, and the package triton is not installed"):
+        ck.warm_up([(8, 1, 8)], device="cuda:1")
+
+
+@pytest.mark.parametrize("package", ["rich", None])
+def test_the_bar_counts_to_the_end(monkeypatch, capsys, package):
+    from condense_kernels import warming
+
+    if package is None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with warming.bar(3, True) as advance:
+        advance(1)
+        advance(2)
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert ("3 of 3\n" in shown.err) if package is None else ("100%" in shown.err)
+    with warming.bar(3, False) as advance:
+        advance(3)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
