@@ -2,7 +2,8 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,23 @@ VARYING = (
 )  # fmt: skip
 
 
+_collect: ContextVar[Callable[[Any, tuple, dict], None] | None] = ContextVar("collect", default=None)
+
+
+@contextlib.contextmanager
+def collecting(collect: Callable[[Any, tuple, dict], None]) -> Iterator[None]:
+    """Within, this thread makes no launch: ``collect`` gets its kernel, arguments and options."""
+    token = _collect.set(collect)
+    try:
+        yield
+    finally:
+        _collect.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    if (collect := _collect.get()) is not None:
+        return collect(kernel, args, options)
     if traced.is_on():
         return traced.launch(kernel, grid, args, options)
     compiled = kernel[grid](*args, **options)
@@ -46,8 +62,11 @@ def zero(tensor: torch.Tensor) -> None:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
-    switches = tensor.is_cuda and not traced.is_on()  # in a graph, Inductor sees to it
-    return torch.cuda.device(tensor.device) if switches else contextlib.nullcontext()
+    return contextlib.nullcontext() if traced.is_on() else on_device(tensor.device)  # in a graph, Inductor sees to it
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def as_fp32(number: float) -> float:
