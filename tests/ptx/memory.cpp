@@ -52,8 +52,20 @@ void Memory::report(Kind kind, const Who& who, s32 other_pc, u64 address, bool s
   findings_.add({kind, who.pc, other_pc, cta_, who.warp, who.lane, shared, 0, address, 0});
 }
 
+struct Memory::Use {
+  const Who& who;
+  bool shared;
+  u64 address;
+  Access access;
+  u32 first;  // the first era whose accesses can race with this one
+  const u8 *value, *bytes;  // what is written, if that is known, over what
+  u32 size;
+  bool same() const { return value && !std::memcmp(value, bytes, size); }
+};
+
 Place Memory::at(const Who& who, bool shared, u64 address, u32 size, Access access, const u8* value) {
-  if (address % size) {
+  const u32 alignment = size & (0 - size);
+  if (address & (alignment - 1)) {
     report(kMisaligned, who, -1, address, shared);
     return {};
   }
@@ -64,23 +76,28 @@ Place Memory::at(const Who& who, bool shared, u64 address, u32 size, Access acce
   }
   const u64 offset = address - region->base;
   u8* const bytes = region->bytes + offset;
-  for (u32 k = 0; races_ && k < size; k += region->granule) {
-    const bool same = value && !std::memcmp(value + k, bytes + k, std::min(region->granule, size - k));
-    compare(region->records[(offset + k) / region->granule], who, shared, address, access, same);
+  if (races_) {
+    const u32 piece = std::min(1u << region->shift, size);
+    Use use{who, shared, address, access, shared ? clock_.cta : clock_.launch, value, bytes, piece};
+    Record* record = region->records.data() + (offset >> region->shift);
+    for (u32 k = 0; k < size; k += piece, use.value += value ? piece : 0, use.bytes += piece) compare(*record++, use);
   }
   return {bytes, region->taint.data() + offset};
 }
 
 // Races: the present access against the last ones to the same granule -----------------------------------------------
 
-void Memory::compare(Record& r, const Who& who, bool shared, u64 address, Access access, bool same) {
-  compare_with_writes(r, who, shared, address, access, same);
-  const u32 warp = 1u << who.warp, lane = 1u << who.lane;
-  if (access != Access::kRead) {
-    compare_with_reads(r, who, shared, address, same);
+inline void Memory::compare(Record& r, const Use& use) {
+  // Nothing races across a barrier of the CTA, or with what is no longer there.
+  const auto ordered = [&](u32 era) { return era < use.first || (era >= clock_.cta && era != clock_.era); };
+  if (!ordered(r.write_era)) compare_with_writes(r, use);
+  const Who& who = use.who;
+  const u32 warp = 1u << who.warp;
+  if (use.access != Access::kRead) {
+    if (!ordered(r.read_era) || r.read_before >= use.first) compare_with_reads(r, use);
     const bool first = r.write_era != clock_.era;
     r.writers = first ? warp : r.writers | warp;
-    r.atomic = access == Access::kAtomic && (first || r.atomic);
+    r.atomic = use.access == Access::kAtomic && (first || r.atomic);
     r.write_era = clock_.era, r.write_step = clock_.step, r.write_pc = who.pc;
     r.write_warp = static_cast<u8>(who.warp), r.write_lane = static_cast<u8>(who.lane);
     return;
@@ -90,28 +107,28 @@ void Memory::compare(Record& r, const Who& who, bool shared, u64 address, Access
     r.read_era = clock_.era, r.readers = r.read_lanes = 0;
   }
   if (r.read_warp != who.warp || r.read_step < who.synchronised) r.read_lanes = 0;
-  r.readers |= warp, r.read_lanes |= lane;
+  r.readers |= warp, r.read_lanes |= 1u << who.lane;
   r.read_step = clock_.step, r.read_pc = who.pc, r.read_warp = static_cast<u8>(who.warp);
 }
 
-void Memory::compare_with_writes(const Record& r, const Who& who, bool shared, u64 address, Access access, bool same) {
-  if (r.write_era < (shared ? clock_.cta : clock_.launch) || (access == Access::kAtomic && r.atomic)) return;
-  const auto found = [&](Kind kind) { report(kind, who, r.write_pc, address, shared); };
-  if (r.write_era < clock_.cta) return found(same ? kRaceCtasSame : kRaceCtas);
-  if (r.write_era == clock_.era && r.writers & ~(1u << who.warp)) return found(same ? kRaceSame : kRace);
-  if (same || r.write_warp != who.warp || r.write_lane == who.lane || r.write_step < who.synchronised) return;
+void Memory::compare_with_writes(const Record& r, const Use& use) {
+  const Who& who = use.who;
+  if (use.access == Access::kAtomic && r.atomic) return;
+  const auto found = [&](Kind kind) { report(kind, who, r.write_pc, use.address, use.shared); };
+  if (r.write_era < clock_.cta) return found(use.same() ? kRaceCtasSame : kRaceCtas);
+  if (r.writers & ~(1u << who.warp)) return found(use.same() ? kRaceSame : kRace);
+  if (r.write_warp != who.warp || r.write_lane == who.lane || r.write_step < who.synchronised || use.same()) return;
   if (r.write_step != clock_.step) return found(kHazard);
-  if (access != Access::kRead) found(kLanesDiffer);
+  if (use.access != Access::kRead) found(kLanesDiffer);
 }
 
-void Memory::compare_with_reads(const Record& r, const Who& who, bool shared, u64 address, bool same) {
-  const auto found = [&](Kind kind) { report(kind, who, r.read_pc, address, shared); };
-  const u32 first = shared ? clock_.cta : clock_.launch;
-  if (r.read_era < first) return;
-  if (r.read_era < clock_.cta || r.read_before >= first) return found(kRaceCtas);
-  if (r.read_era == clock_.era && r.readers & ~(1u << who.warp)) return found(kRace);
+void Memory::compare_with_reads(const Record& r, const Use& use) {
+  const Who& who = use.who;
+  const auto found = [&](Kind kind) { report(kind, who, r.read_pc, use.address, use.shared); };
+  if (r.read_era < clock_.cta || r.read_before >= use.first) return found(kRaceCtas);
+  if (r.readers & ~(1u << who.warp)) return found(kRace);
   const bool ordered = r.read_warp != who.warp || r.read_step < who.synchronised || r.read_step == clock_.step;
-  if (!ordered && !same && r.read_lanes & ~(1u << who.lane)) found(kHazard);
+  if (!ordered && r.read_lanes & ~(1u << who.lane) && !use.same()) found(kHazard);
 }
 
 }  // namespace ptx

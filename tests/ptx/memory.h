@@ -101,19 +101,25 @@ struct Record {
 };
 
 struct Region {
-  u64 base = 0, size = 0;   // the allocation
-  u64 low = 0, high = 0;    // what the tensors of a launch cover of it
-  u8* bytes = nullptr;
-  u32 granule = 4;          // bytes that have a record of their own
-  Zeros<u8> taint{};        // nonzero: nobody has written this byte
-  Zeros<Record> records{};
+  u64 base, size;        // the allocation
+  u64 low, high;         // what the tensors of a launch cover of it
+  u8* bytes;
+  u32 shift;             // 1 << shift bytes have a record of their own
+  Zeros<u8> taint;       // nonzero: nobody has written this byte
+  Zeros<Record> records;
 
   Region(u64 start, u64 length, u32 piece, u8* memory, bool tainted)
-      : base(start), size(length), low(start), high(start + length), bytes(memory), granule(piece), taint(length),
+      : base(start),
+        size(length),
+        low(start),
+        high(start + length),
+        bytes(memory),
+        shift(piece == 8 ? 3 : piece / 2),
+        taint(length),
         records(length / piece + 1) {
     std::memset(taint.data(), tainted, length);
   }
-  bool has(u64 address, u64 length) const { return address >= low && length <= high - low && address - low <= high - low - length; }
+  bool has(u64 address, u64 length) const { return address >= low && address < high && length <= high - address; }
 };
 
 // Global memory: regions in an arena, with room between them that belongs to nobody.
@@ -163,9 +169,10 @@ class Memory {
   Place at(const Who& who, bool shared, u64 address, u32 size, Access access, const u8* value = nullptr);
 
  private:
-  void compare(Record& record, const Who& who, bool shared, u64 address, Access access, bool same);
-  void compare_with_writes(const Record& r, const Who& who, bool shared, u64 address, Access access, bool same);
-  void compare_with_reads(const Record& r, const Who& who, bool shared, u64 address, bool same);
+  struct Use;  // one access to a granule
+  void compare(Record& record, const Use& use);
+  void compare_with_writes(const Record& record, const Use& use);
+  void compare_with_reads(const Record& record, const Use& use);
 
   Arena& arena_;
   Findings& findings_;

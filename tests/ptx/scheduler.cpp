@@ -102,6 +102,7 @@ bool run_cta(Cta& cta, const Instruction* code, Random& random, u64 limit) {
 
 // What program.py calls ------------------------------------------------------------------------------------------------
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 struct Launch {  // program.py writes it, in this order
@@ -188,5 +189,6 @@ bool launch(const Launch* l) {  // false: it does not end
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
 
 }  // namespace ptx
