@@ -13,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILT = HERE.parent.parent / "build" / "ptx"
+ARENA_BYTES = 1 << 30  # of addresses; the system gives memory where they are used
 FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
@@ -81,6 +82,12 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+@functools.cache
+def arena() -> int:
+    """The address of the memory in which regions are added: one for all who launch in this process."""
+    return library().arena_init(ARENA_BYTES)
 
 
 @functools.cache

@@ -52,7 +52,10 @@ class Registers:
 
     def letter(self, register: str) -> str:
         """p, 2, 4 or 8: as in the engine's table."""
-        kind = self.kinds[re.match(r"%[a-z]*", register)[0]]
+        name = re.fullmatch(r"(%[a-z]+)\d+", register)
+        if not name or name[1] not in self.kinds:
+            raise ValueError(f"{register!r} is no register")
+        kind = self.kinds[name[1]]
         return "p" if kind == "pred" else str(SIZES[kind])
 
     def slot(self, operand: str, letter: str = "4") -> int:
@@ -136,7 +139,7 @@ class Encoder:
 
     def address(self, operand: str, letter: str) -> tuple[int, int]:
         """The slot of the base, and the offset."""
-        base, offset = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand).groups()
+        base, offset = re.fullmatch(r"\[\s*([%\w]+)\s*\+?\s*(-?\d+)?\s*\]", operand).groups()
         return self.registers.slot(base, letter), int(offset or 0)
 
     # Memory -----------------------------------------------------------------------------------------------------------

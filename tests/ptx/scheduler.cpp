@@ -38,7 +38,7 @@ void set_special_registers(Warp& warp, u32 number, Grid grid, u32 num_warps) {
 Findings findings;
 Clock clock;
 u64 executed = 0;
-std::unique_ptr<Arena> arena;
+auto arena = std::make_unique<Arena>(0);
 
 // One instruction of the lanes with the lowest pc.
 void step(Cta& cta, Warp& warp, const Instruction* code) {
@@ -62,12 +62,10 @@ void step(Cta& cta, Warp& warp, const Instruction* code) {
 
 // All warps have come, or ended: the barrier opens.
 void open_barrier(Cta& cta) {
-  const Warp* first = nullptr;
-  for (Warp& warp : cta.warps) {
-    if (warp.waits() && !first) first = &warp;
-    if (warp.waits() && warp.barrier != first->barrier)
-      cta.memory.report(kBarriersDiffer, {warp.barrier, warp.id, 0, 0}, first->barrier);
-  }
+  const auto waits = [](const Warp& warp) { return warp.waits(); };
+  const s32 first = std::find_if(cta.warps.begin(), cta.warps.end(), waits)->barrier;
+  for (const Warp& warp : cta.warps)
+    if (warp.barrier != first) cta.memory.report(kBarriersDiffer, {first, warp.id, 0, 0}, warp.barrier);
   ++cta.clock.era, ++cta.clock.step;
   for (Warp& warp : cta.warps) warp.barrier = -1, warp.synchronised = cta.clock.step;
 }
@@ -90,8 +88,8 @@ bool run_cta(Cta& cta, const Instruction* code, Random& random, u64 limit) {
     }
     Warp& warp = *ready[random.below(static_cast<u32>(ready.size()))];
     const u32 turn = random.below(4) ? 1 + random.below(64) : 1 << 20;
-    for (u32 k = 0; k < turn && !warp.ended() && !warp.waits(); ++k) step(cta, warp, code);
-    if (executed > last) {
+    for (u32 k = 0; k < turn && executed < last && !warp.ended() && !warp.waits(); ++k) step(cta, warp, code);
+    if (executed >= last && !warp.ended()) {
       cta.report(kEndless, warp);
       return false;
     }
