@@ -5,175 +5,232 @@ import re
 import numpy as np
 import pytest
 from ptx import engine
-from ptx.handwritten import Device, kernel
+from ptx.handwritten import OF_THREAD, kernel
 from ptx.program import Program
 
-pytestmark = pytest.mark.skipif(engine.compiler() is None, reason="no C++ compiler")
-
-SHARED_OF_THREAD = "shl.b32 %r2, %r1, 2; | mov.b32 %r3, global_smem; | add.s32 %r4, %r3, %r2;"  # %r4: its 4 bytes
-GLOBAL_OF_THREAD = "mul.wide.u32 %rd8, %r1, 4; | add.s64 %rd9, %rd1, %rd8;"  # %rd9: its 4 bytes of the first array
-ITS_CTA = "mov.u32 %r5, %ctaid.x;"
-
-
-@pytest.fixture
-def device():
-    engine.library().regions_clear()
-    yield Device()
-    engine.library().regions_clear()
+SEEDS = range(5)
 
 
 def ints(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
+def over_seeds(ptx_engine, body: str, *arrays: np.ndarray, **options) -> set:
+    return set.union(*(ptx_engine.run(body, *arrays, seed=seed, **options) for seed in SEEDS))
+
+
+def both_ways(kind: str, one: str, other: str) -> set:
+    """Which of two comes first is up to the seed."""
+    return {(kind, one, other), (kind, other, one)}
+
+
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("offset", "found"), [(0, set()), (4, {("out of bounds", 2, None)}), (-4, {("out of bounds", 2, None)})])
-@pytest.mark.parametrize("access", ["ld.global.b32 %r9, [%rd9{:+}];", "st.global.b32 [%rd9{:+}], %r1;", "red.global.add.u32 [%rd9{:+}], %r1;"])
-def test_the_array_ends(device, access, offset, found):
-    assert device.run(f"{GLOBAL_OF_THREAD}\n{access.format(offset)}", ints(32)) == found
+@pytest.mark.parametrize("offset", [0, 4, -4])
+@pytest.mark.parametrize(
+    "access",
+    ["ld.global.b32 %r9, [%rd11+{}];", "st.global.b32 [%rd11+{}], %r1;", "red.global.add.u32 [%rd11+{}], %r1;"],
+)
+def test_the_array_ends(ptx_engine, access, offset):
+    found = ptx_engine.run(f"{OF_THREAD}\n{access.format(offset)} // here", ints(32))
+    assert found == ({("out of bounds", "here", None)} if offset else set())
 
 
-def test_what_is_out_of_bounds_is_not_written(device):
+def test_what_is_out_of_bounds_is_not_written(ptx_engine):
     array, neighbour = ints(32), ints(32)
-    device.run(f"{GLOBAL_OF_THREAD}\nst.global.b32 [%rd9+2048], 7;\nst.global.b32 [%rd9+64], 7;", array, neighbour)
+    ptx_engine.run(f"{OF_THREAD}\nst.global.b32 [%rd11+2048], 7;\nst.global.b32 [%rd11+64], 7;", array, neighbour)
     assert neighbour.tolist() == list(range(32))
     assert array.tolist() == list(range(16)) + [7] * 16
 
 
-def test_views_end_before_their_array(device):
+def test_views_end_before_their_array(ptx_engine):
     array = ints(32)
-    address = device.place(array)
-    body = f"{GLOBAL_OF_THREAD}\nld.global.b32 %r9, [%rd9];"
-    device.lib.region_bounds(address, address, address + 128)
-    assert device.run(body, array) == set()
-    device.lib.region_bounds(address, address, address + 124)
-    assert device.run(body, array) == {("out of bounds", 2, None)}
-    device.lib.region_bounds(address, address + 4, address + 128)
-    assert device.run(body, array) == {("out of bounds", 2, None)}
+    address = ptx_engine.place(array)
+    for start, end, found in ((0, 128, set()), (0, 124, {"out of bounds"}), (4, 128, {"out of bounds"})):
+        ptx_engine.lib.region_bounds(address, address + start, address + end)
+        assert {kind for kind, *_ in ptx_engine.run(f"{OF_THREAD}\nld.global.b32 %r9, [%rd11];", array)} == found
 
 
-@pytest.mark.parametrize(("shared", "found"), [(128, set()), (127, {("out of bounds", 2, None)})])
-def test_shared_memory_ends(device, shared, found):
-    assert device.run(f"{SHARED_OF_THREAD}\nst.shared.b32 [%r4], %r1;", shared=shared) == found
+@pytest.mark.parametrize(("shared", "found"), [(128, set()), (127, {("out of bounds", "here", None)})])
+def test_shared_memory_ends(ptx_engine, shared, found):
+    assert ptx_engine.run(f"{OF_THREAD}\nst.shared.b32 [%r4], %r1; // here", shared=shared) == found
 
 
-def test_nothing_lies_at_address_zero(device):
-    assert device.run("mov.b64 %rd5, 0;\nld.global.b32 %r9, [%rd5];") == {("out of bounds", 2, None)}
+def test_nothing_lies_at_address_zero(ptx_engine):
+    found = ptx_engine.run(
+        "mov.b64 %rd5, 0; mov.b32 %r5, 0;\nld.global.b32 %r9, [%rd5]; // a\nld.shared.b32 %r9, [%r5]; // b"
+    )
+    assert found == {("out of bounds", "a", None), ("out of bounds", "b", None)}
 
 
-@pytest.mark.parametrize(("offset", "found"), [(8, set()), (4, {("misaligned", 1, None)})])
-def test_addresses_are_multiples_of_the_size(device, offset, found):
-    assert device.run(f"ld.global.v2.b32 {{%r8, %r9}}, [%rd1+{offset}];", ints(32)) == found
-    assert device.run(f"st.shared.b64 [global_smem+{offset}], 1;") == found
+@pytest.mark.parametrize(("offset", "found"), [(8, set()), (4, {("misaligned", "here", None)})])
+@pytest.mark.parametrize("access", ["ld.global.v2.b32 {{%r8, %r9}}, [%rd1+{}];", "st.shared.b64 [global_smem+{}], 1;"])
+def test_addresses_are_multiples_of_the_size(ptx_engine, access, offset, found):
+    assert ptx_engine.run(f"{access.format(offset)} // here", ints(32)) == found
 
 
 # Races ----------------------------------------------------------------------------------------------------------------
 
-REVERSED = "xor.b32 %r6, %r2, 252; | add.s32 %r7, %r3, %r6;"  # another thread's 4 bytes, of 64, in %r7
+OF_ANOTHER = "xor.b32 %r6, %r2, 252; add.s32 %r7, %r3, %r6;"  # %r7: 4 bytes of another of 64 threads
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_barrier_between_warps(device, seed):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_barrier_between_warps(ptx_engine, seed):
     out = ints(64)
-    write, read = "st.shared.b32 [%r4], %r1;", f"ld.shared.b32 %r9, [%r7];\n{GLOBAL_OF_THREAD} | st.global.b32 [%rd9], %r9;"
-    assert device.run(f"{SHARED_OF_THREAD} | {REVERSED}\n{write}\nbar.sync 0;\n{read}", out, warps=2, seed=seed) == set()
+    body = f"""{OF_THREAD} {OF_ANOTHER}
+        st.shared.b32 [%r4], %r1;   // write
+        bar.sync 0;
+        ld.shared.b32 %r9, [%r7];   // read
+        st.global.b32 [%rd11], %r9;"""
+    assert ptx_engine.run(body, out, warps=2, seed=seed) == set()
     assert out.tolist() == list(range(64))[::-1]
-    found = device.run(f"{SHARED_OF_THREAD} | {REVERSED}\n{write}\n{read}", out, warps=2, seed=seed)
-    assert ("race between warps", 3, 2) in found or ("race between warps", 2, 3) in found
+    found = ptx_engine.run(body.replace("bar.sync 0;", ""), out, warps=2, seed=seed)
+    assert found & both_ways("race between warps", "read", "write")
 
 
-@pytest.mark.parametrize(("barrier", "found"), [("bar.sync 0;", set()), ("nop;", {("race between warps", 4, 2)})])
-def test_a_barrier_before_writing_again(device, barrier, found):
-    body = f"{SHARED_OF_THREAD} | {REVERSED} | st.shared.b32 [%r4], 0; | bar.sync 0;\nld.shared.b32 %r9, [%r7];\n{barrier}\nst.shared.b32 [%r4], %r1;"
-    runs = [device.run(body, warps=2, seed=seed) for seed in range(5)]
-    assert set.union(*runs) - {("race between warps", 2, 4)} == found
+def test_a_barrier_before_writing_again(ptx_engine):
+    body = f"""{OF_THREAD} {OF_ANOTHER}
+        st.shared.b32 [%r4], 0;
+        bar.sync 0;
+        ld.shared.b32 %r9, [%r7];   // read
+        bar.warp.sync -1;
+        bar.sync 0;                 // between
+        st.shared.b32 [%r4], %r1;   // write"""
+    assert over_seeds(ptx_engine, body, warps=2) == set()
+    found = over_seeds(ptx_engine, body.replace("bar.sync 0;                 // between", ""), warps=2)
+    assert found == both_ways("race between warps", "read", "write")
 
 
-@pytest.mark.parametrize(("barrier", "found"), [("bar.sync 0;", set()), ("nop;", {("race between warps", 4, 2), ("race between warps", 2, 4)})])
-def test_a_barrier_between_warps_in_global_memory(device, barrier, found):
-    body = f"{GLOBAL_OF_THREAD} | xor.b32 %r6, %r1, 63; | mul.wide.u32 %rd5, %r6, 4; | add.s64 %rd6, %rd1, %rd5;\nst.global.b32 [%rd9], %r1;\n{barrier}\nld.global.b32 %r9, [%rd6];"
-    runs = [device.run(body, ints(64), warps=2, seed=seed) for seed in range(5)]
-    assert set.union(*runs) <= found and any(runs) == bool(found)
+def test_a_barrier_between_warps_in_global_memory(ptx_engine):
+    body = f"""{OF_THREAD}
+        xor.b32 %r6, %r1, 63; mul.wide.u32 %rd5, %r6, 4; add.s64 %rd6, %rd1, %rd5;
+        st.global.b32 [%rd11], %r1;   // write
+        bar.sync 0;
+        ld.global.b32 %r9, [%rd6];    // read"""
+    assert over_seeds(ptx_engine, body, ints(64), warps=2) == set()
+    without = body.replace("bar.sync 0;", "")
+    assert over_seeds(ptx_engine, without, ints(64), warps=2) == both_ways("race between warps", "read", "write")
+    assert ptx_engine.run(without, ints(64), warps=2, flags=0) == set()
 
 
-def test_races_are_not_looked_for_without_their_flag(device):
-    body = f"{ITS_CTA}\nst.global.b32 [%rd1], %r5;"
-    assert device.run(body, ints(1), grid=2, flags=0) == set()
+@pytest.mark.parametrize(("first", "second"), [("red", "red"), ("red", "ld"), ("red", "st"), ("st", "red")])
+def test_atomics_race_with_what_is_none(ptx_engine, first, second):
+    accesses = {
+        "red": "red.shared.add.u32 [global_smem], 1;",
+        "ld": "ld.shared.b32 %r9, [global_smem];",
+        "st": "st.shared.b32 [global_smem], %r6;",
+    }
+    body = f"""
+        setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r1, 32; mov.b32 %r6, 7;
+        @%p1 st.shared.b32 [global_smem], 0;
+        bar.sync 0;
+        @%p1 {accesses[first]}    // first
+        @%p2 {accesses[second]}   // second"""
+    found = over_seeds(ptx_engine, body, warps=2)
+    expected = both_ways("race between warps", "first", "second")
+    assert found == (set() if first == second else found & expected) and bool(found) == (first != second)
 
 
-def test_warps_that_store_the_same(device):
-    assert device.run("st.shared.b32 [global_smem], 7;", warps=2) == {("race between warps, same value", 1, 1)}
+def test_warps_that_store_the_same(ptx_engine):
+    found = ptx_engine.run("st.shared.b32 [global_smem], 7; // here", warps=2)
+    assert found == {("race between warps, same value", "here", "here")}
 
 
-CTAS = {
-    "own places": ("mul.wide.u32 %rd5, %r5, 4; | add.s64 %rd6, %rd1, %rd5;\nst.global.b32 [%rd6], %r5;", None),
-    "one place": ("nop;\nst.global.b32 [%rd1], %r5;", "race between CTAs"),
-    "one value": ("nop;\nst.global.b32 [%rd1], 99;", "race between CTAs, same value"),
-    "atomics": ("setp.ne.b32 %p1, %r1, 0;\n@%p1 red.global.add.u32 [%rd1], %r5;", None),
-    "reads": ("nop;\nld.global.b32 %r9, [%rd1];", None),
-}
+@pytest.mark.parametrize(
+    ("access", "kind"),
+    [
+        ("st.global.b32 [%rd6], %r5;", None),
+        ("st.global.b32 [%rd1], %r5;", "race between CTAs"),
+        ("st.global.b32 [%rd1], 99;", "race between CTAs, same value"),
+        ("red.global.add.u32 [%rd1], %r5;", None),
+        ("ld.global.b32 %r9, [%rd1];", None),
+    ],
+)
+def test_ctas_of_a_launch(ptx_engine, access, kind):
+    body = f"""
+        mov.u32 %r5, %ctaid.x; mul.wide.u32 %rd5, %r5, 4; add.s64 %rd6, %rd1, %rd5;
+        setp.eq.b32 %p1, %r1, 0;
+        @%p1 {access}   // here"""
+    assert ptx_engine.run(body, ints(8), grid=4) == ({(kind, "here", "here")} if kind else set())
 
 
-@pytest.mark.parametrize("case", CTAS)
-def test_ctas_of_a_launch(device, case):
-    body, kind = CTAS[case]
-    # Thread 0 alone, but in the case of atomics, where all the others are not it.
-    one = "setp.eq.b32 %p2, %r1, 0; | @!%p2 bra $over;" if case != "atomics" else "nop;"
-    found = device.run(f"{ITS_CTA} | {one} | {body}\n$over:", ints(8), grid=4)
-    assert found == ({(kind, 2, 2)} if kind else set())
+def test_ctas_that_read_what_another_writes(ptx_engine):
+    body = """
+        mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r5, 0;
+        @%p1 st.global.b32 [%rd1], 7;    // write
+        @!%p1 ld.global.b32 %r9, [%rd1]; // read"""
+    runs = [ptx_engine.run(body, ints(1), grid=3, seed=seed) for seed in range(8)]
+    assert all(runs) and set.union(*runs) == both_ways("race between CTAs", "read", "write")
 
 
-def test_ctas_that_read_what_another_writes(device):
-    body = f"{ITS_CTA} | setp.eq.b32 %p1, %r5, 0;\n@%p1 st.global.b32 [%rd1], %r5;\n@!%p1 ld.global.b32 %r9, [%rd1];"
-    runs = [device.run(f"setp.ne.b32 %p2, %r1, 0; | @%p2 bra $over; | {body}\n$over:", ints(1), grid=3, seed=seed) for seed in range(8)]
-    assert set.union(*runs) == {("race between CTAs", 2, 3), ("race between CTAs", 3, 2)}
-    assert all(runs)
+def test_a_cta_that_writes_what_it_and_others_have_read(ptx_engine):
+    body = """
+        mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r5, 0; setp.eq.b32 %p2, %r1, 0;
+        @%p2 ld.global.b32 %r9, [%rd1];   // read
+        bar.sync 0;
+        and.pred %p3, %p1, %p2;
+        @%p3 st.global.b32 [%rd1], 7;     // write"""
+    assert ptx_engine.run(body, ints(1), grid=1) == set()
+    runs = [ptx_engine.run(body, ints(1), grid=2, seed=seed) for seed in range(8)]
+    assert all(runs) and set.union(*runs) == both_ways("race between CTAs", "read", "write")
 
 
-def test_launches_do_not_race(device):
+def test_launches_do_not_race(ptx_engine):
     array = ints(1)
     for value in (1, 2):
-        assert device.run(f"setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd1], {value};", array) == set()
+        body = f"setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd1], {value};"
+        assert ptx_engine.run(body, array) == set() and array[0] == value
 
 
-@pytest.mark.parametrize(("barrier", "found"), [("bar.warp.sync -1;", set()), ("nop;", {("hazard within a warp", 4, 2)})])
-def test_lanes_hand_over(device, barrier, found):
-    body = f"{SHARED_OF_THREAD} | xor.b32 %r6, %r4, 4;\nst.shared.b32 [%r4], %r1;\n{barrier}\nld.shared.b32 %r9, [%r6];"
-    assert device.run(body) == found
+def test_lanes_hand_over(ptx_engine):
+    body = f"""{OF_THREAD}
+        xor.b32 %r6, %r4, 4;
+        st.shared.b32 [%r4], %r1;   // write
+        bar.warp.sync -1;
+        ld.shared.b32 %r9, [%r6];   // read"""
+    assert ptx_engine.run(body) == set()
+    assert ptx_engine.run(body.replace("bar.warp.sync -1;", "")) == {("hazard within a warp", "read", "write")}
 
 
-@pytest.mark.parametrize(("barrier", "found"), [("bar.warp.sync -1;", set()), ("nop;", {("hazard within a warp", 4, 2)})])
-def test_lanes_write_what_others_have_read(device, barrier, found):
-    body = f"{SHARED_OF_THREAD} | xor.b32 %r6, %r4, 4; | st.shared.b32 [%r4], 99; | bar.warp.sync -1;\nld.shared.b32 %r9, [%r6];\n{barrier}\nst.shared.b32 [%r4], %r1;"
-    assert device.run(body) == found
+def test_lanes_write_what_others_have_read(ptx_engine):
+    body = f"""{OF_THREAD}
+        xor.b32 %r6, %r4, 4; st.shared.b32 [%r4], 99;
+        bar.sync 0;
+        ld.shared.b32 %r9, [%r6];   // read
+        bar.warp.sync -1;
+        st.shared.b32 [%r4], %r1;   // write"""
+    assert ptx_engine.run(body) == set()
+    assert ptx_engine.run(body.replace("bar.warp.sync -1;", "")) == {("hazard within a warp", "write", "read")}
 
 
-@pytest.mark.parametrize(("value", "found"), [("7", set()), ("%r1", {("lanes store different values", 1, 1)})])
-def test_lanes_that_store_to_one_place(device, value, found):
-    assert device.run(f"st.shared.b32 [global_smem], {value};") == found
+@pytest.mark.parametrize(("value", "kinds"), [("7", set()), ("%r1", {"lanes store different values"})])
+def test_lanes_that_store_to_one_place(ptx_engine, value, kinds):
+    found = ptx_engine.run(f"st.shared.b32 [global_smem], {value}; // here")
+    assert found == {(kind, "here", "here") for kind in kinds}
 
 
 # Uninitialised --------------------------------------------------------------------------------------------------------
 
-UNINITIALISED = "ld.shared.b32 %r9, [global_smem];"  # nobody has written it
+LOAD = "ld.shared.b32 %r9, [global_smem];"
 USES = {
-    "branch": ("setp.eq.b32 %p1, %r9, 0; | @%p1 bra $over;", "branch or predicate on uninitialised"),
-    "predicate": ("setp.eq.b32 %p1, %r9, 0; | @%p1 mov.b32 %r8, 0;", "branch or predicate on uninitialised"),
-    "address of a load": ("add.s32 %r8, %r3, %r9; | ld.shared.b32 %r7, [%r8];", "address uninitialised"),
-    "address of a store": ("add.s32 %r8, %r3, %r9; | st.shared.b32 [%r8], 0;", "address uninitialised"),
-    "shuffle": ("shfl.sync.bfly.b32 %r7, %r1, %r9, 31, -1;", "shuffle by uninitialised"),
+    "setp.eq.b32 %p1, %r9, 0; @%p1 bra $over;": "branch or predicate on uninitialised",
+    "setp.eq.b32 %p1, %r9, 0; @%p1 mov.b32 %r8, 0;": "branch or predicate on uninitialised",
+    "add.s32 %r8, %r3, %r9; ld.shared.b32 %r7, [%r8];": "address uninitialised",
+    "add.s32 %r8, %r3, %r9; st.shared.b32 [%r8], 0;": "address uninitialised",
+    "add.s32 %r8, %r3, %r9; red.shared.add.u32 [%r8], 0;": "address uninitialised",
+    "add.s32 %r8, %r3, %r9; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r7}, [%r8];": "address uninitialised",
+    "shfl.sync.bfly.b32 %r7, %r1, %r9, 31, -1;": "shuffle by uninitialised",
 }
 
 
 @pytest.mark.parametrize("use", USES)
-def test_uninitialised_values_that_decide(device, use):
-    text, kind = USES[use]
-    found = device.run(f"mov.b32 %r3, global_smem;\n{UNINITIALISED}\n{text}\n$over:")
-    assert (kind, 3, None) in found and found <= {(kind, 3, None), ("out of bounds", 3, None), ("misaligned", 3, None)}
-    written = f"st.shared.b32 [global_smem], 0; | bar.sync 0;\n{UNINITIALISED}"
-    assert device.run(f"mov.b32 %r3, global_smem; | {written}\n{text}\n$over:") == set()
+def test_uninitialised_values_that_decide(ptx_engine, use):
+    body = f"{OF_THREAD} st.shared.b32 [%r4], 0; bar.sync 0;\n{LOAD} bar.sync 0;\n{use} // use\n$over:"
+    assert ptx_engine.run(body) == set()
+    found = ptx_engine.run(body.replace("st.shared.b32 [%r4], 0;", ""))
+    assert (USES[use], "use", None) in found
+    assert {kind for kind, *_ in found} <= {USES[use], "out of bounds", "misaligned"}  # an address can be any
 
 
 @pytest.mark.parametrize(
@@ -183,138 +240,195 @@ def test_uninitialised_values_that_decide(device, use):
         ("add.s32 %r8, %r9, 1;", True),
         ("and.b32 %r8, %r9, 0;", False),
         ("and.b32 %r8, %r9, 1;", True),
-        ("or.b32 %r8, %r9, -1;", False),
+        ("or.b32 %r8, -1, %r9;", False),
         ("mul.rn.f32 %r8, %r9, 0f7FFFFFFF;", False),
         ("fma.rn.f32 %r8, %r9, 0f3F800000, 0f7FFFFFFF;", False),
+        ("fma.rn.f32 %r8, %r9, 0f3F800000, 0f3F800000;", True),
         ("selp.b32 %r8, %r9, 3, %p1;", True),
         ("selp.b32 %r8, 3, %r9, %p1;", False),
+        ("mov.b64 %rd5, {%r9, %r1}; mov.b64 {_, %r8}, %rd5;", True),
         ("shfl.sync.bfly.b32 %r8, %r9, 1, 31, -1;", True),
         ("redux.sync.add.s32 %r8, %r9, -1;", True),
     ],
 )
-def test_uninitialised_values_are_followed_to_the_result(device, combine, tainted):
+def test_uninitialised_values_are_followed_to_the_result(ptx_engine, combine, tainted):
     out = ints(32)
-    body = f"{GLOBAL_OF_THREAD} | setp.eq.b32 %p1, 0, 0;\n{UNINITIALISED}\n{combine}\nst.global.b32 [%rd9], %r8;"
-    assert device.run(body, out) == set()
-    assert device.tainted(out) == 128 * tainted
+    body = f"{OF_THREAD} setp.eq.b32 %p1, 0, 0;\n{LOAD}\n{combine}\nst.global.b32 [%rd11], %r8;"
+    assert ptx_engine.run(body, out) == set()
+    assert ptx_engine.tainted(out) == 128 * tainted
 
 
-def test_bytes_are_uninitialised_one_by_one(device):
+def test_lanes_are_uninitialised_one_by_one(ptx_engine):
+    out = ints(32)
+    body = f"""{OF_THREAD}
+        mov.b32 %r8, 0; setp.eq.b32 %p1, %r1, 7;
+        @%p1 {LOAD}
+        @%p1 mov.b32 %r8, %r9;
+        shfl.sync.bfly.b32 %r7, %r8, 1, 31, -1;
+        st.global.b32 [%rd11], %r7;"""
+    assert ptx_engine.run(body, out) == set()
+    taint = np.zeros(128, np.uint8)
+    ptx_engine.lib.get_taint(ptx_engine.place(out), 128, taint.ctypes.data)
+    assert np.flatnonzero(taint).tolist() == [24, 25, 26, 27]  # of lane 6
+
+
+def test_bytes_are_uninitialised_one_by_one(ptx_engine):
     out = np.zeros(8, np.uint8)
-    device.place(out, uninitialised=True)
-    assert device.run("setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b8 [%rd1+1], 7;\n@%p1 st.global.b16 [%rd1+4], 7;", out) == set()
-    assert device.tainted(out) == 5
+    ptx_engine.place(out, uninitialised=True)
+    body = "setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b8 [%rd1+1], 7;\n@%p1 st.global.b16 [%rd1+4], 7;"
+    assert ptx_engine.run(body, out) == set()
+    assert ptx_engine.tainted(out) == 5
 
 
-def test_an_atomic_sum_with_something_uninitialised_is_uninitialised(device):
+def test_an_atomic_sum_with_something_uninitialised_is_uninitialised(ptx_engine):
     total = np.zeros(1, np.int32)
-    assert device.run("red.global.add.u32 [%rd1], %r1;", total) == set()
-    assert (total[0], device.tainted(total)) == (31 * 16, 0)
-    device.lib.set_taint(device.place(total), 4, True)
-    assert device.run("red.global.add.u32 [%rd1], 1;", total) == set()
-    assert device.tainted(total) == 4
+    assert ptx_engine.run("red.global.add.u32 [%rd1], %r1;", total) == set()
+    assert (total[0], ptx_engine.tainted(total)) == (31 * 16, 0)
+    ptx_engine.lib.set_taint(ptx_engine.place(total), 4, True)
+    assert ptx_engine.run("red.global.add.u32 [%rd1], 1;", total) == set()
+    assert ptx_engine.tainted(total) == 4
 
 
-def test_every_load_of_something_uninitialised_on_demand(device):
-    assert device.run(UNINITIALISED, flags=1 | 8) == {("load of uninitialised", 1, None)}
-    assert device.run(f"st.shared.b32 [global_smem], 7; | bar.sync 0;\n{UNINITIALISED}", flags=1 | 8) == set()
+def test_every_load_of_something_uninitialised_on_demand(ptx_engine):
+    assert ptx_engine.run(f"{LOAD} // here", flags=1 | 8) == {("load of uninitialised", "here", None)}
+    assert ptx_engine.run(f"st.shared.b32 [global_smem], 7; bar.sync 0;\n{LOAD}", flags=1 | 8) == set()
 
 
-def test_registers_that_nothing_defines_are_any_value(device):
-    assert device.run("setp.eq.b32 %p1, %r77, 0;\n@%p1 mov.b32 %r8, 0;") == set()
-    body = "setp.eq.b32 %p2, %r1, 99;\n@%p2 mov.b32 %r77, 0;\nsetp.eq.b32 %p1, %r77, 0;\n@%p1 mov.b32 %r8, 0;"
-    assert device.run(body) == {("branch or predicate on uninitialised", 4, None)}
+def test_registers_that_nothing_defines_are_any_value(ptx_engine):
+    use = "setp.eq.b32 %p1, %r77, 0;\n@%p1 mov.b32 %r8, 0; // use"
+    assert ptx_engine.run(use) == set()
+    found = ptx_engine.run(f"setp.eq.b32 %p2, %r1, 99;\n@%p2 mov.b32 %r77, 0;\n{use}")
+    assert found == {("branch or predicate on uninitialised", "use", None)}
+
+
+def test_shared_memory_is_uninitialised_in_every_cta(ptx_engine):
+    out = ints(2)
+    body = f"""
+        mov.u32 %r5, %ctaid.x; mul.wide.u32 %rd5, %r5, 4; add.s64 %rd6, %rd1, %rd5; setp.eq.b32 %p1, %r1, 0;
+        {LOAD} bar.sync 0; st.shared.b32 [global_smem], 7;
+        @%p1 st.global.b32 [%rd6], %r9;"""
+    assert ptx_engine.run(body, out, grid=2) == set()
+    assert ptx_engine.tainted(out) == 8
 
 
 # Barriers and whole warps ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("threads", "found"), [(32, set()), (16, {("not converged", 3, None)})])
+@pytest.mark.parametrize("threads", [32, 16])
 @pytest.mark.parametrize(
     "instruction",
     ["bar.sync 0;", "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1;", "redux.sync.add.s32 %r7, %r1, -1;"],
 )
-def test_lanes_that_took_another_way(device, instruction, threads, found):
-    assert device.run(f"setp.ge.u32 %p1, %r1, {threads};\n@%p1 bra $over;\n{instruction}\n$over:") == found
+def test_lanes_that_took_another_way(ptx_engine, instruction, threads):
+    body = f"setp.ge.u32 %p1, %r1, {threads};\n@%p1 bra $over;\n{instruction} // here\n$over:"
+    assert ptx_engine.run(body) == ({("not converged", "here", None)} if threads < 32 else set())
+    body = f"setp.lt.u32 %p1, %r1, {threads};\n@%p1 {instruction} // here"
+    assert ptx_engine.run(body) == ({("not converged", "here", None)} if threads < 32 else set())
 
 
-def test_members_are_the_whole_warp(device):
-    assert device.run("redux.sync.add.s32 %r7, %r1, 65535;") == {("not converged", 1, None)}
+def test_members_are_the_whole_warp(ptx_engine):
+    found = ptx_engine.run("redux.sync.add.s32 %r7, %r1, 65535; // here")
+    assert found == {("not converged", "here", None)}
 
 
-def test_lanes_that_ended(device):
-    found = device.run("setp.ge.u32 %p1, %r1, 16;\n@%p1 ret;\nshfl.sync.bfly.b32 %r7, %r1, 1, 31, -1;")
-    assert found == {("not converged", 3, None)}
+def test_lanes_that_ended(ptx_engine):
+    body = "setp.ge.u32 %p1, %r1, {};\n@%p1 ret;\nshfl.sync.bfly.b32 %r7, %r1, 1, 31, -1; // here"
+    assert ptx_engine.run(body.format(32)) == set()
+    assert ptx_engine.run(body.format(16)) == {("not converged", "here", None)}
 
 
-def test_lanes_meet_again(device):
+def test_lanes_meet_again(ptx_engine):
     out = ints(32)
-    loop = "$loop:\nadd.s32 %r7, %r7, 1;\nsetp.lt.s32 %p1, %r7, %r1;\n@%p1 bra $loop;"
-    body = f"{GLOBAL_OF_THREAD} | mov.b32 %r7, 0;\n{loop}\nredux.sync.add.s32 %r8, %r7, -1; | st.global.b32 [%rd9], %r8;"
-    assert device.run(body, out) == set()
+    body = f"""{OF_THREAD} mov.b32 %r7, 0;
+        $loop:
+        add.s32 %r7, %r7, 1; setp.lt.s32 %p1, %r7, %r1;
+        @%p1 bra $loop;
+        redux.sync.add.s32 %r8, %r7, -1;
+        st.global.b32 [%rd11], %r8;"""
+    assert ptx_engine.run(body, out) == set()
     assert out.tolist() == [1 + sum(range(32))] * 32
 
 
-def test_warps_at_different_barriers(device):
-    body = "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $other;\nbar.sync 0;\nbra $over;\n$other:\nbar.sync 0;\n$over:"
-    assert device.run(body, warps=2) == {("barriers differ", 3, 6)} or device.run(body, warps=2) == {("barriers differ", 6, 3)}
+@pytest.mark.parametrize("warps", [1, 2])
+def test_warps_at_different_barriers(ptx_engine, warps):
+    body = """
+        setp.lt.u32 %p1, %r1, 32;
+        @%p1 bra $other;
+        bar.sync 0;   // one
+        bra $over;
+        $other:
+        bar.sync 0;   // other
+        $over:"""
+    found = ptx_engine.run(body, warps=warps)
+    assert found == ({("barriers differ", "other", "one")} if warps == 2 else set())
 
 
-def test_warps_that_end_before_a_barrier(device):
-    assert device.run("setp.lt.u32 %p1, %r1, 32;\n@%p1 ret;\nbar.sync 0;", warps=2) == {("barriers differ", 3, None)}
+@pytest.mark.parametrize("warps", [1, 2])
+def test_warps_that_end_before_a_barrier(ptx_engine, warps):
+    found = ptx_engine.run("setp.ge.u32 %p1, %r1, 32;\n@%p1 ret;\nbar.sync 0; // here", warps=warps)
+    assert found == ({("barriers differ", "here", None)} if warps == 2 else set())
 
 
-def test_a_kernel_that_does_not_end(device):
-    body = "mov.b32 %r2, 0;\n$loop:\nadd.s32 %r2, %r2, 1;\nsetp.lt.s32 %p1, %r2, {};\n@%p1 bra $loop;"
-    assert device.run(body.format(1000), limit=10_000) == set()
-    found = device.run(body.format(100_000), limit=10_000)
-    assert {kind for kind, _, _ in found} == {"does not end"} and all(3 <= at <= 5 for _, at, _ in found)
-    assert device.run("$self:\nbra $self;", limit=10_000) == {("does not end", 2, None)}
+def test_a_kernel_that_does_not_end(ptx_engine):
+    body = """mov.b32 %r2, 0;
+        $loop:
+        add.s32 %r2, %r2, 1;
+        setp.lt.s32 %p1, %r2, {};
+        @%p1 bra $loop;"""
+    assert ptx_engine.run(body.format(1000), limit=10_000) == set()
+    assert {kind for kind, *_ in ptx_engine.run(body.format(100_000), limit=10_000)} == {"does not end"}
+    assert ptx_engine.run("$self:\nbra $self; // here", limit=10_000) == {("does not end", "here", None)}
 
 
 # What runs meanwhile --------------------------------------------------------------------------------------------------
 
-COPY = "cp.async.ca.shared.global [%r4+0], [%rd9+0], 4, %r5;"
-COPIED = f"{GLOBAL_OF_THREAD} | {SHARED_OF_THREAD} | mov.b32 %r5, 4;\n{COPY}\ncp.async.commit_group;"
-TO_SECOND = "add.s64 %rd10, %rd2, %rd8; | st.global.b32 [%rd10], %r9;"
+COPY = f"""{OF_THREAD} mov.b32 %r5, 4;
+    cp.async.ca.shared.global [%r4+0], [%rd11+0], 4, %r5; // copy
+    cp.async.commit_group;"""
+LOADED = "ld.shared.b32 %r9, [%r4];\nst.global.b32 [%rd12], %r9;"
 
 
-@pytest.mark.parametrize(("wait", "tainted"), [("cp.async.wait_group 0;", 0), ("cp.async.wait_group 1;", 128)])
-def test_a_copy_is_waited_for(device, wait, tainted):
+@pytest.mark.parametrize("under_way", [0, 1])
+def test_a_copy_is_waited_for(ptx_engine, under_way):
     source, out = ints(32), ints(32)[::-1].copy()
-    body = f"{COPIED}\n{wait}\nld.shared.b32 %r9, [%r4];\n{TO_SECOND}\ncp.async.wait_group 0;"
-    assert device.run(body, source, out) == set()
-    assert device.tainted(out) == tainted and (out == source).all() == (not tainted)
+    body = f"{COPY}\ncp.async.wait_group {under_way};\n{LOADED}\ncp.async.wait_group 0;"
+    assert ptx_engine.run(body, source, out) == set()
+    assert ptx_engine.tainted(out) == 128 * under_way and (out == source).all() == (not under_way)
 
 
-def test_copies_of_a_group_arrive_in_order(device):
+@pytest.mark.parametrize("which", [0, 128])
+def test_groups_of_copies_arrive_in_order(ptx_engine, which):
     source, out = ints(32), np.zeros(32, np.int32)
-    body = f"{COPIED}\ncp.async.ca.shared.global [%r4+128], [%rd9+0], 4, %r5; | cp.async.commit_group;\ncp.async.wait_group 1;\nld.shared.b32 %r9, [%r4{{}}];\n{TO_SECOND}\ncp.async.wait_group 0;"
-    assert device.run(body.format("+0"), source, out) == set()
-    assert device.tainted(out) == 0 and (out == source).all()
-    assert device.run(body.format("+128"), source, out) == set()
-    assert device.tainted(out) == 128
+    body = f"""{COPY}
+        cp.async.ca.shared.global [%r4+128], [%rd11+0], 4, %r5;
+        cp.async.commit_group;
+        cp.async.wait_group 1;
+        {LOADED.replace("[%r4]", f"[%r4+{which}]")}
+        cp.async.wait_group 0;"""
+    assert ptx_engine.run(body, source, out) == set()
+    assert ptx_engine.tainted(out) == which
 
 
-def test_a_copy_of_fewer_bytes_ends_in_zeros(device):
+@pytest.mark.parametrize(("taken", "result"), [("2", 0xFFFF), ("0; add.s64 %rd11, %rd11, 9999", 0)])
+def test_a_copy_of_fewer_bytes_ends_in_zeros(ptx_engine, taken, result):
     source, out = np.full(32, -1, np.int32), np.ones(32, np.int32)
-    body = f"{COPIED}\ncp.async.wait_group 0;\nld.shared.b32 %r9, [%r4];\n{TO_SECOND}"
-    assert device.run(body.replace("mov.b32 %r5, 4;", "mov.b32 %r5, 2;"), source, out) == set()
-    assert out.tolist() == [0xFFFF] * 32
-    # Nothing is read where nothing is copied.
-    assert device.run(body.replace("mov.b32 %r5, 4;", "mov.b32 %r5, 0; | add.s64 %rd9, %rd9, 9999;"), source, out) == set()
-    assert out.tolist() == [0] * 32
+    body = f"{COPY}\ncp.async.wait_group 0;\n{LOADED}".replace("mov.b32 %r5, 4;", f"mov.b32 %r5, {taken};")
+    assert ptx_engine.run(body, source, out) == set()  # nothing is read where nothing is taken
+    assert out.tolist() == [result] * 32
 
 
-@pytest.mark.parametrize("copied", [COPIED, COPIED.replace("cp.async.commit_group;", "nop;")], ids=["committed", "open"])
-def test_a_copy_that_nobody_waited_for(device, copied):
-    assert device.run(copied, ints(32)) == {("not waited for", 2, None)}
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_copy_that_nobody_waited_for(ptx_engine, committed):
+    body = COPY if committed else COPY.replace("cp.async.commit_group;", "")
+    assert ptx_engine.run(body, ints(32)) == {("not waited for", "copy", None)}
 
 
-def test_a_copy_lands_after_the_barrier_that_was_to_order_it(device):
-    body = f"{COPIED}\nbar.sync 0;\nxor.b32 %r6, %r4, 128; | ld.shared.b32 %r9, [%r6];\ncp.async.wait_group 0;"
-    found = set.union(*(device.run(body, ints(64), warps=2, seed=seed) for seed in range(5)))
-    assert found == {("race between warps", 2, 5), ("race between warps", 5, 2)}
+def test_a_copy_lands_when_it_is_waited_for(ptx_engine):
+    wait, barrier = "cp.async.wait_group 0;\n", "bar.sync 0;\n"
+    read = "xor.b32 %r6, %r4, 128; ld.shared.b32 %r9, [%r6]; // read\n"
+    assert over_seeds(ptx_engine, f"{COPY}\n{wait}{barrier}{read}", ints(64), warps=2) == set()
+    found = over_seeds(ptx_engine, f"{COPY}\n{barrier}{read}{wait}", ints(64), warps=2)
+    assert found == both_ways("race between warps", "read", "copy")
 
 
 # Programs -------------------------------------------------------------------------------------------------------------
@@ -322,36 +436,47 @@ def test_a_copy_lands_after_the_barrier_that_was_to_order_it(device):
 
 @pytest.mark.parametrize(
     "statement",
-    ["tanh.approx.f32 %r2, %r1;", "bar.sync 1;", "ld.local.b32 %r2, [%r1];", "add.cc.u32 %r2, %r1, 1;", "shfl.sync.bfly.b32 %r2|%p1, %r1, 1, 31, -1;"],
+    [
+        "tanh.approx.f32 %r2, %r1;",
+        "bar.sync 1;",
+        "ld.local.b32 %r2, [%r1];",
+        "ld.b32 %r2, [%rd1];",
+        "add.cc.u32 %r2, %r1, 1;",
+        "shfl.sync.bfly.b32 %r2|%p1, %r1, 1, 31, -1;",
+        "red.global.max.u32 [%rd1], 1;",
+    ],
 )
-def test_an_unknown_instruction_is_named(statement):
+def test_an_unknown_instruction_is_named(ptx_engine, statement):
     with pytest.raises(NotImplementedError, match=re.escape(f"PTX instruction '{statement[:-1]}' of example")):
         Program(kernel(statement))
 
 
-def test_a_mutated_program(device):
+def test_a_mutated_program(ptx_engine):
     def without_barriers(statements, labels):
         return [("nop" if text.startswith("bar.sync") else text, place) for text, place in statements], labels
 
-    text = kernel(f"{SHARED_OF_THREAD} | {REVERSED}\nst.shared.b32 [%r4], %r1;\nbar.sync 0;\nld.shared.b32 %r9, [%r7];", warps=2)
+    text = kernel(f"{OF_THREAD} {OF_ANOTHER} st.shared.b32 [%r4], %r1; bar.sync 0; ld.shared.b32 %r9, [%r7];", warps=2)
     assert Program(text).run(b"", (1,), 256) == []
-    assert {one["kind"] for one in Program(text, without_barriers).run(b"", (1,), 256)} == {"race between warps"}
+    found = Program(text, without_barriers).run(b"", (1,), 256)
+    assert {one["kind"] for one in found} == {"race between warps"}
 
 
-def test_seeds_decide_the_order(device):
+def test_seeds_decide_the_order(ptx_engine):
+    body = "mov.u32 %r5, %ctaid.x; setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd1], %r5;"
+
     def last(seed):
         array = ints(1)
-        device.run(f"{ITS_CTA} | setp.eq.b32 %p1, %r1, 0;\n@%p1 st.global.b32 [%rd1], %r5;", array, grid=16, seed=seed)
+        ptx_engine.run(body, array, grid=16, seed=seed)
         return array[0]
 
     orders = [last(seed) for seed in range(8)]
     assert orders == [last(seed) for seed in range(8)] and len(set(orders)) > 3
 
 
-def test_instructions_are_counted(device):
-    device.lib.take_executed()
-    device.run("nop;\nnop;", warps=3, grid=5)
-    assert device.lib.take_executed() == 3 * 5 * 4  # with the index of the thread, and the end
+def test_instructions_are_counted(ptx_engine):
+    ptx_engine.lib.take_executed()
+    ptx_engine.run("nop;\nnop;", warps=3, grid=5)
+    assert ptx_engine.lib.take_executed() == 3 * 5 * 4  # with the index of the thread, and the end
 
 
 def test_without_a_compiler_there_is_a_reason(monkeypatch, tmp_path):

@@ -41,7 +41,8 @@ void load_parameter(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   i.cell == 8 ? set(Lanes<u64>{}) : set(Lanes<u32>{});
 }
 
-// ld and st: the vector's registers, then the address --------------------------------------------------------------------
+// ld and st: the vector's registers, then the address
+// --------------------------------------------------------------------
 
 template <class Cells>
 void load_cells(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
@@ -94,8 +95,8 @@ void store(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   });
 }
 
-// ldmatrix and stmatrix: matrices of 8 x 8 halves. Lane 8 k + r has the address of row r of matrix k; the numbers lie in
-// the lanes' registers two by two, row after row.
+// ldmatrix and stmatrix: matrices of 8 x 8 halves. Lane 8 k + r has the address of row r of matrix k; the numbers lie
+// in the lanes' registers two by two, row after row.
 
 struct Matrix {
   u16 element[8][8];
@@ -156,7 +157,8 @@ void store_matrix(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   }
 }
 
-// cp.async: what is copied arrives when it is waited for; until then its bytes are nobody's ------------------------------
+// cp.async: what is copied arrives when it is waited for; until then its bytes are nobody's
+// ------------------------------
 
 // Operands: to, from, how many of the bytes are copied; the rest of them becomes zeros.
 void copy_async(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
@@ -169,7 +171,8 @@ void copy_async(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
     const Who who = Cta::who(warp, lane);
     Copy copy{warp.pc, lane, to[lane], size, {}, {}};
     const u32 copied = std::min(sizes[lane], size);
-    if (copied && from[lane] % size) cta.memory.report(kMisaligned, who, -1, from[lane], false);
+    if (copied && from[lane] % size)
+      cta.memory.report(kMisaligned, who, -1, from[lane], false);
     else if (copied) {
       const Place source = cta.memory.at(who, false, from[lane], copied, Access::kRead);
       if (source.bytes) std::memcpy(copy.bytes, source.bytes, copied);

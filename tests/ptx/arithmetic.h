@@ -105,7 +105,8 @@ inline u32 funnel_right(u32 low, u32 high, u32 count) {
 }
 
 template <class T>
-T extract(T a, u32 position, u32 length) {  // bfe; a field that goes beyond the top ends in its zeros, or copies its sign
+T extract(T a, u32 position,
+          u32 length) {  // bfe; a field that goes beyond the top ends in its zeros, or copies its sign
   using U = std::make_unsigned_t<T>;
   position &= 255, length &= 255;
   if (!length) return 0;

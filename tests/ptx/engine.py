@@ -14,7 +14,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BUILT = HERE.parent.parent / "build" / "ptx"
 ARENA_BYTES = 1 << 30  # of addresses; the system gives memory where they are used
-FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-ftree-vectorize",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 
 
 def compiler() -> list[str] | None:

@@ -5,9 +5,7 @@
 
 namespace ptx {
 
-inline void branch(Cta&, Warp& warp, const Instruction& i, Mask mask) {
-  warp.branch(static_cast<s32>(i.offset), mask);
-}
+inline void branch(Cta&, Warp& warp, const Instruction& i, Mask mask) { warp.branch(static_cast<s32>(i.offset), mask); }
 
 inline void end(Cta&, Warp& warp, const Instruction&, Mask mask) { warp.end(mask); }
 

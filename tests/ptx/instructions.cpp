@@ -1,4 +1,5 @@
-// The instructions of PTX that run here: their names, which program.py reads, and what they do. Others are refused there.
+// The instructions of PTX that run here: their names, which program.py reads, and what they do. Others are refused
+// there.
 #include "accesses.h"
 #include "arithmetic.h"
 #include "collectives.h"
@@ -65,34 +66,24 @@ void approximate_lanes(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
 template <auto f>
 constexpr Operation approximate{approximate_lanes<f>, lanewise<f>.operands};
 
-#define INTEGER_ORDER(type)                  \
-  {"setp.lt." #type, lanewise<lt<type>>},    \
-  {"setp.le." #type, lanewise<le<type>>},    \
-  {"setp.gt." #type, lanewise<gt<type>>},    \
-  {"setp.ge." #type, lanewise<ge<type>>},    \
-  {"min." #type, lanewise<smaller<type>>},   \
-  {"max." #type, lanewise<larger<type>>}
+#define INTEGER_ORDER(type)                                                           \
+  {"setp.lt." #type, lanewise<lt<type>>}, {"setp.le." #type, lanewise<le<type>>},     \
+      {"setp.gt." #type, lanewise<gt<type>>}, {"setp.ge." #type, lanewise<ge<type>>}, \
+      {"min." #type, lanewise<smaller<type>>}, {                                      \
+    "max." #type, lanewise<larger<type>>                                              \
+  }
 
 #define COMPARISON(name, f, type) {"setp." name "." #type, decided<f, is_nan<type>>}
-#define COMPARISONS(type)                         \
-  COMPARISON("eq", eq<type>, type),               \
-  COMPARISON("ne", ne<type>, type),               \
-  COMPARISON("lt", lt<type>, type),               \
-  COMPARISON("le", le<type>, type),               \
-  COMPARISON("gt", gt<type>, type),               \
-  COMPARISON("ge", ge<type>, type),               \
-  COMPARISON("nan", nan<type>, type),             \
-  COMPARISON("equ", (negated<type, ne<type>>), type), \
-  COMPARISON("neu", (negated<type, eq<type>>), type), \
-  COMPARISON("ltu", (negated<type, ge<type>>), type), \
-  COMPARISON("leu", (negated<type, gt<type>>), type), \
-  COMPARISON("gtu", (negated<type, le<type>>), type), \
-  COMPARISON("geu", (negated<type, lt<type>>), type), \
-  COMPARISON("num", (negated<type, nan<type>>), type)
+#define COMPARISONS(type)                                                                                     \
+  COMPARISON("eq", eq<type>, type), COMPARISON("ne", ne<type>, type), COMPARISON("lt", lt<type>, type),       \
+      COMPARISON("le", le<type>, type), COMPARISON("gt", gt<type>, type), COMPARISON("ge", ge<type>, type),   \
+      COMPARISON("nan", nan<type>, type), COMPARISON("equ", (negated<type, ne<type>>), type),                 \
+      COMPARISON("neu", (negated<type, eq<type>>), type), COMPARISON("ltu", (negated<type, ge<type>>), type), \
+      COMPARISON("leu", (negated<type, gt<type>>), type), COMPARISON("gtu", (negated<type, le<type>>), type), \
+      COMPARISON("geu", (negated<type, lt<type>>), type), COMPARISON("num", (negated<type, nan<type>>), type)
 
-#define TO_FLOATS(type)                                           \
-  {"cvt.rn.f32." #type, lanewise<convert_float<f32, type>>},      \
-  {"cvt.rn.f64." #type, lanewise<convert_float<f64, type>>}
+#define TO_FLOATS(type) \
+  {"cvt.rn.f32." #type, lanewise<convert_float<f32, type>>}, { "cvt.rn.f64." #type, lanewise<convert_float<f64, type>> }
 
 }  // namespace
 

@@ -9,7 +9,10 @@
 namespace ptx {
 
 template <class T>
-constexpr char kLetter = std::is_same_v<T, bool> ? 'p' : sizeof(T) == 8 ? '8' : sizeof(T) == 4 ? '4' : '2';
+constexpr char kLetter = std::is_same_v<T, bool> ? 'p'
+                         : sizeof(T) == 8        ? '8'
+                         : sizeof(T) == 4        ? '4'
+                                                 : '2';
 
 template <class D, class... A>
 constexpr char kLetters[] = {kLetter<D>, '=', kLetter<A>..., 0};

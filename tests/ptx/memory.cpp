@@ -57,7 +57,7 @@ struct Memory::Use {
   bool shared;
   u64 address;
   Access access;
-  u32 first;  // the first era whose accesses can race with this one
+  u32 first;                // the first era whose accesses can race with this one
   const u8 *value, *bytes;  // what is written, if that is known, over what
   u32 size;
   bool same() const { return value && !std::memcmp(value, bytes, size); }

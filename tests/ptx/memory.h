@@ -12,22 +12,22 @@
 namespace ptx {
 
 // What is found, in the order of `enum Kind`; program.py reads the names.
-#define PTX_KINDS(X)                                            \
-  X(kOutOfBounds, "out of bounds")                              \
-  X(kMisaligned, "misaligned")                                  \
-  X(kRace, "race between warps")                                \
-  X(kRaceSame, "race between warps, same value")                \
-  X(kRaceCtas, "race between CTAs")                             \
-  X(kRaceCtasSame, "race between CTAs, same value")             \
-  X(kHazard, "hazard within a warp")                            \
-  X(kLanesDiffer, "lanes store different values")               \
+#define PTX_KINDS(X)                                              \
+  X(kOutOfBounds, "out of bounds")                                \
+  X(kMisaligned, "misaligned")                                    \
+  X(kRace, "race between warps")                                  \
+  X(kRaceSame, "race between warps, same value")                  \
+  X(kRaceCtas, "race between CTAs")                               \
+  X(kRaceCtasSame, "race between CTAs, same value")               \
+  X(kHazard, "hazard within a warp")                              \
+  X(kLanesDiffer, "lanes store different values")                 \
   X(kUninitialisedBranch, "branch or predicate on uninitialised") \
-  X(kUninitialisedAddress, "address uninitialised")             \
-  X(kUninitialisedShuffle, "shuffle by uninitialised")          \
-  X(kUninitialisedLoad, "load of uninitialised")                \
-  X(kDiverged, "not converged")                                 \
-  X(kBarriersDiffer, "barriers differ")                         \
-  X(kNotWaitedFor, "not waited for")                            \
+  X(kUninitialisedAddress, "address uninitialised")               \
+  X(kUninitialisedShuffle, "shuffle by uninitialised")            \
+  X(kUninitialisedLoad, "load of uninitialised")                  \
+  X(kDiverged, "not converged")                                   \
+  X(kBarriersDiffer, "barriers differ")                           \
+  X(kNotWaitedFor, "not waited for")                              \
   X(kEndless, "does not end")
 
 enum Kind : s32 {
@@ -76,7 +76,8 @@ class Zeros {
 };
 
 // Eras are numbered through the life of the process; one begins with each CTA and with each of its barriers. CTAs run
-// one after another, so that an era tells the launch, the CTA and the barriers before it. Steps are a CTA's instructions.
+// one after another, so that an era tells the launch, the CTA and the barriers before it. Steps are a CTA's
+// instructions.
 struct Clock {
   u32 launch = 1, cta = 1, era = 1;  // the era in which the launch and the CTA began, and the present one
   u32 step = 0;
@@ -101,11 +102,11 @@ struct Record {
 };
 
 struct Region {
-  u64 base, size;        // the allocation
-  u64 low, high;         // what the tensors of a launch cover of it
+  u64 base, size;  // the allocation
+  u64 low, high;   // what the tensors of a launch cover of it
   u8* bytes;
-  u32 shift;             // 1 << shift bytes have a record of their own
-  Zeros<u8> taint;       // nonzero: nobody has written this byte
+  u32 shift;        // 1 << shift bytes have a record of their own
+  Zeros<u8> taint;  // nonzero: nobody has written this byte
   Zeros<Record> records;
 
   Region(u64 start, u64 length, u32 piece, u8* memory, bool tainted)
@@ -139,8 +140,8 @@ class Arena {
   void mark(const Region& region, u16 number);
   u64 size_;
   Zeros<u8> memory_;
-  u8* first_;  // of a page
-  u64 base_;   // its address
+  u8* first_;             // of a page
+  u64 base_;              // its address
   Zeros<u16> region_of_;  // by steps of the arena; 0 is none
   std::vector<std::unique_ptr<Region>> regions_;
 };

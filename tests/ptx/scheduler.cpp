@@ -26,8 +26,18 @@ constexpr const char* kSpecialRegisters =  // in the first slots, in this order
     "%tid.x %tid.y %tid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y %nctaid.z %ntid.x %ntid.y %ntid.z";
 
 void set_special_registers(Warp& warp, u32 number, Grid grid, u32 num_warps) {
-  const u32 values[] = {0,      0,      0,      number % grid.x,       number / grid.x % grid.y, number / grid.x / grid.y,
-                        grid.x, grid.y, grid.z, num_warps * kLanes, 1,                        1};
+  const u32 values[] = {0,
+                        0,
+                        0,
+                        number % grid.x,
+                        number / grid.x % grid.y,
+                        number / grid.x / grid.y,
+                        grid.x,
+                        grid.y,
+                        grid.z,
+                        num_warps * kLanes,
+                        1,
+                        1};
   s32 slot = 0;
   for (const u32 value : values) warp.registers.fill<u32>(slot++, value);
   Lanes<u32> threads;
@@ -98,7 +108,8 @@ bool run_cta(Cta& cta, const Instruction* code, Random& random, u64 limit) {
 
 }  // namespace
 
-// What program.py calls ------------------------------------------------------------------------------------------------
+// What program.py calls
+// ------------------------------------------------------------------------------------------------
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -114,14 +125,16 @@ struct Launch {  // program.py writes it, in this order
   u32 code_length, num_constants, units, num_warps, grid_x, grid_y, grid_z, shared_size, shared_granule, flags;
 };
 
-const char* instruction_names(int operation) { return operation < kNumInstructions ? kInstructions[operation].names : nullptr; }
+const char* instruction_names(int operation) {
+  return operation < kNumInstructions ? kInstructions[operation].names : nullptr;
+}
 const char* instruction_operands(int operation) { return kInstructions[operation].operation.operands; }
 const char* kind_name(int kind) {
   static const char* const names[] = {
 #define PTX_KIND(name, text) text,
       PTX_KINDS(PTX_KIND)
 #undef PTX_KIND
-      nullptr};
+          nullptr};
   return names[kind];
 }
 u64 shared_base() { return Memory::kSharedBase; }

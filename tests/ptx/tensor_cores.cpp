@@ -53,7 +53,8 @@ void unpack(u32 pair, f64* to) {
   to[1] = to_f32(Half{static_cast<u16>(pair >> 16)});
 }
 
-// The 16 rows of A that a warp holds, in four registers: rows lane / 4 and 8 further, columns 2 (lane % 4) and 8 further.
+// The 16 rows of A that a warp holds, in four registers: rows lane / 4 and 8 further, columns 2 (lane % 4) and 8
+// further.
 struct A {
   Row row[16];
   u32 tainted = 0;  // by rows
@@ -79,7 +80,8 @@ void mma(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   Registers& registers = warp.registers;
   Lanes<u32> cells[4];
   Mask taint[4];
-  for (int k = 0; k < 4; ++k) cells[k] = registers.get<u32>(i.operand[4 + k]), taint[k] = registers.taint(i.operand[4 + k]);
+  for (int k = 0; k < 4; ++k)
+    cells[k] = registers.get<u32>(i.operand[4 + k]), taint[k] = registers.taint(i.operand[4 + k]);
   const A a = rows_of<Half>(cells, taint);
   Row b[8];  // by columns
   u32 b_tainted = 0;
@@ -107,7 +109,8 @@ void mma(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
 template void mma<bf16>(Cta&, Warp&, const Instruction&, Mask);
 template void mma<f16>(Cta&, Warp&, const Instruction&, Mask);
 
-// wgmma: what a warp has of it, 16 rows of A and all of B ---------------------------------------------------------------
+// wgmma: what a warp has of it, 16 rows of A and all of B
+// ---------------------------------------------------------------
 
 namespace {
 
@@ -143,7 +146,7 @@ bool read_row(Cta& cta, const Who& who, const Tile& tile, int row, Row& to) {  /
 
 struct Operands {
   A a;
-  std::vector<Row> b;        // by columns
+  std::vector<Row> b;  // by columns
   std::vector<bool> b_tainted;
 };
 
@@ -152,7 +155,8 @@ Operands read(Cta& cta, const Warp& warp, const Product& product) {
   const Instruction& i = *product.instruction;
   const auto reader = [&](int row) { return Who{product.pc, warp.id, row % kLanes, warp.synchronised}; };
   Operands operands{{}, std::vector<Row>(i.count), std::vector<bool>(i.count)};
-  if (i.option) operands.a = rows_of<Half>(product.a, product.a_taint);
+  if (i.option)
+    operands.a = rows_of<Half>(product.a, product.a_taint);
   else {
     const Tile tile(product.a_place);
     for (int row = 0; row < 16; ++row) {
@@ -205,7 +209,8 @@ void wgmma(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   const auto adding = warp.registers.get<bool>(adds);
   for (int lane = 0; lane < kLanes; ++lane) product.adds |= Mask{adding[lane] != 0} << lane;
   if (i.option) {
-    for (int k = 0; k < 4; ++k) product.a[k] = warp.registers.get<u32>(a[k]), product.a_taint[k] = warp.registers.taint(a[k]);
+    for (int k = 0; k < 4; ++k)
+      product.a[k] = warp.registers.get<u32>(a[k]), product.a_taint[k] = warp.registers.taint(a[k]);
   } else {
     product.a_place = same_for_all(cta, warp, *a);
   }

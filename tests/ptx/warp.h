@@ -15,12 +15,12 @@ struct Warp;
 struct Instruction;
 using Handler = void (*)(Cta&, Warp&, const Instruction&, Mask);
 
-struct Encoded {  // as program.py writes it, in this order
-  s32 operation;  // of the table in instructions.cpp
+struct Encoded {       // as program.py writes it, in this order
+  s32 operation;       // of the table in instructions.cpp
   s32 guard, negated;  // the predicate's register, or -1
-  s32 operands;   // where its registers begin in the program's list: results first
-  s32 count;      // elements of a vector, matrices of 8 x 8, columns of a wgmma
-  s32 width, cell;  // bytes of an element in memory, in a register
+  s32 operands;        // where its registers begin in the program's list: results first
+  s32 count;           // elements of a vector, matrices of 8 x 8, columns of a wgmma
+  s32 width, cell;     // bytes of an element in memory, in a register
   s32 shared, is_signed, option;
   s64 offset, other_offset;  // of addresses; the target of a branch; groups that may be under way
 };
@@ -93,10 +93,10 @@ struct Product {  // a wgmma under way
   const Instruction* instruction;
   s32 pc;
   void (*finish)(Cta&, Warp&, const Product&);
-  Mask adds;               // lanes that keep what the accumulators hold
-  Lanes<u32> a[4];         // A, if it comes from registers
+  Mask adds;        // lanes that keep what the accumulators hold
+  Lanes<u32> a[4];  // A, if it comes from registers
   Mask a_taint[4];
-  u64 a_place, b_place;    // descriptors of what comes from shared memory
+  u64 a_place, b_place;  // descriptors of what comes from shared memory
 };
 
 template <class T>
@@ -150,15 +150,16 @@ struct Cta {
   void expect_initialised(Kind kind, const Warp& warp, s32 slot, Mask mask, bool shared = false) {
     if (const Mask bad = warp.registers.taint(slot) & mask) report(kind, warp, first_lane(bad), 0, shared);
   }
-  // Instructions of a whole warp: its lanes are there, all of them, and named as its members where it has such an operand.
+  // Instructions of a whole warp: its lanes are there, all of them, and named as its members where it has such an
+  // operand.
   void expect_whole(const Warp& warp, Mask mask, s32 members = -1) {
     if (members >= 0) mask &= warp.registers.get<u32>(members)[0];
     if (mask != kAll || !warp.others.empty()) report(kDiverged, warp, first_lane(~mask));
   }
 };
 
-// How an instruction runs, and a letter for each operand, results = sources: 2, 4 or 8 bytes, p a predicate; empty where
-// program.py knows the form.
+// How an instruction runs, and a letter for each operand, results = sources: 2, 4 or 8 bytes, p a predicate; empty
+// where program.py knows the form.
 struct Operation {
   Handler execute;
   const char* operands;
