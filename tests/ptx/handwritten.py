@@ -84,7 +84,7 @@ def named(body: str, place: str | None) -> str | None:
     return line.partition("//")[2].strip() or line.strip()
 
 
-# Arithmetic: arrays of a type's edges, and an instruction that is applied to them ------------------------------------------------------------------------------------
+# Arithmetic: arrays of a type's edges, and an instruction that is applied to them -------------------------------------
 
 REGISTERS = {1: "%rs", 2: "%rs", 4: "%r", 8: "%rd"}
 INTEGERS = {f"{s}{8 * size}": np.dtype(f"{'i' if s == 's' else 'u'}{size}") for s in "su" for size in (1, 2, 4, 8)}
