@@ -41,8 +41,7 @@ void load_parameter(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   i.cell == 8 ? set(Lanes<u64>{}) : set(Lanes<u32>{});
 }
 
-// ld and st: the vector's registers, then the address
-// --------------------------------------------------------------------
+// ld and st: the vector's registers, then the address -----------------------------------------------------------------
 
 template <class Cells>
 void load_cells(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
@@ -95,8 +94,10 @@ void store(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   });
 }
 
-// ldmatrix and stmatrix: matrices of 8 x 8 halves. Lane 8 k + r has the address of row r of matrix k; the numbers lie
-// in the lanes' registers two by two, row after row.
+// ldmatrix and stmatrix -----------------------------------------------------------------------------------------------
+
+// Matrices of 8 x 8 halves: lane 8 k + r has the address of row r of matrix k; the numbers lie in the lanes' registers
+// two by two, row after row.
 
 struct Matrix {
   u16 element[8][8];
@@ -157,10 +158,10 @@ void store_matrix(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   }
 }
 
-// cp.async: what is copied arrives when it is waited for; until then its bytes are nobody's
-// ------------------------------
+// cp.async ------------------------------------------------------------------------------------------------------------
 
-// Operands: to, from, how many of the bytes are copied; the rest of them becomes zeros.
+// Operands: to, from, how many of the bytes are copied; the rest of them becomes zeros. They arrive when they are
+// waited for; until then the bytes are nobody's.
 void copy_async(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   for (int k = 0; k < 3; ++k) cta.expect_initialised(kUninitialisedAddress, warp, i.operand[k], mask, k == 0);
   const auto to = addresses(warp, i.operand[0], true, i.other_offset);

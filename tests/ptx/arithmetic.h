@@ -13,7 +13,7 @@ T same(T a) {
   return a;
 }
 
-// Integers; where the sign makes no difference, T is unsigned, so that overflow wraps --------------------------------
+// Integers; where the sign makes no difference, T is unsigned, so that overflow wraps ---------------------------------
 
 template <class T>
 T add(T a, T b) {
@@ -136,7 +136,7 @@ inline u32 leading_zeros(u32 a) {
   return 32 - population(a);
 }
 
-// Comparisons; of numbers that have NaN, "u" is true for it --------------------------------------------------------
+// Comparisons; of numbers that have NaN, "u" is true for it -----------------------------------------------------------
 
 template <class T>
 auto number(T x) {
@@ -183,7 +183,7 @@ bool negated(T a, T b) {
   return !compare(a, b);
 }
 
-// Floating point: rounded to nearest, NaN canonical -----------------------------------------------------------------
+// Floating point: rounded to nearest, NaN canonical -------------------------------------------------------------------
 
 template <class T>
 T fadd(T a, T b) {
@@ -262,11 +262,12 @@ struct Inexact<f> {
     if (!std::isnormal(exact)) return exact;
     u32 hash = 0;
     ((hash = (hash ^ same_bits<u32>(a)) * 2654435761u), ...);
-    return same_bits<f32>(same_bits<u32>(exact) + (hash >> 13) % 5 - 2);
+    const f32 moved = same_bits<f32>(same_bits<u32>(exact) + (hash >> 13) % 5 - 2);
+    return std::isnormal(moved) ? moved : exact;
   }
 };
 
-// Conversions --------------------------------------------------------------------------------------------------------
+// Conversions ---------------------------------------------------------------------------------------------------------
 
 template <class D, class S>
 D convert(S x) {  // to a wider integer, the low part of one, or the nearest number

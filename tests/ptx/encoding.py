@@ -165,7 +165,7 @@ class Encoder:
         for modifier in modifiers:
             if modifier in ("global", "shared", "shared::cta"):
                 space = modifier.removesuffix("::cta")
-            elif re.fullmatch(r"v[248]", modifier):
+            elif modifier in ("v2", "v4"):
                 count = int(modifier[1])
             elif not HINTS.fullmatch(modifier):
                 raise NotImplementedError(mnemonic)
@@ -210,10 +210,13 @@ class Encoder:
     def _cp(self, mnemonic: str, operands: list[str]) -> Encoded:
         if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L\d::.*)?", mnemonic):
             raise NotImplementedError(mnemonic)
+        size = int(operands[2], 0)
+        if size not in (4, 8, 16):
+            raise ValueError(f"a copy of {size} bytes")
         to, to_offset = self.address(operands[0], "4")
         source, offset = self.address(operands[1], "8")
         copied = self.registers.slot(operands[3] if len(operands) > 3 else operands[2])
-        fields = {"width": int(operands[2], 0), "offset": offset, "other_offset": to_offset}
+        fields = {"width": size, "offset": offset, "other_offset": to_offset}
         return Encoded(self.number("cp.async"), [], [to, source, copied], fields)
 
     def _wait(self, mnemonic: str, operands: list[str]) -> Encoded:

@@ -1,5 +1,4 @@
-// The instructions of PTX that run here: their names, which program.py reads, and what they do. Others are refused
-// there.
+// The instructions of PTX that run here: their names, which encoding.py reads, and what they do; it refuses others.
 #include "accesses.h"
 #include "arithmetic.h"
 #include "collectives.h"
@@ -66,24 +65,32 @@ void approximate_lanes(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
 template <auto f>
 constexpr Operation approximate{approximate_lanes<f>, lanewise<f>.operands};
 
-#define INTEGER_ORDER(type)                                                           \
-  {"setp.lt." #type, lanewise<lt<type>>}, {"setp.le." #type, lanewise<le<type>>},     \
-      {"setp.gt." #type, lanewise<gt<type>>}, {"setp.ge." #type, lanewise<ge<type>>}, \
-      {"min." #type, lanewise<smaller<type>>}, {                                      \
-    "max." #type, lanewise<larger<type>>                                              \
-  }
+// clang-format off
+#define ORDER(type)                                                                               \
+  {"setp.lt." #type, lanewise<lt<type>>}, {"setp.le." #type, lanewise<le<type>>},                 \
+  {"setp.gt." #type, lanewise<gt<type>>}, {"setp.ge." #type, lanewise<ge<type>>},                 \
+  {"min." #type, lanewise<smaller<type>>}, {"max." #type, lanewise<larger<type>>}
 
-#define COMPARISON(name, f, type) {"setp." name "." #type, decided<f, is_nan<type>>}
-#define COMPARISONS(type)                                                                                     \
-  COMPARISON("eq", eq<type>, type), COMPARISON("ne", ne<type>, type), COMPARISON("lt", lt<type>, type),       \
-      COMPARISON("le", le<type>, type), COMPARISON("gt", gt<type>, type), COMPARISON("ge", ge<type>, type),   \
-      COMPARISON("nan", nan<type>, type), COMPARISON("equ", (negated<type, ne<type>>), type),                 \
-      COMPARISON("neu", (negated<type, eq<type>>), type), COMPARISON("ltu", (negated<type, ge<type>>), type), \
-      COMPARISON("leu", (negated<type, gt<type>>), type), COMPARISON("gtu", (negated<type, le<type>>), type), \
-      COMPARISON("geu", (negated<type, lt<type>>), type), COMPARISON("num", (negated<type, nan<type>>), type)
+#define ORDER_WITH_NAN(type)                                                                      \
+  {"setp.eq." #type, decided<eq<type>, is_nan<type>>},                                            \
+  {"setp.ne." #type, decided<ne<type>, is_nan<type>>},                                            \
+  {"setp.lt." #type, decided<lt<type>, is_nan<type>>},                                            \
+  {"setp.le." #type, decided<le<type>, is_nan<type>>},                                            \
+  {"setp.gt." #type, decided<gt<type>, is_nan<type>>},                                            \
+  {"setp.ge." #type, decided<ge<type>, is_nan<type>>},                                            \
+  {"setp.nan." #type, decided<nan<type>, is_nan<type>>},                                          \
+  {"setp.num." #type, decided<negated<type, nan<type>>, is_nan<type>>},                           \
+  {"setp.equ." #type, decided<negated<type, ne<type>>, is_nan<type>>},                            \
+  {"setp.neu." #type, decided<negated<type, eq<type>>, is_nan<type>>},                            \
+  {"setp.ltu." #type, decided<negated<type, ge<type>>, is_nan<type>>},                            \
+  {"setp.leu." #type, decided<negated<type, gt<type>>, is_nan<type>>},                            \
+  {"setp.gtu." #type, decided<negated<type, le<type>>, is_nan<type>>},                            \
+  {"setp.geu." #type, decided<negated<type, lt<type>>, is_nan<type>>}
 
-#define TO_FLOATS(type) \
-  {"cvt.rn.f32." #type, lanewise<convert_float<f32, type>>}, { "cvt.rn.f64." #type, lanewise<convert_float<f64, type>> }
+#define TO_FLOATS(type)                                                                           \
+  {"cvt.rn.f32." #type, lanewise<convert_float<f32, type>>},                                      \
+  {"cvt.rn.f64." #type, lanewise<convert_float<f64, type>>}
+// clang-format on
 
 }  // namespace
 
@@ -132,12 +139,12 @@ const Entry kInstructions[] = {
     {"rem.u32", lanewise<rem<u32>>},
     {"rem.s64", lanewise<rem<s64>>},
     {"rem.u64", lanewise<rem<u64>>},
-    INTEGER_ORDER(s16),
-    INTEGER_ORDER(u16),
-    INTEGER_ORDER(s32),
-    INTEGER_ORDER(u32),
-    INTEGER_ORDER(s64),
-    INTEGER_ORDER(u64),
+    ORDER(s16),
+    ORDER(u16),
+    ORDER(s32),
+    ORDER(u32),
+    ORDER(s64),
+    ORDER(u64),
     {"setp.eq.b16 setp.eq.s16 setp.eq.u16", lanewise<eq<u16>>},
     {"setp.ne.b16 setp.ne.s16 setp.ne.u16", lanewise<ne<u16>>},
     {"setp.eq.b32 setp.eq.s32 setp.eq.u32", lanewise<eq<u32>>},
@@ -226,10 +233,10 @@ const Entry kInstructions[] = {
     {"abs.f16", lanewise<fabs<f16>>},
     {"abs.bf16", lanewise<fabs<bf16>>},
     {"abs.f16x2 abs.bf16x2", lanewise<fabs_pair>},
-    COMPARISONS(f32),
-    COMPARISONS(f64),
-    COMPARISONS(f16),
-    COMPARISONS(bf16),
+    ORDER_WITH_NAN(f32),
+    ORDER_WITH_NAN(f64),
+    ORDER_WITH_NAN(f16),
+    ORDER_WITH_NAN(bf16),
 
     // Conversions
     {"cvt.s16.s8", lanewise<convert<s16, s8>>},

@@ -85,7 +85,7 @@ Place Memory::at(const Who& who, bool shared, u64 address, u32 size, Access acce
   return {bytes, region->taint.data() + offset};
 }
 
-// Races: the present access against the last ones to the same granule -----------------------------------------------
+// Races: the present access against the last ones to the same granule -------------------------------------------------
 
 inline void Memory::compare(Record& r, const Use& use) {
   // Nothing races across a barrier of the CTA, or with what is no longer there.

@@ -75,9 +75,8 @@ class Zeros {
   std::unique_ptr<T, Free> data_;
 };
 
-// Eras are numbered through the life of the process; one begins with each CTA and with each of its barriers. CTAs run
-// one after another, so that an era tells the launch, the CTA and the barriers before it. Steps are a CTA's
-// instructions.
+// An era begins with each CTA, and with each of its barriers. As CTAs run one after another, its number, which goes on
+// through the life of the process, tells the launch, the CTA and the barrier. Steps are a CTA's instructions.
 struct Clock {
   u32 launch = 1, cta = 1, era = 1;  // the era in which the launch and the CTA began, and the present one
   u32 step = 0;
@@ -115,7 +114,7 @@ struct Region {
         low(start),
         high(start + length),
         bytes(memory),
-        shift(piece == 8 ? 3 : piece / 2),
+        shift(piece == 8 ? 3 : piece / 2),  // of 1, 2, 4
         taint(length),
         records(length / piece + 1) {
     std::memset(taint.data(), tainted, length);

@@ -26,20 +26,11 @@ constexpr const char* kSpecialRegisters =  // in the first slots, in this order
     "%tid.x %tid.y %tid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y %nctaid.z %ntid.x %ntid.y %ntid.z";
 
 void set_special_registers(Warp& warp, u32 number, Grid grid, u32 num_warps) {
-  const u32 values[] = {0,
-                        0,
-                        0,
-                        number % grid.x,
-                        number / grid.x % grid.y,
-                        number / grid.x / grid.y,
-                        grid.x,
-                        grid.y,
-                        grid.z,
-                        num_warps * kLanes,
-                        1,
-                        1};
-  s32 slot = 0;
-  for (const u32 value : values) warp.registers.fill<u32>(slot++, value);
+  const u32 values[4][3] = {{0, 0, 0},  // threads are numbered below
+                            {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y},
+                            {grid.x, grid.y, grid.z},
+                            {num_warps * kLanes, 1, 1}};
+  for (s32 slot = 0; slot < 12; ++slot) warp.registers.fill<u32>(slot, values[slot / 3][slot % 3]);
   Lanes<u32> threads;
   for (int lane = 0; lane < kLanes; ++lane) threads[lane] = warp.id * kLanes + lane;
   warp.registers.set(0, threads, kAll, 0);
@@ -49,6 +40,12 @@ Findings findings;
 Clock clock;
 u64 executed = 0;
 auto arena = std::make_unique<Arena>(0);
+
+u8* taint_of(u64 address, u64 size) {  // nullptr: not all of it is of one region
+  Region* const region = arena->at(address);
+  const bool within = region && size <= region->base + region->size - address;
+  return within ? region->taint.data() + (address - region->base) : nullptr;
+}
 
 // One instruction of the lanes with the lowest pc.
 void step(Cta& cta, Warp& warp, const Instruction* code) {
@@ -108,8 +105,7 @@ bool run_cta(Cta& cta, const Instruction* code, Random& random, u64 limit) {
 
 }  // namespace
 
-// What program.py calls
-// ------------------------------------------------------------------------------------------------
+// What program.py calls -----------------------------------------------------------------------------------------------
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -150,16 +146,14 @@ void region_bounds(u64 base, u64 low, u64 high) {
   if (Region* region = arena->at(base)) region->low = low, region->high = high;
 }
 void set_taint(u64 address, u64 size, bool tainted) {
-  if (Region* region = arena->at(address)) std::memset(region->taint.data() + (address - region->base), tainted, size);
+  if (u8* first = taint_of(address, size)) std::memset(first, tainted, size);
 }
 void get_taint(u64 address, u64 size, u8* out) {
-  if (Region* region = arena->at(address)) std::memcpy(out, region->taint.data() + (address - region->base), size);
+  if (const u8* first = taint_of(address, size)) std::memcpy(out, first, size);
 }
 u64 count_taint(u64 address, u64 size) {
-  Region* const region = arena->at(address);
-  if (!region) return 0;
-  const u8* const first = region->taint.data() + (address - region->base);
-  return std::count_if(first, first + size, [](u8 tainted) { return tainted != 0; });
+  const u8* const first = taint_of(address, size);
+  return first ? size - std::count(first, first + size, 0) : 0;
 }
 
 u64 take_executed() { return std::exchange(executed, 0); }

@@ -13,8 +13,8 @@ f64 exponent_cut(f64 x, int unit) {  // toward zero, to a multiple of 2^unit
   return std::ldexp(std::trunc(std::ldexp(x, -unit)), unit);
 }
 
-// As tensor cores are known to add: the terms, cut to so many bits below the largest one's first, are added exactly and
-// the sum is cut to 24 bits; eight products at a time.
+// As tensor cores are known to add: each term is cut to 24 bits and some guard bits, counted from the first bit of the
+// largest one; their exact sum is cut to 24 bits.
 f64 truncated_sum(const f64* terms, int count, int guard_bits) {
   int top = -2000;
   f64 sum = 0;
@@ -38,7 +38,7 @@ f32 dot(const Row& a, const Row& b, f32 c, u32 flags) {
     for (int k = 0; k < kDepth; ++k) sum += a[k] * b[k];
     return canonical(static_cast<f32>(sum));
   }
-  for (int half = 0; half < kDepth; half += 8) {
+  for (int half = 0; half < kDepth; half += 8) {  // eight products at a time
     f64 terms[9];
     for (int k = 0; k < 8; ++k) terms[k] = a[half + k] * b[half + k];
     terms[8] = sum;
@@ -53,7 +53,7 @@ void unpack(u32 pair, f64* to) {
   to[1] = to_f32(Half{static_cast<u16>(pair >> 16)});
 }
 
-// The 16 rows of A that a warp holds, in four registers: rows lane / 4 and 8 further, columns 2 (lane % 4) and 8
+// A warp's 16 rows of A; in its four registers are the rows lane / 4 and 8 below, the columns 2 (lane % 4) and 8
 // further.
 struct A {
   Row row[16];
@@ -109,8 +109,7 @@ void mma(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
 template void mma<bf16>(Cta&, Warp&, const Instruction&, Mask);
 template void mma<f16>(Cta&, Warp&, const Instruction&, Mask);
 
-// wgmma: what a warp has of it, 16 rows of A and all of B
-// ---------------------------------------------------------------
+// wgmma: what a warp has of it, 16 rows of A and all of B -------------------------------------------------------------
 
 namespace {
 

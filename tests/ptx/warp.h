@@ -15,7 +15,7 @@ struct Warp;
 struct Instruction;
 using Handler = void (*)(Cta&, Warp&, const Instruction&, Mask);
 
-struct Encoded {       // as program.py writes it, in this order
+struct Encoded {       // as program.py has it, in this order
   s32 operation;       // of the table in instructions.cpp
   s32 guard, negated;  // the predicate's register, or -1
   s32 operands;        // where its registers begin in the program's list: results first
@@ -150,8 +150,7 @@ struct Cta {
   void expect_initialised(Kind kind, const Warp& warp, s32 slot, Mask mask, bool shared = false) {
     if (const Mask bad = warp.registers.taint(slot) & mask) report(kind, warp, first_lane(bad), 0, shared);
   }
-  // Instructions of a whole warp: its lanes are there, all of them, and named as its members where it has such an
-  // operand.
+  // Instructions of a whole warp: all lanes are there, and are its members, where an operand names those.
   void expect_whole(const Warp& warp, Mask mask, s32 members = -1) {
     if (members >= 0) mask &= warp.registers.get<u32>(members)[0];
     if (mask != kAll || !warp.others.empty()) report(kDiverged, warp, first_lane(~mask));
@@ -159,7 +158,7 @@ struct Cta {
 };
 
 // How an instruction runs, and a letter for each operand, results = sources: 2, 4 or 8 bytes, p a predicate; empty
-// where program.py knows the form.
+// where encoding.py knows the form.
 struct Operation {
   Handler execute;
   const char* operands;
