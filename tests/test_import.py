@@ -319,14 +319,13 @@ def meets_triton(folder: Path, text: str) -> tuple[str, str]:
     sys.path.insert(0, str(folder))
     import condense_kernels as ck
     from condense_kernels._dispatch import backends
-    from condense_kernels.ops.merge import op
 
     features, scores = torch.rand(1, 4, 2), torch.rand(1, 4)
     rows = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="triton") as of_the_function:
         ck.merge(features, scores, rows[:, :1], rows, backend="triton")
     with pytest.raises(RuntimeError, match="triton") as of_the_operator:  # as on a GPU
-        backends.raw(op.check, op.on_triton)(features, scores, rows[:, :1], rows)
+        backends.raw(backends.on_triton["merge"])(features, scores, rows[:, :1], rows)
     return str(of_the_function.value), str(of_the_operator.value)
 
 

@@ -15,14 +15,14 @@ from condense_kernels.ops.select_and_merge.pipeline import Stages, compose
 if not backends.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
-from condense_kernels._triton.tables import FusedConfig, trying
+from condense_kernels._triton.tables import FusedConfig, StreamConfig, trying
 from condense_kernels.ops.assign import kernel as assign
 from condense_kernels.ops.assign import reference as assign_reference
 from condense_kernels.ops.greedy_select import kernel as greedy_select
 from condense_kernels.ops.greedy_select import reference as greedy_reference
 from condense_kernels.ops.merge import kernel as merge
 from condense_kernels.ops.select_and_merge import kernel as select_and_merge
-from condense_kernels.ops.select_and_merge import streamed
+from condense_kernels.ops.select_and_merge import turns
 from condense_kernels.ops.similarity import kernel as similarity
 from condense_kernels.ops.similarity import reference as similarity_reference
 from condense_kernels.testing import KINDS, Inputs, make_inputs
@@ -237,9 +237,11 @@ def run(inputs: Inputs, **options):
 
 
 def assert_streamed_is_stored(inputs: Inputs):
-    with trying(FusedConfig, store_s=False):
-        actual = run(inputs)
-    assert_same_bits(actual, run(inputs))
+    """With turns to spare, and with as few as can do: then they have several rounds of candidates."""
+    expected = run(inputs)
+    for spare_turns in (StreamConfig.spare_turns, 0):
+        with trying(FusedConfig, store_s=False), trying(StreamConfig, spare_turns=spare_turns):
+            assert_same_bits(run(inputs), expected)
 
 
 @pytest.mark.parametrize("choice", [{"store_s": False}, {"assign_in_select": True}], ids=str)
@@ -304,22 +306,35 @@ class Spy:
 
 def test_without_s_stored_batches_of_one_pick(monkeypatch):
     """Three clusters of more equal tokens than there are candidates: each pick sinks all candidates below the rest."""
-    spy = Spy(streamed.pick_kernel)
-    monkeypatch.setattr(streamed, "pick_kernel", spy)
+    spy = Spy(turns.pick_kernel)
+    monkeypatch.setattr(turns, "pick_kernel", spy)
     n = 210
     features = torch.eye(3).repeat_interleave(70, dim=0)[None]
     scores = torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None]
     assert_streamed_is_stored(Inputs(features, scores, 3, 0, grid=(1, n)))
-    assert spy.picked == [1, 1]  # every turn that is launched is needed
+    assert spy.picked == [1, 1, 2]  # every turn that is launched is needed; in the last, rounds of candidates
 
 
 def test_without_s_stored_batches_are_full_where_they_can_be(monkeypatch):
     """Equal tokens: every pick leaves all others alike, the lowest index is next, 64 at a time."""
-    spy = Spy(streamed.pick_kernel)
-    monkeypatch.setattr(streamed, "pick_kernel", spy)
+    spy = Spy(turns.pick_kernel)
+    monkeypatch.setattr(turns, "pick_kernel", spy)
     inputs = make_inputs("ties", batch=1, num_tokens=140, channels=8, num_anchors=70, num_background=0)
     assert_streamed_is_stored(inputs)
-    assert spy.picked[:3] == [64, 5, 0]
+    assert spy.picked == [64, 5, *[0] * 16, 64, 5]
+
+
+@pytest.mark.parametrize("spare_turns", [0, 1, 5])
+def test_without_s_stored_turns_suffice(spare_turns, monkeypatch):
+    """A turn ends early only where 64 picks in each of those that are left are enough."""
+    spy = Spy(turns.pick_kernel)
+    monkeypatch.setattr(turns, "pick_kernel", spy)
+    inputs = make_inputs("random", batch=1, num_tokens=300, channels=8, num_anchors=150, num_background=0)
+    expected = run(inputs)
+    with trying(FusedConfig, store_s=False), trying(StreamConfig, spare_turns=spare_turns):
+        assert_same_bits(run(inputs), expected)
+    assert len(spy.picked) == 3 + spare_turns and sum(spy.picked) == 149
+    assert spy.picked[0] < 64  # as the candidates have it
 
 
 @pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])

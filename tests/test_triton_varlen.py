@@ -3,8 +3,12 @@
 A segment has the bits that the dense kernels give it alone. Offsets that are wrong lead nowhere outside the tensors.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import math
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +16,20 @@ import torch
 from condense_kernels import Condensed
 from condense_kernels._dispatch import backends
 from condense_kernels._triton.launcher import Packed
-from condense_kernels._triton.tables import FusedConfig, MergeBackwardConfig, SelectConfig, trying
+from condense_kernels._triton.tables import (
+    AssignConfig,
+    FusedConfig,
+    Grouping,
+    MergeBackwardConfig,
+    SelectConfig,
+    StreamConfig,
+    trying,
+)
 from condense_kernels.ops.merge import reference
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
+from condense_kernels.ops.select_and_merge.streamed import pieces_of
+from condense_kernels.ops.select_and_merge.turns import launch_turns
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.ops.select_and_merge_varlen.reference import for_each_segment, segments_of
 from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs, unit_roundoff
@@ -65,8 +79,8 @@ def batch_of(lengths, anchors, background, inputs: Inputs | None = None) -> Batc
     )  # fmt: skip
 
 
-def streamed(batch: Batch) -> Condensed:
-    with trying(FusedConfig, store_s=False):
+def streamed(batch: Batch, spare_turns: int = StreamConfig.spare_turns) -> Condensed:
+    with trying(FusedConfig, store_s=False), trying(StreamConfig, spare_turns=spare_turns):
         return batch.run()
 
 
@@ -105,24 +119,91 @@ def test_sizes(lengths, anchors, background):
 @pytest.mark.parametrize("kind", ["nan", "ties", "two_factors"])
 def test_without_s_stored(kind):
     batch = batch_of([5, 0, 70, 3, 2], [2, 0, 4, 0, 2], [0, 0, 2, 0, 0], make_inputs(kind, batch=1, num_tokens=80))
-    assert_same_bits(streamed(batch), batch.run())
+    expected = batch.run()
+    assert_same_bits(streamed(batch), expected)
+    assert_same_bits(streamed(batch, spare_turns=0), expected)
 
 
 def test_without_s_stored_batches_of_one_pick():
-    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed."""
+    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed, or rounds."""
     inputs = Inputs(
         torch.eye(3).repeat_interleave(70, dim=0)[None], torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None],
         0, 0, grid=(1, 210),
     )  # fmt: skip
     batch = batch_of([205, 5], [3, 0], [0, 0], inputs)
-    assert_same_bits(streamed(batch), batch.run())
+    expected = batch.run()
+    assert_same_bits(streamed(batch), expected)
+    assert_same_bits(streamed(batch, spare_turns=0), expected)
 
 
-def test_too_much_to_store():
+GROUPINGS = [Grouping(1, 1), Grouping(2, 1), Grouping(3, 3), Grouping(6, 3)]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=lambda grouping: f"{grouping.blocks} of {grouping.reserved}")
+@pytest.mark.parametrize(
+    ("lengths", "anchors", "background"),
+    [
+        ([9, 0, 66, 4, 3, 64], [3, 0, 5, 0, 2, 4], [1, 0, 3, 0, 1, 0]),
+        ([1, 2, 130, 3, 0], [1, 1, 5, 1, 0], [0, 1, 2, 1, 0]),  # one giant
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+        ([70, 5], [0, 0], [0, 0]),
+    ],
+    ids=["mixed", "one giant", "empty", "nothing kept"],
+)
+def test_in_groups(lengths, anchors, background, grouping):
+    """s is stored for some segments at a time, in the same place."""
+    batch = batch_of(lengths, anchors, background)
+    with trying(FusedConfig, grouping=grouping):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
+def test_in_groups_on_every_path():
+    batch = batch_of([16, 17, 1, 64, 65, 0, 15], [5, 4, 1, 6, 7, 0, 3], [2, 2, 0, 3, 2, 0, 1])
+    expected = batch.segment_by_segment()
+    with trying(FusedConfig, grouping=Grouping(2, 1), assign_in_select=True):
+        assert_same_bits(batch.run(), expected)
+    with trying(FusedConfig, grouping=Grouping(4, 2)), trying(AssignConfig, block_n=16):
+        assert_same_bits(batch.run(), expected)
+
+
+def groups_of(num_segments: int, num_tokens: int, max_seqlen: int) -> int:
+    """How many groups of segments store s; 0: none does."""
+    config = FusedConfig.for_packed(num_tokens, num_segments, max_seqlen)
+    if not config.store_s:
+        return 0
+    if config.grouping is None:
+        return 1
+    assert config.grouping.rows(max_seqlen) * config.width * 4 <= 2**31
+    return len(config.grouping.ends(num_tokens, num_segments))
+
+
+def test_too_much_to_store_at_once():
     """Rows of s are as long as the longest segment's, so a long one makes many short ones expensive."""
-    assert FusedConfig.for_packed(40_000, 8192).store_s
-    assert not FusedConfig.for_packed(80_000, 8192).store_s
-    assert not FusedConfig.for_packed(20_000, 16385).store_s
+    assert groups_of(64, 64 * 2880, 2880) == 1
+    assert groups_of(65, 65 * 2880, 2880) == 2
+    assert groups_of(5, 5 * 16384, 16384) == 3  # of two
+    assert groups_of(4096, 4096 * 100, 10_000) == 16
+    assert groups_of(65_536, 10_000 + 65_536, 10_000) == 0  # 96: one selection after the other
+    assert groups_of(2, 16_385 + 64, 16_385) == 0
+
+
+@pytest.mark.parametrize("max_seqlen", [1, 64, 65, 2880, 9999, 16384])
+def test_groups_hold_every_segment_once(max_seqlen):
+    """Numbers do not fall, within a group rows of s do not overlap, and the last of them exists."""
+    generator = torch.Generator().manual_seed(max_seqlen)
+    lengths = torch.randint(0, max_seqlen + 1, (200,), generator=generator) // torch.tensor([1, 50]).repeat(100)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+    tokens = int(lengths.sum())
+    for rows in (2 * max_seqlen, 5 * max_seqlen + 77):
+        for grouping in Grouping.within(rows, max_seqlen):
+            number = torch.arange(200) * grouping.reserved + (cu // 64 if grouping.reserved == 1 else 0)
+            ends = grouping.ends(tokens, 200)
+            group = number // grouping.blocks
+            assert len(ends) * grouping.blocks == ends[-1] and group[-1] < len(ends)
+            start = number % grouping.blocks * 64
+            same = group[1:] == group[:-1]
+            assert (start[1:] >= start[:-1] + lengths[:-1])[same].all()
+            assert (start + lengths).max() <= grouping.rows(max_seqlen) <= rows
 
 
 def test_classes_of_sizes(monkeypatch):
@@ -191,18 +272,28 @@ def wrong(change: dict) -> Batch:
     return dataclasses.replace(batch, **values)
 
 
+WAYS = {
+    "stored": {},
+    "in groups": {"grouping": Grouping(1, 1)},
+    "in groups of as many": {"grouping": Grouping(2, 2)},
+    "streamed": {"store_s": False},
+}
+
+
 @only_interpreted
+@pytest.mark.parametrize("way", list(WAYS)[:-1])
 @pytest.mark.parametrize("name", CUT)
-def test_wrong_offsets_are_cut_to_what_exists(name, bounded):
+def test_wrong_offsets_are_cut_to_what_exists(name, way, bounded):
     batch = wrong(CUT[name])
-    assert_same_bits(batch.run(), batch.segment_by_segment())
+    with trying(FusedConfig, **WAYS[way]):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
 
 
 @only_interpreted
-@pytest.mark.parametrize("store_s", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", TANGLED)
-def test_wrong_offsets_lead_nowhere(name, store_s, bounded):
-    with trying(FusedConfig, store_s=store_s):
+def test_wrong_offsets_lead_nowhere(name, way, bounded):
+    with trying(FusedConfig, **WAYS[way]):
         result = wrong({"max_seqlen": 80, **TANGLED[name]}).run()
     assert result.indices.ge(-1).all() and result.indices.lt(80).all()
     assert result.assignment.ge(-1).all() and result.assignment.lt(7).all()
@@ -230,6 +321,50 @@ def test_what_no_program_computed_leads_nowhere(store_s, start, kept, suppressio
     assert result.indices.lt(200 - start).all() and result.assignment[:start].eq(-1).all()
 
 
+@contextlib.contextmanager
+def at_most(seconds: int):
+    """What does not end raises."""
+
+    def stop(*_):
+        raise TimeoutError(f"still running after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def anything(dtype: torch.dtype, size: int, draw: str) -> torch.Tensor:
+    """What memory may hold: any bits; the same bits everywhere; numbers near those that belong there."""
+    bits = torch.randint(-(2**63), 2**63 - 1, (size,), dtype=torch.int64)
+    if draw == "near":
+        return bits.remainder(150).to(dtype)
+    if draw != "any bits":
+        bits.fill_({"zeros": 0, "ones": -1, "NaN": 0x7FC00000_7FC00000, "largest": 2**63 - 1}[draw])
+    return bits.view(dtype)[:size]
+
+
+@only_interpreted
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("draw", ["any bits", "near", "zeros", "ones", "NaN", "largest"])
+def test_turns_end_whatever_is_in_memory(draw, turns, bounded):
+    """Where segments overlap, programs write to each other's tokens at any time. Of two segments, one is empty."""
+    batch = batch_of([130, 0], [9, 0], [0, 0], make_inputs("ties", batch=1, num_tokens=130, channels=8))
+    packed = Packed.of(batch.cu_seqlens, batch.cu_anchors, batch.cu_background, 130, 9, 130)
+    for due in (anything(torch.int32, 2, draw), torch.tensor([2**31 - 1, 2**31 - 1]), torch.tensor([130, 1])):
+        pieces = pieces_of(2, 130, packed.num_slots(64))
+        w = {name: anything(dtype, math.prod(shape), draw).view(shape) for name, (shape, dtype) in pieces.items()}
+        w |= {"scale": torch.ones(130), "inverse": torch.ones(130), "due": due.int()}
+        before = w["due"].clone()
+        with at_most(60), trying(StreamConfig, spare_turns=turns - 1):
+            launch_turns(SimpleNamespace(**w), batch.features, turns + 1, 1.0, packed)
+        assert w["fresh"].ge(0).all() and w["fresh"].le(64).all() and w["fresh"][1] == 0
+        assert w["due"].le(before).all()
+
+
 @only_interpreted
 def test_bounds_are_looked_at(bounded):
     batch = wrong({})
@@ -246,7 +381,7 @@ def test_enough_programs_for_every_block():
             lengths = torch.randint(0, 200, (segments,), generator=generator)
             cu = offsets(lengths.tolist()).cpu()
             packed = Packed.of(cu, cu, cu, int(cu[-1]), 1, 200)
-            first = cu[:-1] // block + torch.arange(segments)
+            first = (cu[:-1] // 64 + torch.arange(segments)) * (64 // block)
             behind = first + (lengths + block - 1) // block
             assert (behind[:-1] <= first[1:]).all() and behind[-1] <= packed.num_slots(block)
 

@@ -174,8 +174,9 @@ def check_written(tensors: dict[str, torch.Tensor]) -> None:
             f"{name}: expected a tensor without a gradient to write into, got one that requires grad or has a tangent. "
             f"Remedy: {name}.detach(), or torch.no_grad() around the call."
         )
+    is_recorded = not torch.is_inference_mode_enabled()
     for name, tensor in tensors.items():
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if is_recorded and tensor.is_inference():
             raise ValueError(
                 f"{name}: expected a normal tensor to write into outside of torch.inference_mode(), got an inference "
                 f"tensor. Remedy: {name}.clone()."

@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from . import autograd, debug, library, sharding, vmap
+from .._triton.prepared import Kept
+from . import autograd, debug, decompose, library, sharding, vmap
 from .declaration import OPERATORS, Operator
 
 BACKENDS = ("auto", "cpp", "triton", "reference")
 OLDEST_TRITON = (3, 6)
+on_triton: dict[str, Kept] = {}  # of every operator
+T = TypeVar("T")
 
 
 def triton_unavailable() -> str | None:
@@ -37,6 +41,11 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether Triton's compiled kernels run tensors of this device."""
+    return device.type == "cuda" and triton_unavailable() is None and not triton_interprets()
+
+
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run tensors of ``device``, with the remedy; None where it can."""
     if backend == "cpp":
@@ -59,11 +68,14 @@ def register(operator: Operator) -> None:
     """Everything of an operator but its C++ kernel, which registers itself."""
     op = operator.name
     OPERATORS[op] = operator
-    cpu_fallback, cuda = (raw(operator.check, kernel) for kernel in (operator.reference, operator.triton))
+    on_triton[op] = Kept(operator.triton, operator.check, operator.check_memory, autograd.written_by(op))
+    cpu_fallback, cuda = raw(after(operator.check, operator.check_memory, operator.reference)), raw(on_triton[op])
     library.register(op, cpu_fallback=cpu_fallback, cuda=cuda, fake=operator.fake)
     if operator.derivatives is not None or operator.no_derivatives is not None:
         autograd.register(op)
     vmap.register(op, functools.partial(autograd.dispatch, op))
+    if operator.is_traced is not None:
+        decompose.register(operator, compiles_for)
 
 
 def check_backend(backend: str) -> None:
@@ -77,7 +89,7 @@ def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available here: {reason}.")
     if backend == "triton" and device.type == "cpu":
-        return on_stored(OPERATORS[op].triton)
+        return on_stored(on_triton[op])
     if backend == "reference":
         return OPERATORS[op].reference
     return getattr(torch.ops.condense, op).default
@@ -118,17 +130,51 @@ def run(op: str, backend: str, args: tuple, kwargs: dict):
         return kernel(*args, **kwargs)
 
 
-def raw(check: Callable, kernel: Callable) -> Callable:
-    """``kernel`` behind ``check``, for the raw operator, whose errors are RuntimeErrors as in C++."""
+def is_on_gpu(value: object) -> bool:
+    return type(value) is torch.Tensor and value.is_cuda
 
-    @functools.wraps(kernel)
+
+def looked_at(look: Callable[[], None], run: Callable[[], T], backend: str, first: object) -> T:
+    """``run()`` after ``look()``, which raises what the Python function raises for bad arguments.
+
+    A GPU's kernel looks once at each kind of call by itself: before it, nobody does, and after an error somebody does.
+    """
+    looks_itself = (
+        is_on_gpu(first)
+        and backend in ("auto", "triton")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not debug.is_on()
+    )
+    if not looks_itself:
+        look()
+        return run()
+    try:
+        return run()
+    except Exception:
+        look()
+        raise
+
+
+def after(check: Callable, check_memory: Callable | None, kernel: Callable) -> Callable:
     def checked(*args, **kwargs):
+        check(*args, **kwargs)
+        if check_memory is not None:
+            check_memory(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return checked
+
+
+def raw(kernel: Callable) -> Callable:
+    """``kernel``, which checks, as the raw operator: its errors are RuntimeErrors as in C++."""
+
+    def run(*args, **kwargs):
         try:
-            check(*args, **kwargs)
             return kernel(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise RuntimeError(str(error)) from error
         except ImportError as error:  # of a kernel, on its first call
             raise RuntimeError(f"GPU tensors need Triton, and {triton_unavailable() or error}.") from error
 
-    return checked
+    return run

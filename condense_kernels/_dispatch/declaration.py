@@ -25,12 +25,15 @@ class Derivatives:
 @dataclass(frozen=True)
 class Operator:
     name: str
-    check: Callable[..., None]  # metadata alone; raises TypeError or ValueError
+    check: Callable[
+        ..., None
+    ]  # metadata alone, and the same for all calls of such tensors; raises TypeError or ValueError
     reference: Callable[..., Any]
     triton: Callable[..., Any]
     fake: Callable[..., Any] | None  # None: returns no tensor, so there is nothing to trace
     flops: Callable[..., int]  # additions, products and comparisons; of the arguments, with shapes for tensors
     examples: Callable[[int], list[Example]]  # of so many images; they cover all arguments and all outcomes of check
+    check_memory: Callable[..., None] | None = None  # where tensors lie; raises ValueError
     look: Callable[..., None] | None = None  # at the values, under the debug switch; raises ValueError
     derivatives: Derivatives | None = None
     no_derivatives: str | None = None  # why, where one would be expected
@@ -38,10 +41,15 @@ class Operator:
     looped: bool = False  # under vmap, where there is no batch axis to fold the mapped one into
     no_vmap: str | None = None  # the remedy
     no_shards: str | None = None  # why
+    is_traced: Callable[..., bool] | None = None  # whether Inductor sees the kernels of a call on a GPU; None: of none
     as_operator: Mapping[str, Any] = field(default_factory=dict)  # with these, the Python function returns its result
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def always(*args: Any, **options: Any) -> bool:
+    return True
 
 
 def random(*shape: int) -> torch.Tensor:

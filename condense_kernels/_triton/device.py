@@ -4,12 +4,16 @@ batch is."""
 import triton
 import triton.language as tl
 
+from . import tables
+
 # Fixed when triton is imported, as triton.jit itself fixes it.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # above every index
+UNIT = tl.constexpr(tables.UNIT)
+ALL_BLOCKS = tl.constexpr(tables.ALL_BLOCKS)
 
 
 @triton.jit
@@ -139,12 +143,36 @@ def image_rows(packed, pid_b, N, K, num_anchors):
 @triton.jit
 def first_block_of(packed, pid_b, num_blocks, BLOCK: tl.constexpr):
     """The number, among the blocks of all images, of an image's first. In a packed batch nobody has counted them, and
-    so many are reserved that they suffice: a segment of n tokens moves the next one's number by n // BLOCK + 1 or more.
+    so many are reserved that they suffice: a segment of n tokens moves the next one's number by n // UNIT + 1 or more,
+    or every segment does by as many as the longest needs. A number stands for UNIT // BLOCK blocks.
     """
     if packed is None:
         return pid_b * num_blocks
     else:
-        return first_token(packed, pid_b) // BLOCK + pid_b
+        reserved = packed.odd_reserved >> 1
+        number = tl.where(reserved == 1, first_token(packed, pid_b) // UNIT + pid_b, pid_b * reserved)
+        return number * (UNIT // BLOCK)
+
+
+@triton.jit
+def first_of_group(packed):
+    """The number of the first block of the segments whose s is stored together."""
+    return (packed.odd_behind >> 1) - (packed.odd_blocks >> 1)
+
+
+@triton.jit
+def stored_at(packed, pid_b, at_b):
+    """Of an image: its place on the batch axis of s, as in image_tokens; -1 where s is another group's at the moment.
+
+    The segments of a group are as far apart as their numbers: nobody has counted the tokens before a group.
+    """
+    if packed is None:
+        return pid_b
+    else:
+        blocks = packed.odd_blocks >> 1
+        block = first_block_of(packed, pid_b, 0, UNIT) - first_of_group(packed)
+        place = tl.where((block >= 0) & (block < blocks), block * UNIT, -1)
+        return tl.where(blocks == ALL_BLOCKS, at_b, place)
 
 
 @triton.jit
@@ -167,7 +195,7 @@ def image_of_block(packed, pid, num_blocks, BLOCK: tl.constexpr):
     if packed is None:
         return (pid // num_blocks).to(tl.int64), pid % num_blocks
     else:
-        segment, block = segment_of(packed, pid, BLOCK)
+        segment, block = segment_of(packed, first_of_group(packed) * (UNIT // BLOCK) + pid, BLOCK)
         return segment, block.to(tl.int32)
 
 

@@ -1,15 +1,53 @@
-"""The host's side of a launch: which device, which strides, and what a packed batch hands to a kernel."""
+"""The host's side of a launch: the launch, which device, which strides, and what a packed batch hands to a kernel."""
 
 import contextlib
 import ctypes
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from . import prepared, traced
+from .tables import ALL_BLOCKS, UNIT, Grouping
+
+# Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
+# a multiple of 16. Strides of keys, features and s are not among them: they are such multiples for all images or none.
+VARYING = (
+    "N", "K", "M", "R", "num_anchors", "num_blocks", "num_tiles", "num_parts", "turns_left", "group", "HEIGHT",
+    "GRID_WIDTH", "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b", "stride_grad_mass_b",
+    "stride_index_b", "stride_assignment_b", "stride_tier_b", "stride_prior_b", "stride_where_b", "stride_row_b",
+    "stride_lse_b", "stride_lse_h",
+)  # fmt: skip
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    if traced.is_on():
+        return traced.launch(kernel, grid, args, options)
+    compiled = kernel[grid](*args, **options)
+    if (recording := prepared.recording()) is not None:
+        recording.launched(kernel, compiled, grid, args, options)
+
+
+def new(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, fill: int | None = None):
+    """A tensor on the device of ``like``, in its dtype unless another is given; not initialised unless to ``fill``."""
+    made = like.new_empty(shape, dtype=dtype) if fill is None else like.new_full(shape, fill, dtype=dtype)
+    if (recording := prepared.recording()) is not None:
+        recording.made(made, fill)
+    return made
+
+
+def zero(tensor: torch.Tensor) -> None:
+    """Fill a piece of a workspace with zeros."""
+    tensor.zero_()
+    if (recording := prepared.recording()) is not None:
+        recording.zeroed(tensor)
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    switches = tensor.is_cuda and not traced.is_on()  # in a graph, Inductor sees to it
+    return torch.cuda.device(tensor.device) if switches else contextlib.nullcontext()
 
 
 def as_fp32(number: float) -> float:
@@ -37,7 +75,8 @@ def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
 class Packed(NamedTuple):
     """A packed batch as an argument of a kernel; None in its place is a dense one.
 
-    The sizes x come as 2 x + 1: for a multiple of 16, or for 1, Triton would compile every kernel again.
+    The sizes x come as 2 x + 1, and none of them as 0: for a multiple of 16, or for 1, Triton would compile every
+    kernel again.
     """
 
     cu_seqlens: torch.Tensor  # [S + 1]
@@ -47,12 +86,28 @@ class Packed(NamedTuple):
     odd_tokens: int
     odd_keep: int
     odd_seqlen: int
+    odd_behind: int  # the number of the first block behind the group of segments that a launch is for
+    odd_blocks: int  # how many numbers a group has
+    odd_reserved: int  # how many numbers each segment has; 1: those that its tokens need
 
     @classmethod
     def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
         anchors, background = (None if cu is None else cu.contiguous() for cu in (cu_anchors, cu_background))
-        sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen)
+        sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen, ALL_BLOCKS, ALL_BLOCKS, 1)
         return cls(cu_seqlens.contiguous(), anchors, background, *(2 * size + 1 for size in sizes))
+
+    def groups(self, grouping: Grouping | None) -> "Iterator[Packed]":
+        """The whole batch, or one group of its segments after the other."""
+        if grouping is None:
+            yield self
+            return
+        for behind in grouping.ends(self.num_tokens, self.num_segments):
+            sizes = {"odd_behind": behind, "odd_blocks": grouping.blocks, "odd_reserved": grouping.reserved}
+            yield self._replace(**{name: 2 * size + 1 for name, size in sizes.items()})
+
+    @property
+    def num_tokens(self) -> int:
+        return self.odd_tokens // 2
 
     @property
     def num_segments(self) -> int:
@@ -68,5 +123,10 @@ class Packed(NamedTuple):
         return min(self.odd_keep, self.odd_seqlen) // 2
 
     def num_slots(self, block: int) -> int:
-        """How many programs reach every block of tokens of every segment, see first_block_of."""
-        return self.odd_tokens // 2 // block + self.num_segments
+        """How many programs reach every block of tokens of every segment of a group, see first_block_of."""
+        grouping = Grouping(self.odd_blocks // 2, self.odd_reserved // 2)
+        if grouping.blocks == ALL_BLOCKS:
+            numbers = grouping.numbers(self.num_tokens, self.num_segments)
+        else:
+            numbers = grouping.last + -(-self.max_seqlen // UNIT)
+        return numbers * (UNIT // block)

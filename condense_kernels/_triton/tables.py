@@ -11,12 +11,17 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
-MAX_STORED_BYTES = 2**31  # of s in a packed batch, whose rows are all as long as the longest segment's: above, likewise
+MAX_STORED_BYTES = (
+    2**31
+)  # of s in a packed batch, whose rows are all as long as the longest segment's: above, in groups
+MAX_GROUPS = 32  # of segments, whose selections wait for each other: above, a packed batch does not store s either
+UNIT = 64  # tokens of a block where the blocks of a packed batch are numbered, see device.first_block_of
+ALL_BLOCKS = 2**29  # instead of a group's blocks: more than there are
 
 _tried: ContextVar[Mapping[type, dict]] = ContextVar("tried", default=MappingProxyType({}))
 
@@ -33,6 +38,10 @@ def trying(config: type, **fields) -> Iterator[None]:
         yield
     finally:
         _tried.reset(token)
+
+
+def is_trying() -> bool:
+    return bool(_tried.get())
 
 
 def _chosen(config):
@@ -124,6 +133,35 @@ class MergeBackwardConfig:
         return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
 
 
+class Grouping(NamedTuple):
+    """Which segments of a packed batch have their s stored together: those whose first block has one of so many
+    numbers. The host knows no length, but from one number to the next it is UNIT tokens at most."""
+
+    blocks: int  # numbers of a group
+    reserved: int  # numbers of every segment; 1: those that its tokens need
+
+    @classmethod
+    def within(cls, rows: int, max_seqlen: int) -> "list[Grouping]":
+        """The largest groups whose s has at most so many rows: for segments of many sizes, and for long ones."""
+        first_of_last, longest = (rows - max_seqlen) // UNIT, -(-max_seqlen // UNIT)
+        return [cls(first_of_last + 1, 1), cls((first_of_last // longest + 1) * longest, longest)]
+
+    @property
+    def last(self) -> int:
+        """Where in a group the last segment may begin, in numbers."""
+        return (self.blocks - 1) // self.reserved * self.reserved
+
+    def rows(self, max_seqlen: int) -> int:
+        return self.last * UNIT + max_seqlen
+
+    def numbers(self, num_tokens: int, num_segments: int) -> int:
+        return num_segments * self.reserved + (num_tokens // UNIT if self.reserved == 1 else 0)
+
+    def ends(self, num_tokens: int, num_segments: int) -> range:
+        """The number behind each group."""
+        return range(self.blocks, self.numbers(num_tokens, num_segments) + self.blocks, self.blocks)
+
+
 @dataclass(frozen=True)
 class FusedConfig:
     """What the flagship decides on top of its stages."""
@@ -135,16 +173,23 @@ class FusedConfig:
     assign_in_select: bool = False
     block_n: int = 64
     block_k: int = 8
+    grouping: Grouping | None = None  # of a packed batch whose s is too much to store at once
 
     @classmethod
     def for_shape(cls, n: int) -> "FusedConfig":
         return _chosen(cls(store_s=n <= MAX_STORED, width=-(-n // 16) * 16))
 
     @classmethod
-    def for_packed(cls, num_tokens: int, max_seqlen: int) -> "FusedConfig":
+    def for_packed(cls, num_tokens: int, num_segments: int, max_seqlen: int) -> "FusedConfig":
         width = -(-max_seqlen // 16) * 16
-        fits = max_seqlen <= MAX_STORED and num_tokens * width * 4 <= MAX_STORED_BYTES
-        return _chosen(cls(store_s=fits, width=width))
+        rows = MAX_STORED_BYTES // (width * 4)
+        if max_seqlen > MAX_STORED:
+            return _chosen(cls(store_s=False, width=width))
+        if num_tokens <= rows:
+            return _chosen(cls(store_s=True, width=width))
+        groupings = {len(g.ends(num_tokens, num_segments)): g for g in reversed(Grouping.within(rows, max_seqlen))}
+        groups = min(groupings)
+        return _chosen(cls(store_s=groups <= MAX_GROUPS, width=width, grouping=groupings[groups]))
 
 
 @dataclass(frozen=True)
@@ -171,6 +216,9 @@ class StreamConfig:
     chunk: int = 1024  # tokens that a program of one image looks at together
     num_warps: int = 4  # of those programs
     block_k: int = 8  # rows that the assignment looks at together: counted, 64 of them spill on every target
+    # Launches of a loop beyond one for each 64 picks. Simulated (docs/design/gpu.md): with 16 a turn has one round of
+    # candidates, but where tokens come in many copies; with none, up to 300.
+    spare_turns: int = 16
 
     @classmethod
     def for_shape(cls) -> "StreamConfig":

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
+from . import prepared, traced
+
 ALIGNMENT = 256  # bytes: of every piece, counted from the start
 START = 16  # bytes: of the start, for the widest load
 
@@ -17,9 +19,14 @@ def bytes_of(pieces: Pieces) -> int:
 
 def carve(pieces: Pieces, workspace: torch.Tensor | None, device: torch.device) -> SimpleNamespace:
     """The pieces as tensors in ``workspace``, or in one allocation where it is None. Nothing is initialised."""
+    if workspace is None and traced.is_on():  # a graph has no views that kernels write through; Inductor plans memory
+        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in pieces.items()}
+        return SimpleNamespace(**made)
     needed = bytes_of(pieces)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        if (recording := prepared.recording()) is not None:
+            recording.made(workspace, None)
     else:
         _check(workspace, needed, device)
     tensors, start = {}, 0
@@ -27,6 +34,8 @@ def carve(pieces: Pieces, workspace: torch.Tensor | None, device: torch.device) 
         size = math.prod(shape) * dtype.itemsize
         tensors[name] = workspace[start : start + size].view(dtype).view(shape)
         start += _padded(shape, dtype)
+    if (recording := prepared.recording()) is not None:
+        recording.cut(workspace, tensors.values())
     return SimpleNamespace(**tensors)
 
 

@@ -15,9 +15,10 @@ from ..._triton.device import (
     image_rows,
     image_tokens,
     is_finite,
+    stored_at,
     tokens_before,
 )
-from ..._triton.launcher import on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -243,7 +244,7 @@ def nearest_rows(
     return tl.where(own != NOWHERE, own, row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def assign_kernel(
     s_ptr,  # [B, N, N]
     indices_ptr,  # [B, K]
@@ -255,7 +256,7 @@ def assign_kernel(
     stride_index_b, stride_index_k,
     stride_tier_b, stride_tier_n,
     stride_where_b, stride_where_n, stride_where_p,
-    N, K, HEIGHT, WIDTH, num_parts, packed,
+    N, K, HEIGHT, GRID_WIDTH, num_parts, packed,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, HAS_TIER: tl.constexpr, SANITISE: tl.constexpr,
 ):  # fmt: skip
@@ -264,9 +265,12 @@ def assign_kernel(
     at_b, N = image_tokens(packed, pid_b, N)
     if has_block(packed, N, part, BLOCK_N) == 0:
         return
+    stored = stored_at(packed, pid_b, at_b)
     if packed is None:
         indices_ptr += pid_b * stride_index_b
     else:
+        if stored < 0:
+            return
         first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
         indices_ptr += first_k * stride_index_k
     offs_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -275,13 +279,13 @@ def assign_kernel(
     origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
         origin, shrink_first, shrink, factor = distance_frame(
-            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, WIDTH,
+            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier_n, N, HEIGHT, GRID_WIDTH,
             P, AXES, BLOCK_BOX, MODE, HAS_TIER,
         )  # fmt: skip
     row = nearest_rows(
-        s_ptr + at_b * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
+        s_ptr + stored * stride_s_b, indices_ptr, tier_ptr, where_ptr, offs_n,
         origin, shrink_first, shrink, factor,
-        stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, WIDTH,
+        stride_s_i, stride_s_j, stride_index_k, stride_tier_n, stride_where_n, stride_where_p, N, K, HEIGHT, GRID_WIDTH,
         P, AXES, BLOCK_N, BLOCK_K, MODE, HAS_TIER, SANITISE,
     )  # fmt: skip
     assigned = row != NOWHERE
@@ -301,7 +305,9 @@ def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, saniti
     config = AssignConfig.for_shape(k)
     axes = triton.next_power_of_2(space.axes)
     parts = triton.cdiv(n, config.block_n)
-    assign_kernel[(assignment.shape[0] * parts if packed is None else packed.num_slots(config.block_n),)](
+    programs = assignment.shape[0] * parts if packed is None else packed.num_slots(config.block_n)
+    launch(
+        assign_kernel, (programs,),
         s, indices, s if tier is None else tier, s if space.tensor is None else space.tensor, assignment,
         float(spatial_weight),
         *strides_of(s, 3), *strides_of(indices, 2), *strides_of(tier, 2), *space.strides,
@@ -323,7 +329,7 @@ def assign(
 ) -> torch.Tensor:
     """Return assignment [B, N] int64: the row of each token; -1 where masked."""
     reject_float64(s=s)
-    assignment = s.new_empty(s.shape[:2], dtype=torch.int64)
+    assignment = new(s, s.shape[:2], torch.int64)
     with on_device_of(s):
         space = Space.of(grid, positions, spatial_weight)
         launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True)

@@ -5,7 +5,7 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import as_grid, check_tensor, check_values, check_weight, check_where
 from ..._dispatch.debug import check_finite, check_indices, check_positions
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, always, random
 from . import reference
 
 
@@ -69,6 +69,7 @@ backends.register(
         examples=examples,
         look=look,
         shared={"positions": 2},
+        is_traced=always,
     )
 )
 

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import INTERPRETED, has_block, image_of_block, image_tokens, sum_in_pairs
-from ..._triton.launcher import Packed, as_fp32, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import AttentionConfig
 from ..similarity.kernel import load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponents are of 2, as the hardware's are
 NONE = tl.constexpr(-(2**30))  # no query: below the place of every key, also less or plus a number of tokens
-NEVER_SPECIAL = ["M", "N", "R", "num_blocks", "group"]  # else compiled again for a 1, and for multiples of 16
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def logit_tile(
     return acc * factor
 
 
-@triton.jit(do_not_specialize=NEVER_SPECIAL)
+@triton.jit(do_not_specialize=VARYING)
 def attention_lse_kernel(
     queries_ptr,  # [B, Hq, M, d]
     keys_ptr,  # [B, Hkv, N, d]
@@ -134,7 +133,7 @@ def attention_lse_kernel(
     tl.store(lse_ptr + at_b * stride_lse_b + pid_h * stride_lse_h + slots.to(tl.int64) * stride_lse_r, lse, slots < R)
 
 
-@triton.jit(do_not_specialize=NEVER_SPECIAL)
+@triton.jit(do_not_specialize=VARYING)
 def attention_columns_kernel(
     queries_ptr,  # [B, Hq, M, d]
     keys_ptr,  # [B, Hkv, N, d]
@@ -232,7 +231,7 @@ def launch_attention(queries, keys, rows, mask, lse, scale, causal, scores, pack
     r = m if rows is None else rows.shape[-1]
     given = lse is not None
     if not given:
-        lse = queries.new_empty((*queries.shape[:-2], r), dtype=torch.float32)
+        lse = new(queries, (*queries.shape[:-2], r), torch.float32)
     config = AttentionConfig.for_shape(queries.dtype, d)
     tensors, unit = (queries, keys, rows, mask, lse), unit_of(queries, keys)
     strides = (
@@ -256,10 +255,18 @@ def launch_attention(queries, keys, rows, mask, lse, scale, causal, scores, pack
 
     if not given:
         blocks, slots = programs(r, config.block_m)
-        attention_lse_kernel[(slots, heads)](*tensors, *strides, *sizes(blocks), **options)
+        launch(attention_lse_kernel, (slots, heads), *tensors, *strides, *sizes(blocks), **options)
     blocks, slots = programs(n, config.block_n)
-    attention_columns_kernel[(slots, heads)](
-        *tensors, scores, *strides, *strides_by_image(scores, packed), *sizes(blocks), **options, GIVEN=given
+    launch(
+        attention_columns_kernel,
+        (slots, heads),
+        *tensors,
+        scores,
+        *strides,
+        *strides_by_image(scores, packed),
+        *sizes(blocks),
+        **options,
+        GIVEN=given,
     )
 
 
@@ -276,7 +283,7 @@ def attention_scores(
     """Return scores [B, Hq, N] fp32."""
     reject_float64(queries=queries, keys=keys)
     (b, heads, m, _), n = queries.shape, keys.shape[2]
-    scores = queries.new_empty((b, heads, n), dtype=torch.float32)
+    scores = new(queries, (b, heads, n), torch.float32)
     if scores.numel() == 0:
         return scores
     if rows is not None:

@@ -6,7 +6,7 @@ import torch
 from ..._dispatch import autograd, backends, debug, tracing
 from ..._dispatch.checks import FLOATS, as_grid, check_flag, check_not_empty, check_tensor, check_values, check_weight
 from ..._dispatch.debug import check_finite, refuse
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, always, random
 from ..merge.reference import rounded_once
 from ..similarity.op import compute_dtype
 from . import forms, gradients, reference
@@ -143,6 +143,7 @@ backends.register(
         derivatives=DERIVATIVES,
         shared={"rows": 1},
         as_operator={"heads": None},
+        is_traced=always,
     )
 )
 backends.register(

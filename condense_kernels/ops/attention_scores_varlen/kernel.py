@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._triton.launcher import Packed, on_device_of, reject_float64
+from ..._triton.launcher import Packed, new, on_device_of, reject_float64
 from ..attention_scores.kernel import launch_attention
 
 
@@ -20,7 +20,7 @@ def attention_scores_varlen(
     reject_float64(queries=queries, keys=keys)
     num_tokens, heads, _ = queries.shape
     max_seqlen = min(max_seqlen, num_tokens)
-    scores = queries.new_zeros((heads, num_tokens), dtype=torch.float32)  # and 0 they stay where there is no segment
+    scores = new(queries, (heads, num_tokens), torch.float32, fill=0)  # and 0 they stay where there is no segment
     if cu_seqlens.shape[0] > 1 and max_seqlen > 0:
         packed = Packed.of(cu_seqlens, None, None, num_tokens, 0, max_seqlen)
         with on_device_of(queries):

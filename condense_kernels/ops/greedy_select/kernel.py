@@ -24,7 +24,7 @@ from ..._triton.device import (
     magnitude_bits,
     order_key,
 )
-from ..._triton.launcher import as_fp32, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import MAX_STORED, SelectConfig
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
@@ -211,7 +211,7 @@ def fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier, TIER: tl.conste
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def greedy_select_kernel(
     s_ptr,  # [B, N, N]
     prior_ptr,  # [B, N]
@@ -285,12 +285,13 @@ def greedy_select(
     reject_float64(s=s, prior=prior)
     b, n = prior.shape
     check_is_stored(n)
-    order = s.new_empty((b, k), dtype=torch.int64)
+    order = new(s, (b, k), torch.int64)
     if b == 0 or k == 0:
         return order
     config = SelectConfig.for_shape(n)
     with on_device_of(s):
-        greedy_select_kernel[(b,)](
+        launch(
+            greedy_select_kernel, (b,),
             s, prior, s if sbar is None else sbar, s if tier is None else tier, order, as_fp32(suppression),
             *s.stride(), *prior.stride(), *strides_of(sbar, 1), *strides_of(tier, 2), n, k,
             BLOCK=config.block, CHUNKS=config.num_chunks(n), BLOCK_FILL=256,

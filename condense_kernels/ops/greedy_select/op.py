@@ -3,7 +3,7 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, as_count, check_count, check_tensor, check_weight
 from ..._dispatch.debug import check_finite, refuse
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, always, random
 from . import reference
 
 
@@ -69,6 +69,7 @@ backends.register(
         flops=flops,
         examples=examples,
         look=look,
+        is_traced=always,
     )
 )
 

@@ -15,7 +15,7 @@ from ..._triton.device import (
     narrow,
     sum_in_pairs,
 )
-from ..._triton.launcher import on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import MergeBackwardConfig, MergeConfig
 
 FOLD = tl.constexpr(32)  # members after which a partial sum is folded away: long clusters lose less
@@ -31,7 +31,7 @@ def load_member(features_ptr, scores_ptr, token, offs_d, mask_d, stride_n, strid
     return weight, x.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
     features_ptr,  # [B, N, D]
     scores_ptr,  # [B, N]
@@ -113,7 +113,8 @@ def launch_merge(features, scores, indices, assignment, merged, mass, packed=Non
     if mass.numel() == 0:
         return
     config = MergeConfig.for_shape(max(n, 1), d)
-    merge_kernel[(mass.numel(), triton.cdiv(d, config.block_d))](
+    launch(
+        merge_kernel, (mass.numel(), triton.cdiv(d, config.block_d)),
         features, scores, indices, assignment, merged, mass,
         *strides_of(features, 3), *strides_of(scores, 2), *strides_of(indices, 2), *strides_of(assignment, 2),
         n, k, d, packed,
@@ -132,14 +133,14 @@ def merge(
     reject_float64(features=features, scores=scores)
     b, _, d = features.shape
     k = indices.shape[1]
-    merged = features.new_empty((b, k, d))
-    mass = features.new_empty((b, k), dtype=torch.float32)
+    merged = new(features, (b, k, d))
+    mass = new(features, (b, k), torch.float32)
     with on_device_of(features):
         launch_merge(features, scores, indices, assignment, merged, mass)
     return merged, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_backward_kernel(
     grad_merged_ptr,  # [B, K, D]
     grad_mass_ptr,  # [B, K]
@@ -238,7 +239,7 @@ def merge_backward(
     """Return the gradients of features [B, N, D] and of scores [B, N], in their dtypes."""
     reject_float64(features=grad_merged, scores=scores)  # features have the dtype of their slopes
     (b, n), (k, d) = scores.shape, grad_merged.shape[1:]
-    grad_features, grad_scores = grad_merged.new_empty((b, n, d)), scores.new_empty((b, n))
+    grad_features, grad_scores = new(grad_merged, (b, n, d)), new(scores, (b, n))
     config = MergeBackwardConfig.for_shape(d)
     tensors = (grad_merged, grad_mass, features, scores, merged, mass, indices, assignment)
     strides = [stride for tensor, axes in zip(tensors, RANKS, strict=True) for stride in strides_of(tensor, axes)]
@@ -246,8 +247,8 @@ def merge_backward(
         for count, of_rows in ((n, False), (k, True)):
             parts = triton.cdiv(count, config.block_n)
             if b * n * parts > 0:
-                merge_backward_kernel[(b * parts,)](
-                    *tensors, grad_features, grad_scores, *strides, n, k, d, parts,
+                launch(
+                    merge_backward_kernel, (b * parts,), *tensors, grad_features, grad_scores, *strides, n, k, d, parts,
                     BLOCK_N=config.block_n, BLOCK_D=config.block_d, OF_ROWS=of_rows,
                     num_warps=config.num_warps, enable_fp_fusion=False,
                 )  # fmt: skip

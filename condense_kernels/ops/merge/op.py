@@ -3,7 +3,7 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, check_not_empty, check_tensor, check_values
 from ..._dispatch.debug import check_finite, check_indices, check_scores, refuse
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, always, random
 from ..similarity.op import compute_dtype
 from . import reference
 from .derivatives import OF_MERGE, OF_MERGE_BACKWARD
@@ -126,6 +126,7 @@ backends.register(
         examples=examples,
         look=look,
         derivatives=OF_MERGE,
+        is_traced=always,
     )
 )
 backends.register(
@@ -138,6 +139,7 @@ backends.register(
         flops=backward_flops,
         examples=backward_examples,
         derivatives=OF_MERGE_BACKWARD,
+        is_traced=always,
     )
 )
 

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton.device import image_rows, image_tokens, tokens_before
-from ..._triton.launcher import as_fp32, on_device_of, reject_float64, strides_of
+from ..._triton.device import image_rows, image_tokens, stored_at, tokens_before
+from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -54,7 +54,7 @@ def with_first(kept, more, limit):
     return both
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def select_kernel(
     s_ptr,  # [B, N, WIDTH], packed: [T, WIDTH]; likewise the rest
     scores_ptr,  # [B, N]
@@ -77,15 +77,17 @@ def select_kernel(
     at_b, N = image_tokens(packed, pid_b, N)
     first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
     span = WIDTH if LONGEST else BLOCK * CHUNKS  # tokens of all chunks
+    stored = stored_at(packed, pid_b, at_b)
     if packed is not None:
-        elsewhere = (N <= LOW) | (span < N)  # of another size, so of another launch
+        elsewhere = (N <= LOW) | (span < N) | (stored < 0)  # of another size or group, so of another launch
         if elsewhere | (K == 0):
             return
     first = tokens_before(packed, at_b, N)
-    s_ptr += first * WIDTH
+    rows_before = tokens_before(packed, stored, N)
+    s_ptr += rows_before * WIDTH
     scores_ptr += at_b * stride_score_b
     tier_ptr += first
-    row_sums_ptr += first * num_blocks
+    row_sums_ptr += rows_before * num_blocks
     abs_sums_ptr += first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
     num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
     num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
@@ -205,7 +207,8 @@ def launch_select(
     classes = [(0, config.width)] if packed is None else SelectConfig.classes(config.width)
     for low, span in classes:
         select = SelectConfig.for_shape(span)
-        select_kernel[(images,)](
+        launch(
+            select_kernel, (images,),
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
             indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
             *strides_of(scores, 2), *space.strides,
@@ -248,10 +251,10 @@ def select_and_merge(
     w = carve(pieces_of(b, n), workspace, features.device)
     if out is None:
         out = (
-            features.new_empty((b, k, d)),
-            features.new_empty((b, k), dtype=torch.int64),
-            features.new_empty((b, n), dtype=torch.int64),
-            features.new_empty((b, k), dtype=torch.float32),
+            new(features, (b, k, d)),
+            new(features, (b, k), torch.int64),
+            new(features, (b, n), torch.int64),
+            new(features, (b, k), torch.float32),
         )
     merged, indices, assignment, mass = out
     config = FusedConfig.for_shape(n)

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ..._dispatch.checks import (
 )
 from ..._dispatch.debug import check_finite, check_positions, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, random
+from ..._triton.tables import MAX_STORED
 from ..assign import op as assign
 from ..greedy_select import op as greedy_select
 from ..merge import op as merge
@@ -122,6 +124,11 @@ def on_triton(*args, **kwargs):
     return launch(*args, **kwargs)
 
 
+def is_traced(features, *args, **options) -> bool:
+    """Not where s is not stored: a pick is two launches there."""
+    return features.shape[1] <= MAX_STORED
+
+
 def check_raw_out(
     features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
 ) -> None:
@@ -130,7 +137,12 @@ def check_raw_out(
     check_out(features, scores, num_anchors + num_background, out)
     if workspace is not None:
         check_workspace(workspace, features, 0)  # enough or not, the kernel will say
-    check_memory(features, scores, out, workspace, **options)
+
+
+def check_raw_memory(
+    features, scores, num_anchors, num_background, *, workspace=None, merged, indices, assignment, mass, **options
+) -> None:
+    check_memory(features, scores, Condensed(merged, indices, assignment, mass), workspace, **options)
 
 
 def on_triton_out(*args, workspace=None, merged, indices, assignment, mass, **options):
@@ -215,6 +227,7 @@ backends.register(
         look=look,
         derivatives=OF_MERGE,
         shared={"positions": 2},
+        is_traced=is_traced,
     )
 )
 NOT_IN_PLACE = "condense_kernels.select_and_merge without out= and workspace="
@@ -222,6 +235,7 @@ backends.register(
     Operator(
         "select_and_merge_out",
         check=check_raw_out,
+        check_memory=check_raw_memory,
         reference=on_reference_out,
         triton=on_triton_out,
         fake=lambda *args, **kwargs: None,
@@ -316,24 +330,35 @@ def select_and_merge(
     }
     num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
-    tracing.checked(check, *args, **options)
     if out is None and workspace is None:
-        return Condensed(*backends.run("select_and_merge", backend, args, options))
-    if out is not None and not (isinstance(out, tuple) and len(out) == 4):
-        raise TypeError(
-            f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of an "
-            "earlier call."
+        return backends.looked_at(
+            functools.partial(tracing.checked, check, *args, **options),
+            lambda: Condensed(*backends.run("select_and_merge", backend, args, options)),
+            backend,
+            features,
         )
-    out = Condensed(*(fake(*args) if out is None else out))
-    tracing.checked(check_out, features, scores, num_anchors + num_background, out)
-    if workspace is not None and not torch.compiler.is_compiling():
-        tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
-    tracing.checked(check_memory, features, scores, out, workspace, **options)
-    options |= {"workspace": workspace, **out._asdict()}
-    backends.run("select_and_merge_out", backend, args, options)
-    if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
-        torch.autograd.graph.increment_version(out)
-    return out
+
+    def look() -> None:
+        tracing.checked(check, *args, **options)
+        if out is not None and not (isinstance(out, tuple) and len(out) == 4):
+            raise TypeError(
+                f"out: expected (merged, indices, assignment, mass), got {type(out).__name__}. Remedy: the result of "
+                "an earlier call."
+            )
+        written = Condensed(*(fake(*args) if out is None else out))
+        tracing.checked(check_out, features, scores, num_anchors + num_background, written)
+        if workspace is not None and not torch.compiler.is_compiling():
+            tracing.checked(check_workspace, workspace, features, count_bytes(backend, args, options))
+        tracing.checked(check_memory, features, scores, written, workspace, **options)
+
+    def run() -> Condensed:
+        written = Condensed(*(fake(*args) if out is None else out))
+        backends.run("select_and_merge_out", backend, args, {**options, "workspace": workspace, **written._asdict()})
+        if not torch.compiler.is_compiling():  # torch does not see what a kernel writes, and autograd has to
+            torch.autograd.graph.increment_version(written)
+        return written
+
+    return backends.looked_at(look, run, backend, features)
 
 
 @tracing.leaf()

@@ -1,18 +1,6 @@
 """Selection and assignment without s: a cosine is computed again where it is needed, memory is O(B N).
 
-Exact lazy batching. Once a loop has its first pick scores only fall, so a score that is not up to date is a bound of
-the one that is. In turns,
-
-    update  brings every token's score up to date with the picks of the last batch, one program per 64 tokens,
-    pick    takes the best tokens as candidates, one program per image, and picks among them alone, by their cosines
-            with each other, as long as the best candidate comes before the best token outside.
-
-The picks are those of the plain loop, bit for bit: the candidates' scores are exact, every other token's is at best the
-one it had, and (score, index) is compared as a whole, so that ties are exact, too. The first pick of a loop stands
-alone: it has no suppression term, and a negative cosine to it raises scores.
-
-Every turn picks at least one token, so K - 1 of them are launched, for the host must not ask how many there were; those
-that find nothing left to do return at once.
+Both loops begin with a launch of their own, and go on in turns (turns.py). A cosine has the same bits as in s.
 """
 
 import torch
@@ -28,10 +16,9 @@ from ..._triton.device import (
     image_rows,
     image_tokens,
     inside,
-    order_key,
     tokens_before,
 )
-from ..._triton.launcher import as_fp32, strides_of
+from ..._triton.launcher import VARYING, as_fp32, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
@@ -47,26 +34,11 @@ from ..greedy_select.kernel import (
 from ..similarity.kernel import (
     blocks_of_image,
     can_overflow,
-    cosine_tile,
     global_similarity,
     mean_similarity,
     num_blocks_of,
 )
-
-BLOCK = SimilarityConfig.block  # tokens of a tile, so of a batch of picks, and of an update
-NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above the place of every token
-
-
-@triton.jit
-def place_of(key, token):
-    """One int64 that orders like (key, token): no two tokens are equal."""
-    return (key.to(tl.int64) << 32) | token.to(tl.int64)
-
-
-@triton.jit
-def live_key(t, nu):
-    """The order key of a negated score; above all of them for a dead token."""
-    return tl.where(nu == nu, order_key(t), NOWHERE)
+from .turns import BLOCK, NOBODY, cosines_of, launch_turns, live_key, place_of
 
 
 @triton.jit
@@ -84,7 +56,7 @@ def load_priors(
     return prior, tier, offs_n, mask_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def begin_kernel(
     scores_ptr,  # [B, N], packed: [T]; likewise the rest
     tier_ptr,  # [B, N]
@@ -163,137 +135,7 @@ def begin_kernel(
     tl.store(due_ptr + pid_b, count - fresh)
 
 
-@triton.jit
-def cosines_of(
-    keys_ptr, scale_ptr, inverse_ptr, tokens_i, tokens_j, stride_key_n, stride_key_d, num_channels,
-    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK, BLOCK] cosines of two lists of tokens of one image, with the factors that the first pass stored."""
-    channels = DK if INTERPRETED else num_channels
-    return cosine_tile(
-        keys_ptr, tokens_i, tokens_j, tl.load(scale_ptr + tokens_i), tl.load(scale_ptr + tokens_j),
-        tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
-        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
-    )  # fmt: skip
-
-
-@triton.jit
-def update_kernel(
-    keys_ptr,  # [B, N, Dk]
-    scale_ptr,  # [B, N]
-    inverse_ptr,  # [B, N]
-    nu_ptr,  # [B, N]
-    m_ptr,  # [B, N]
-    key_ptr,  # [B, N] int32: the order key of the negated score
-    best_ptr,  # [B, blocks] int64: the best place in the block
-    batch_ptr,  # [B, BLOCK]
-    fresh_ptr,  # [B]
-    suppression,
-    stride_key_b, stride_key_n, stride_key_d,
-    N, num_blocks, num_channels, packed,
-    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """m, scores and the best token of a block, given the last picks."""
-    pid = tl.program_id(0)
-    pid_b, pid_n = image_of_block(packed, pid, num_blocks, BLOCK)
-    at_b, N = image_tokens(packed, pid_b, N)
-    if has_block(packed, N, pid_n, BLOCK) == 0:
-        return
-    first = tokens_before(packed, at_b, N)
-    fresh = tl.load(fresh_ptr + pid_b)
-    if fresh > 0:
-        offs_k = tl.arange(0, BLOCK)
-        picks = tl.load(batch_ptr + pid_b * BLOCK + offs_k, mask=offs_k < fresh, other=0).to(tl.int64)
-        offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
-        mask_n = offs_n < N
-        tokens = tl.minimum(offs_n, N - 1).to(tl.int64)
-        s = cosines_of(
-            keys_ptr + at_b * stride_key_b, scale_ptr + first, inverse_ptr + first, tokens, picks,
-            stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
-        )  # fmt: skip
-        s = tl.where((offs_k < fresh)[None, :], s, float("-inf"))
-        at = first + offs_n
-        nu = tl.load(nu_ptr + at, mask=mask_n, other=float("nan"))
-        m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=1))
-        key = live_key(suppression * m + nu, nu)
-        tl.store(m_ptr + at, m, mask=mask_n)
-        tl.store(key_ptr + at, key, mask=mask_n)
-        tl.store(best_ptr + pid, tl.min(place_of(key, offs_n), axis=0))
-
-
-@triton.jit
-def best_tokens(packed, key_ptr, best_ptr, N, num_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """The BLOCK best tokens of an image, and the place of the best one outside. Beyond N are dead ones to fill up."""
-    offs_c = tl.arange(0, BLOCK)
-    blocks = tl.arange(0, BLOCKS)
-    best = tl.load(best_ptr + blocks, mask=blocks < num_blocks, other=NOBODY)
-    candidates = tl.zeros([BLOCK], tl.int32)
-    for c in range(BLOCK):
-        place = tl.min(best, axis=0)
-        token = inside(packed, place.to(tl.int32), num_blocks * BLOCK)
-        candidates = tl.where(offs_c == c, token, candidates)
-        offs_n = token // BLOCK * BLOCK + offs_c
-        key = tl.load(key_ptr + offs_n, mask=offs_n < N, other=NOWHERE)
-        places = place_of(key, offs_n)
-        successor = tl.min(tl.where(places > place, places, NOBODY), axis=0)
-        best = tl.where(blocks == token // BLOCK, successor, best)
-    return candidates, tl.min(best, axis=0)
-
-
-@triton.jit
-def pick_kernel(
-    keys_ptr,  # [B, N, Dk]
-    scale_ptr,  # [B, N]
-    inverse_ptr,  # [B, N]
-    nu_ptr,  # [B, N]
-    m_ptr,  # [B, N]
-    key_ptr,  # [B, N]
-    best_ptr,  # [B, blocks]
-    batch_ptr,  # [B, BLOCK]
-    fresh_ptr,  # [B]
-    due_ptr,  # [B]
-    suppression,
-    stride_key_b, stride_key_n, stride_key_d,
-    N, num_blocks, num_channels, packed,
-    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The next batch of picks of an image."""
-    pid_b = tl.program_id(0).to(tl.int64)
-    at_b, N = image_tokens(packed, pid_b, N)
-    blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
-    first = tokens_before(packed, at_b, N)
-    due = tl.load(due_ptr + pid_b)
-    fresh = tl.zeros([], tl.int32)
-    if due > 0:
-        nu_ptr += first
-        batch_ptr += pid_b * BLOCK
-        best_ptr += first_block_of(packed, pid_b, num_blocks, BLOCK)
-        candidates, outside = best_tokens(packed, key_ptr + first, best_ptr, N, blocks, BLOCK, BLOCKS)
-        tokens = tl.minimum(candidates, N - 1).to(tl.int64)
-        s = cosines_of(
-            keys_ptr + at_b * stride_key_b, scale_ptr + first, inverse_ptr + first, tokens, tokens,
-            stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
-        )  # fmt: skip
-        nu = tl.where(candidates < N, tl.load(nu_ptr + tokens), float("nan"))
-        m = tl.load(m_ptr + first + tokens)
-        place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
-        while (fresh < due) & (fresh < BLOCK) & (place < outside):
-            pick = inside(packed, place.to(tl.int32), N)
-            tl.store(nu_ptr + pick, dead(tl.zeros([], tl.int32)))
-            tl.store(batch_ptr + fresh, pick)
-            row = tl.max(tl.where((candidates == pick)[:, None], s, float("-inf")), axis=0)
-            m = tl.maximum(m, row)
-            nu = tl.where(candidates == pick, float("nan"), nu)
-            place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
-            fresh += 1
-        tl.store(due_ptr + pid_b, due - fresh)
-    tl.store(fresh_ptr + pid_b, fresh)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def keep_kernel(
     nu_ptr,  # [B, N]
     indices_ptr,  # [B, K]
@@ -338,7 +180,7 @@ def keep_kernel(
         start += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def assign_streamed_kernel(
     keys_ptr,  # [B, N, Dk]
     scale_ptr,  # [B, N]
@@ -351,7 +193,7 @@ def assign_streamed_kernel(
     spatial_weight,
     stride_key_b, stride_key_n, stride_key_d,
     stride_where_b, stride_where_n, stride_where_p,
-    N, K, num_blocks, num_channels, HEIGHT, WIDTH, packed,
+    N, K, num_blocks, num_channels, HEIGHT, GRID_WIDTH, packed,
     P: tl.constexpr, AXES: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr, MODE: tl.constexpr, CAN_OVERFLOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -376,7 +218,7 @@ def assign_streamed_kernel(
     origin, shrink_first, shrink, factor = tl.zeros([AXES], tl.float64), 1.0, 1.0, 0.0
     if MODE != NO_DISTANCE:
         origin, shrink_first, shrink, factor = distance_frame(
-            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, WIDTH,
+            where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, 1, N, HEIGHT, GRID_WIDTH,
             P, AXES, BLOCK_BOX, MODE, True,
         )  # fmt: skip
     best = tl.full([BLOCK], float("nan"), tl.float32)
@@ -399,7 +241,7 @@ def assign_streamed_kernel(
             s = tl.load(tile_ptr + (part + tl.arange(0, BLOCK_K))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
             best, row, own = compare_rows(
                 best, row, own, s, offs_k, kept, takes, tokens, where_ptr, origin, shrink_first, shrink, factor,
-                stride_where_n, stride_where_p, HEIGHT, WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
+                stride_where_n, stride_where_p, HEIGHT, GRID_WIDTH, P, AXES, BLOCK, BLOCK_K, MODE,
             )  # fmt: skip
             part += BLOCK_K
         tl.debug_barrier()
@@ -431,34 +273,24 @@ def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
 
 def launch_select(w, keys, scores, indices, num_anchors, suppressions, packed=None):
     """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles left in w."""
-    n, dk = keys.shape[-2:]
-    images, k = w.due.numel(), indices.shape[-1]
-    picks = (num_anchors, k - num_anchors)
+    images, k, n = w.due.numel(), indices.shape[-1], keys.shape[-2]
+    counts = (num_anchors, k - num_anchors)
     if packed is not None:
-        n, picks = packed.max_seqlen, (packed.max_keep,) * 2
+        n, counts = packed.max_seqlen, (packed.max_keep,) * 2
     blocks, _ = num_blocks_of(n)
-    similarity, config = SimilarityConfig.for_shape(keys.dtype), StreamConfig.for_shape()
-    tile = {
-        "DK": dk, "BLOCK": BLOCK, "BLOCK_D": similarity.block_d, "CAN_OVERFLOW": can_overflow(keys),
-        "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
-    }  # fmt: skip
-    factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
-    for background, count, factor in zip((False, True), picks, map(as_fp32, suppressions), strict=True):
-        begin_kernel[(images,)](
-            scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
+    config = StreamConfig.for_shape()
+    for background, count, factor in zip((False, True), counts, map(as_fp32, suppressions), strict=True):
+        launch(
+            begin_kernel, (images,), scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
             factor, *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
-        sizes = (factor, *strides_of(keys, 3), n, blocks, dk, packed)
-        for _ in range(count - 1):
-            update_kernel[(w.best.numel(),)](*factors, *sizes, **tile, enable_fp_fusion=False)
-            pick_kernel[(images,)](
-                *factors, w.due, *sizes, **tile, BLOCKS=triton.next_power_of_2(blocks), enable_fp_fusion=False
-            )
-    keep_kernel[(images,)](
-        w.nu, indices, n, k, packed, CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False
-    )
+        launch_turns(w, keys, count, factor, packed)
+    launch(
+        keep_kernel, (images,), w.nu, indices, n, k, packed,
+        CHUNK=config.chunk, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def launch_assign(w, keys, indices, space, spatial_weight, assignment, packed=None):
@@ -468,7 +300,8 @@ def launch_assign(w, keys, indices, space, spatial_weight, assignment, packed=No
     blocks, _ = num_blocks_of(n)
     similarity = SimilarityConfig.for_shape(keys.dtype)
     axes = triton.next_power_of_2(space.axes)
-    assign_streamed_kernel[(w.best.numel(),)](
+    launch(
+        assign_streamed_kernel, (w.best.numel(),),
         keys, w.scale, w.inverse, indices, w.tier, w.tier if space.tensor is None else space.tensor, assignment,
         w.tile, float(spatial_weight), *strides_of(keys, 3), *space.strides,
         n, indices.shape[-1], blocks, dk, space.height, space.width, packed,

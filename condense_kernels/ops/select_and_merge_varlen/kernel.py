@@ -8,8 +8,8 @@ import dataclasses
 
 import torch
 
-from ..._triton.launcher import Packed, on_device_of, reject_float64, strides_of
-from ..._triton.tables import FusedConfig
+from ..._triton.launcher import Packed, new, on_device_of, reject_float64, strides_of
+from ..._triton.tables import FusedConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign
 from ..merge.kernel import launch_merge
@@ -21,15 +21,16 @@ from ..similarity.kernel import launch_tiles, num_blocks_of
 
 def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
     """What the launches of a call hand to each other."""
-    slots = packed.num_slots(streamed.BLOCK)
     if not config.store_s:
-        return streamed.pieces_of(packed.num_segments, num_tokens, slots)
+        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(streamed.BLOCK))
     blocks, _ = num_blocks_of(packed.max_seqlen)
+    group = next(packed.groups(config.grouping))
+    rows = num_tokens if config.grouping is None else config.grouping.rows(packed.max_seqlen)
     return {
-        "s": ((num_tokens, config.width), torch.float32),
+        "s": ((rows, config.width), torch.float32),
         "tier": ((num_tokens,), torch.int32),
-        "row_sums": ((num_tokens, blocks), torch.int32),
-        "abs_sums": ((slots, blocks // 2 + 1), torch.int64),
+        "row_sums": ((rows, blocks), torch.int32),
+        "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
     }
 
 
@@ -54,24 +55,25 @@ def select_and_merge_varlen(
     max_seqlen = min(max_seqlen, num_tokens)
     if keys is None:
         keys = features
-    merged = features.new_empty((total_keep, d))
-    indices = features.new_full((total_keep,), -1, dtype=torch.int64)  # and -1 it stays where there is no token,
-    assignment = features.new_full((num_tokens,), -1, dtype=torch.int64)  # or no row
-    mass = features.new_empty((total_keep,), dtype=torch.float32)
+    merged = new(features, (total_keep, d))
+    indices = new(features, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no token,
+    assignment = new(features, (num_tokens,), torch.int64, fill=-1)  # or no row
+    mass = new(features, (total_keep,), torch.float32)
     if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
         return merged.zero_(), indices, assignment, mass.zero_()
     packed = Packed.of(cu_seqlens, cu_anchors, cu_background, num_tokens, total_keep, max_seqlen)
-    config = FusedConfig.for_packed(num_tokens, max_seqlen)
+    config = FusedConfig.for_packed(num_tokens, packed.num_segments, max_seqlen)
     space = dataclasses.replace(Space.of(None, positions, spatial_weight), strides=strides_of(positions, 3))
     suppressions = suppressions_of(suppression, background_suppression)
     w = carve(pieces_of(num_tokens, packed, config), None, features.device)
     with on_device_of(features):
         sums = w.tier, w.row_sums, w.abs_sums
         if config.store_s:
-            launch_tiles(keys, scores, None, *sums, w.s, packed=packed)
-            launch_select(w, scores, indices, assignment, 0, space, suppressions, spatial_weight, config, packed)
-            if not config.assign_in_select:
-                launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=packed)
+            for group in packed.groups(config.grouping):
+                launch_tiles(keys, scores, None, *sums, w.s, packed=group)
+                launch_select(w, scores, indices, assignment, 0, space, suppressions, spatial_weight, config, group)
+                if not config.assign_in_select:
+                    launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=group)
         else:
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
             streamed.launch_select(w, keys, scores, indices, 0, suppressions, packed)

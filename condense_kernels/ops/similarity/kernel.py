@@ -8,16 +8,18 @@ from ..._triton.device import (
     INFINITY_BITS,
     INTERPRETED,
     first_block_of,
+    first_of_group,
     has_block,
     image_of_block,
     image_tokens,
     is_finite,
     magnitude_bits,
     power_of_two,
+    stored_at,
     sum_in_pairs,
     tokens_before,
 )
-from ..._triton.launcher import on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of, zero
 from ..._triton.tables import SimilarityConfig
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
@@ -163,10 +165,10 @@ def first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK: tl.constexpr):
     if packed is None:
         return pid_b * num_tiles
     else:
-        return first_block_of(packed, pid_b, num_blocks, BLOCK) * (num_blocks // 2 + 1)
+        return (first_block_of(packed, pid_b, num_blocks, BLOCK) - first_of_group(packed)) * (num_blocks // 2 + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def similarity_tile_kernel(
     keys_ptr,  # [B, N, Dk]
     scores_ptr,  # [B, N]
@@ -193,9 +195,11 @@ def similarity_tile_kernel(
         pid_b, block = image_of_block(packed, pid, num_blocks, BLOCK)
     at_b, N = image_tokens(packed, pid_b, N)
     blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
+    stored = stored_at(packed, pid_b, at_b)
     if packed is not None:  # a program of each block takes every blocks-th tile, from that of its number on
         pid_tile = tl.program_id(1) * blocks + block
-        if (pid_tile >= tiles_of_image(packed, blocks, num_tiles)) | (has_block(packed, N, block, BLOCK) == 0):
+        exists = (pid_tile < tiles_of_image(packed, blocks, num_tiles)) & has_block(packed, N, block, BLOCK)
+        if (exists == 0) | (stored < 0):
             return
     pid_i, pid_j = tile_of(pid_tile, blocks)
     keys_ptr += at_b * stride_key_b
@@ -244,8 +248,9 @@ def similarity_tile_kernel(
     offs_j64 = offs_j.to(tl.int64)
     first = tokens_before(packed, at_b, N)
     if STORE:
-        s_ptr += first * WIDTH
-        row_sums_ptr += first * num_blocks
+        rows_before = tokens_before(packed, stored, N)
+        s_ptr += rows_before * WIDTH
+        row_sums_ptr += rows_before * num_blocks
         mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
         tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
         tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
@@ -292,7 +297,7 @@ def mean_similarity(abs_sums_ptr, count, num_tiles, BLOCK: tl.constexpr):
     return (tl.sum(total, axis=0).to(tl.float64) * (1.0 / FIXED_POINT) / (pairs * pairs)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def similarity_means_kernel(
     tier_ptr,  # [B, N]
     row_sums_ptr,  # [B, blocks, N]
@@ -334,10 +339,11 @@ def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=Non
     blocks, tiles = num_blocks_of(n)
     grid = (b * tiles,) if packed is None else (packed.num_slots(config.block), blocks // 2 + 1)
     if s is None:
-        row_sums.zero_()
-        abs_sums.zero_()
+        zero(row_sums)
+        zero(abs_sums)
     if b > 0:
-        similarity_tile_kernel[grid](
+        launch(
+            similarity_tile_kernel, grid,
             keys, keys if scores is None else scores, keys if mask is None else mask, tier, row_sums, abs_sums,
             tier if s is None else s, tier if scale is None else scale, tier if inverse is None else inverse,
             *strides_of(keys, 3), *strides_of(scores, 2), *strides_of(mask, 2),
@@ -365,18 +371,18 @@ def similarity(
     b, n, _ = keys.shape
     with on_device_of(keys):
         blocks, tiles = num_blocks_of(n)
-        s = keys.new_empty((b, n, n), dtype=torch.float32)
-        tier = keys.new_empty((b, n), dtype=torch.int8)
-        row_sums = keys.new_empty((b, blocks, n), dtype=torch.int32)
-        abs_sums = keys.new_empty((b, tiles), dtype=torch.int64)
+        s = new(keys, (b, n, n), torch.float32)
+        tier = new(keys, (b, n), torch.int8)
+        row_sums = new(keys, (b, blocks, n), torch.int32)
+        abs_sums = new(keys, (b, tiles), torch.int64)
         launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s)
-        g = s.new_empty((b, n))
-        sbar = s.new_empty((b,))
+        g = new(s, (b, n))
+        sbar = new(s, (b,))
         block = 256
         parts = triton.cdiv(n, block)
         if b > 0:
-            similarity_means_kernel[(b * parts,)](
-                tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, parts,
+            launch(
+                similarity_means_kernel, (b * parts,), tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, parts,
                 BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip
     return s, sbar, g, tier

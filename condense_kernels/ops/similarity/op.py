@@ -3,7 +3,7 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import FLOATS, check_not_empty, check_num_tokens, check_tensor
 from ..._dispatch.debug import check_finite, check_scores
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import Example, Operator, always, random
 from . import reference
 
 
@@ -74,6 +74,7 @@ backends.register(
         examples=examples,
         look=look,
         no_derivatives="selection and assignment, which it is for, are constants",
+        is_traced=always,
     )
 )
 
