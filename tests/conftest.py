@@ -75,6 +75,16 @@ def cpp() -> str:
 
 
 @pytest.fixture
+def ptx_engine():
+    """Runs small PTX programs, see tests/ptx/handwritten.py."""
+    from ptx import engine, handwritten
+
+    if engine.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return handwritten.Device()
+
+
+@pytest.fixture
 def bounded(monkeypatch):
     """The interpreter, held to what the tensors of a launch span."""
     spans: list[tuple[int, int]] = []
