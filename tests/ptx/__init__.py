@@ -1,0 +1,1 @@
+"""Runs compiled Triton kernels without a GPU: PTX, executed and checked on the CPU."""
