@@ -1,7 +1,9 @@
 """PTX of a kernel for a GPU that need not be here. It is kept by what it is compiled from, in build/ptx."""
 
+import functools
 import hashlib
 import os
+import pathlib
 import tempfile
 
 import triton
@@ -27,6 +29,11 @@ def ptx_of(kernel, source: ASTSource, options: dict, target: str) -> tuple[str, 
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as partial:
             partial.write(f"// {shared} bytes of shared memory\n{text}")
         os.replace(partial.name, path)  # other processes see all of it, or nothing
+    return read(path)
+
+
+@functools.lru_cache(maxsize=1024)
+def read(path: pathlib.Path) -> tuple[str, int]:
     first, text = path.read_text().split("\n", 1)
     return text, int(first.split()[1])
 

@@ -5,15 +5,15 @@ in the engine's arena, far from all others, so that what lies outside of it is o
 """
 
 import ctypes
+import functools
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 from inspect_kernels import source_of
@@ -49,6 +49,7 @@ class Checks:
 
 class Launch(NamedTuple):
     kernel: str
+    ptx: str
     grid: tuple[int, ...]
     instructions: int  # of warps
     seconds: float
@@ -61,14 +62,13 @@ class Copy(NamedTuple):
     address: int
 
 
-_programs: dict[tuple, Program] = {}
-_arena: list[int] = []
+program_of = functools.lru_cache(maxsize=1024)(Program)
 
 
-def program_of(text: str, mutate: Callable | None) -> Program:
-    if (text, mutate) not in _programs:
-        _programs[text, mutate] = Program(text, mutate)
-    return _programs[text, mutate]
+@functools.cache
+def arena() -> int:
+    """Where it begins. The engine has one."""
+    return engine.library().arena_init(ARENA_BYTES)
 
 
 class Memory:
@@ -76,10 +76,8 @@ class Memory:
 
     def __init__(self):
         self.engine = engine.library()
-        if not _arena:
-            _arena.append(self.engine.arena_init(ARENA_BYTES))
+        self.next = arena() + APART
         self.engine.regions_clear()
-        self.next = _arena[0] + APART
         self.copies: dict[int, Copy] = {}  # by where the storage is
         self.unwritten: dict[int, torch.Tensor] = {}  # likewise; held, so that nothing else comes there
 
@@ -142,7 +140,7 @@ class Memory:
 
 
 class Device(TorchDispatchMode):
-    """``mutate``, given a kernel's name, may return a function that changes its statements, see Program."""
+    """``mutate``, given a kernel's PTX, may return a function that changes its statements, see Program."""
 
     def __init__(self, target: str, seed: int = 0, checks: Checks = Checks(), mutate=None, limit: int = ENDLESS):  # noqa: B008
         super().__init__()
@@ -176,7 +174,7 @@ class Device(TorchDispatchMode):
             return
         source = source_of(kernel, arguments, lambda tensor: self.memory.address_of(tensor) % 16 == 0)
         text, shared = ptx_of(kernel, source, options, self.target)
-        program = program_of(text, self.mutate and self.mutate(kernel.__name__))
+        program = program_of(text, self.mutate and self.mutate(text))
         grid = tuple(grid(arguments) if callable(grid) else grid)
         parameters = self.parameters_of(program, list(values_in(arguments, source.signature)))
         copies = self.memory.bound(tensors)
@@ -188,7 +186,7 @@ class Device(TorchDispatchMode):
         seconds = time.perf_counter() - start
         for storage, address in copies:
             ctypes.memmove(storage.data_ptr(), address, storage.nbytes())
-        self.launches.append(Launch(kernel.__name__, grid, self.memory.engine.take_executed(), seconds))
+        self.launches.append(Launch(kernel.__name__, text, grid, self.memory.engine.take_executed(), seconds))
         for finding in found:
             if finding["space"] == "global":
                 finding["tensor"] = self.nearest(finding["addr"], arguments)
@@ -232,14 +230,15 @@ class Device(TorchDispatchMode):
             setattr(owner, name, original)
         return super().__exit__(*args)
 
-    def summary(self) -> list[dict]:
-        """The findings, those of different launches at the same place together."""
+    def take(self) -> list[dict]:
+        """The findings so far, those of different launches at the same place as one."""
         places: dict[tuple, dict] = {}
         for finding in self.findings:
             if finding["kind"] != HARMLESS:
                 key = tuple(finding.get(name) for name in ("kernel", "kind", "at", "ptx", "other at", "other ptx"))
-                count = places[key]["count"] if key in places else 0
-                places[key] = {**places.get(key, finding), "count": count + finding["count"]}
+                first = places.setdefault(key, {**finding, "count": 0})
+                first["count"] += finding["count"]
+        self.findings.clear()
         return list(places.values())
 
 
