@@ -42,6 +42,7 @@ from condense_kernels._triton.tables import (
     MergeConfig,
     SelectConfig,
     SimilarityConfig,
+    StreamConfig,
     next_power_of_2,
     trying,
 )
@@ -71,6 +72,7 @@ def variants(n: int) -> dict[str, Changes]:
         "merge: 512 channels, 2 warps": [(MergeConfig, {"block_d": 512, "num_warps": 2})],
         "merge: 256 tokens at a time": [(MergeConfig, {"block_n": 256})],
         "s not stored": [(FusedConfig, {"store_s": False})],
+        "s not stored, no turns to spare": [(FusedConfig, {"store_s": False}), (StreamConfig, {"spare_turns": 0})],
     }
     for block, warps in ((64, 2), (128, 1), (128, 2), (128, 4)) if n <= 1024 else ((512, 8), (1024, 4), (1024, 8)):
         found[f"select: chunks of {block}, {warps} warps"] = [(SelectConfig, {"block": block, "num_warps": warps})]
