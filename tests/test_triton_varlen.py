@@ -157,6 +157,13 @@ def test_in_groups(lengths, anchors, background, grouping):
         assert_same_bits(batch.run(), batch.segment_by_segment())
 
 
+def test_in_groups_without_a_row_to_spare():
+    """Segments of whole blocks, as long as the longest: each row of s ends where the next segment's begins."""
+    batch = batch_of([128, 128, 5], [90, 30, 1], [0, 2, 0])
+    with trying(FusedConfig, grouping=Grouping(4, 2)):
+        assert_same_bits(batch.run(), batch.segment_by_segment())
+
+
 def test_in_groups_on_every_path():
     batch = batch_of([16, 17, 1, 64, 65, 0, 15], [5, 4, 1, 6, 7, 0, 3], [2, 2, 0, 3, 2, 0, 1])
     expected = batch.segment_by_segment()
