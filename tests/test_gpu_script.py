@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh and what it runs, as far as a machine without a GPU shows: that nothing but one step is ever lost."""
+"""benchmarks/gpu.sh and what it runs, as far as a machine without a GPU shows: no more than one step is ever lost."""
 
 import csv
 import os
@@ -298,7 +298,9 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch, capsys):
         raise AssertionError("other bits")
 
     monkeypatch.setattr(sys, "argv", ["checks.py", "--without", "third"])
-    three = [checks.Check(name, lambda: None, hold) for name, hold in (("first", raises), ("second", id), ("third", raises))]
+    three = [
+        checks.Check(name, lambda: None, hold) for name, hold in (("first", raises), ("second", id), ("third", raises))
+    ]
     monkeypatch.setattr(checks, "checks", lambda: three)
     monkeypatch.setattr(checks, "require_kernels", lambda: None)
     with pytest.raises(SystemExit, match="1 checks failed"):
