@@ -2,10 +2,11 @@
 times.
 
 Each variant is the flagship with some fields of a launch config changed. Its results must be those of the default, bit
-for bit. On a GPU every variant is timed by replaying a CUDA graph ten times, its inputs in the L2 cache, all variants in
-turn, so that a drifting clock harms all alike; one that does not compile or launch says why in its row, and the others
-are timed. The file is written anew after every round. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps and no
-pipelines, and the kernels that a variant changes are compiled for sm_90 and counted.
+for bit. On a GPU every variant is timed by replaying a CUDA graph ten times, with its inputs in the L2 cache, all of
+them in turn, so that a drifting clock harms all alike; one that does not compile or launch says why in its row, and the
+others are timed. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps
+and no pipelines, and the kernels that a variant changes are compiled for sm_90 and counted. The file is written anew
+after every round and every kernel.
 
     python benchmarks/variants.py [--csv FILE]
 
