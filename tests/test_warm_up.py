@@ -52,10 +52,15 @@ def call(ck, n, kept, d, dk, dtypes=torch.bfloat16, scores=None, positions=None,
             ck.merge(features, prior, indices, assignment)
 
 
-def compiled_after(shapes, options, sizes):
+def compiled_after(shapes, options, sizes, target=None):
     """By the calls of these sizes, after warm_up of the shapes; and by warm_up."""
     ck, stub_driver = without_interpreter()
     with stub_driver.device(compiling=False) as counts:
+        if target is not None:
+            import triton
+
+            target = triton.backends.compiler.GPUTarget(*target)
+            triton.runtime.driver.active.get_current_target = lambda: target
         count = ck.warm_up(shapes, progress=False, **options)
         warmed = len(counts.compilations)
         counts.reset()
@@ -78,6 +83,17 @@ def test_after_it_nothing_compiles(kind):
     later, count, warmed = fresh(compiled_after, shapes, KINDS[kind], sizes)
     assert not later
     assert warmed == count > 4  # each once
+
+
+@on_stub
+@pytest.mark.parametrize("kind", ["grid", "packed"])
+def test_on_amd(kind):
+    """Whose compiler also tells apart whether a tensor has more than 2 GiB."""
+    sizes = [(n, n // 9, 1024, None) for n in (64, 576, 2880, 16385)]
+    shapes = [size[:3] for size in sizes]
+    later, count, _ = fresh(compiled_after, shapes, KINDS[kind], sizes, ("hip", "gfx942", 64))
+    assert not later
+    assert count > 4
 
 
 @on_stub
