@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from processes import fresh
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
@@ -145,6 +146,27 @@ def test_replayed_from_a_graph_on_new_values():
     graph.replay()
     torch.cuda.synchronize()
     assert_same_bits(result, expected)
+
+
+def captured_after_warm_up():
+    import triton
+
+    import condense_kernels as ck
+
+    ck.warm_up([(100, 12, 64)], torch.float32, progress=False)
+    features, scores = torch.randn(2, 100, 64, device="cuda"), torch.rand(2, 100, device="cuda")
+    compiled = []
+    triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: compiled.append(fn.name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ck.condense(features, scores, 12, grid=(10, 10))
+    graph.replay()
+    torch.cuda.synchronize()
+    return compiled, torch.equal(result.merged, ck.condense(features, scores, 12, grid=(10, 10)).merged)
+
+
+def test_the_first_call_after_warm_up_may_be_captured():
+    assert fresh(captured_after_warm_up) == ([], True)
 
 
 @pytest.mark.parametrize("training", [False, True])
