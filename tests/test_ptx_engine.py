@@ -132,6 +132,47 @@ def test_atomics_race_with_what_is_none(ptx_engine, first, second):
     assert found == (set() if first == second else found & expected) and bool(found) == (first != second)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        # The second warp reads what both add to, or adds to what the first one stores and adds to.
+        (
+            "red.shared.add.u32 [global_smem], 1;",
+            "red.shared.add.u32 [global_smem], 1; ld.shared.b32 %r9, [global_smem];",
+        ),
+        (
+            "st.shared.b32 [global_smem], 7; red.shared.add.u32 [global_smem], 1;",
+            "red.shared.add.u32 [global_smem], 1;",
+        ),
+    ],
+)
+def test_a_warp_may_not_rely_on_its_own_access_to_be_the_last(ptx_engine, first, second):
+    body = f"""
+        setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r1, 32;
+        @%p1 st.shared.b32 [global_smem], 0;
+        bar.sync 0;
+        @!%p1 bra $other;
+        {first}
+        $other:
+        @!%p2 bra $over;
+        {second}
+        $over:"""
+    assert all(ptx_engine.run(body, warps=2, seed=seed) for seed in range(20))
+
+
+def test_what_was_before_a_barrier_is_over(ptx_engine):
+    body = """
+        setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r1, 32;
+        @%p1 st.shared.b32 [global_smem], 0;
+        @%p1 ld.shared.b32 %r9, [global_smem];
+        bar.sync 0;
+        @%p2 ld.shared.b32 %r9, [global_smem];
+        @%p2 st.shared.b32 [global_smem], 1;
+        @%p2 ld.shared.b32 %r9, [global_smem];
+        @%p2 st.shared.b32 [global_smem], 2;"""
+    assert over_seeds(ptx_engine, body, warps=2) == set()
+
+
 def test_warps_that_store_the_same(ptx_engine):
     found = ptx_engine.run("st.shared.b32 [global_smem], 7; // here", warps=2)
     assert found == {("race between warps, same value", "here", "here")}
