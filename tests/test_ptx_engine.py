@@ -245,6 +245,17 @@ def test_lanes_write_what_others_have_read(ptx_engine):
     assert ptx_engine.run(body.replace("bar.warp.sync -1;", "")) == {("hazard within a warp", "write", "read")}
 
 
+def test_what_was_before_a_barrier_of_the_warp_is_over(ptx_engine):
+    body = """
+        setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r1, 1;
+        @%p1 st.shared.b32 [global_smem], 0;
+        @%p1 ld.shared.b32 %r9, [global_smem];
+        bar.warp.sync -1;
+        @%p2 ld.shared.b32 %r9, [global_smem];
+        @%p2 st.shared.b32 [global_smem], 1;"""
+    assert ptx_engine.run(body) == set()
+
+
 @pytest.mark.parametrize(("value", "kinds"), [("7", set()), ("%r1", {"lanes store different values"})])
 def test_lanes_that_store_to_one_place(ptx_engine, value, kinds):
     found = ptx_engine.run(f"st.shared.b32 [global_smem], {value}; // here")
