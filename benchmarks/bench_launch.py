@@ -33,7 +33,7 @@ GOALS = {"function": 45, "operator": 35, "out= and workspace=": 30}  # us
 
 def launches_alone() -> Callable[[], None]:
     """The launches of the call that was kept, with ready arguments."""
-    (call,) = backends.on_triton["select_and_merge"].calls.values()
+    ((call, _),) = backends.on_triton["select_and_merge"].calls.values()
     ready = [(step.compiled.run, step.grid[:3], step.compiled, step.args) for step in call.steps]
 
     def run() -> None:

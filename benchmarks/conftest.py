@@ -8,7 +8,7 @@ import rows
 import targets
 from shapes import SWEPT
 
-CASES = pytest.StashKey[list]()
+CASES, SIDES = pytest.StashKey[list](), pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[CASES] = []
+    config.stash[CASES], config.stash[SIDES] = [], {}
     if config.option.compare:
         try:
             config.option.before = rows.read_commit(config.option.compare, rows.results_file(harness.DEVICE))
@@ -71,6 +71,7 @@ def interleaved(benchmark, request, progress):
         progress.remove_task(task)
         benchmark.extra_info.update({f"{row.side} ({row.mode}) median ms": row.median_ms for row in found})
         request.config.stash[CASES].append((found, case.leaves_out))
+        request.config.stash[SIDES][op] = sides
 
     return run
 
@@ -79,7 +80,9 @@ def pytest_terminal_summary(config):
     cases = config.stash[CASES]
     if not cases:
         return
-    console, found = harness.console(), [row for rows_, _ in cases for row in rows_]
+    console = harness.console()
+    cases = [(harness.with_launches(found, config.stash[SIDES]), leaves_out) for found, leaves_out in cases]
+    found = [row for rows_, _ in cases for row in rows_]
     console.print()
     harness.print_origin(harness.DEVICE)
     for case_rows, leaves_out in cases:

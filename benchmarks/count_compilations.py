@@ -73,12 +73,17 @@ def nothing_kernel(x):
     pass
 
 
+def warm() -> None:
+    """What a process, and no kernel, takes its time for."""
+    nothing_kernel[(1,)](1, enable_fp_fusion=False)
+
+
 def count(images: list[Grid], *, seed: int = 0, capability: int = 90, compiling: bool = False) -> dict[str, list]:
     """The compilations of dense calls, of packed calls, and of both in one process."""
     found = {}
     for name, calls in {"dense": [run_dense], "packed": [run_packed], "both": [run_dense, run_packed]}.items():
         with stub_driver.device(capability, compiling=compiling) as counts:
-            nothing_kernel[(1,)](1, enable_fp_fusion=False)  # what a process pays once is not counted
+            warm()
             counts.reset()
             for call in calls:
                 call(images, seed)

@@ -6,6 +6,7 @@ rows = case.rows()
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -74,16 +75,26 @@ def seconds(call: Callable[[], object], device: str, repeats: int = 1, *, launch
         for _ in range(repeats):
             call()
         return (time.perf_counter() - start) / repeats
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush_l2()
     if launches_count:
         torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e-3 / repeats
+
+
+def busy(for_seconds: float = 0.1) -> None:
+    """Keep the GPU at work, so that what is timed next finds its clock up, as it is not after idling."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    end = time.perf_counter() + for_seconds
+    while time.perf_counter() < end:
+        for _ in range(20):
+            torch.mm(a, a)
+        torch.cuda.synchronize()
 
 
 @functools.cache
@@ -131,6 +142,7 @@ def captured(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
 
 
 def launches(call: Callable[[], object]) -> int:
+    call()  # what is allocated or compiled once is no part of it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -156,6 +168,21 @@ def peak_extra(op: str, shape: str, sides: list[str], built: dict[str, Side]) ->
     return json.loads(done.stdout)
 
 
+def with_launches(rows: list[Row], sides: dict[str, Sides]) -> list[Row]:
+    """The rows of a GPU with the launches of what can be captured; ``sides`` by operator.
+
+    After everything is timed: once a profiler has been there, launches may take longer.
+    """
+    if DEVICE != "cuda":
+        return rows
+    counts = {}
+    for op, name in dict.fromkeys((row.op, row.shape) for row in rows if row.shape in SHAPES):
+        for side, built in sides[op](ALL[name], *make(ALL[name], device=DEVICE)).items():
+            if built.capturable:
+                counts[op, name, side] = launches(built.call)
+    return [dataclasses.replace(row, launches=counts.get((row.op, row.shape, row.side))) for row in rows]
+
+
 class Contender(NamedTuple):
     """A side in one mode, how often it comes, and its times so far."""
 
@@ -178,6 +205,8 @@ class Case:
             with torch.inference_mode(side.inference):
                 result = side.call()
             self._gate(name, result, side)
+        if device == "cuda":
+            busy()
         self.contenders = {
             (name, mode): self._contender(name, mode) for name in self.sides[0] for mode in self._modes(name)
         }
@@ -208,7 +237,7 @@ class Case:
             with torch.inference_mode(inference):
                 return seconds(calls[turn % len(calls)], self.device, repeats, launches_count=plain)
 
-        once = min(timed(turn) for turn in range(2)) * repeats  # also warms up
+        once = min(timed(turn) for turn in range(max(2, len(calls)))) * repeats  # also warms up, every set of inputs
         return Contender(timed, max(MIN_CALLS, min(self.rounds, math.floor(SECONDS / once))), [])
 
     def round(self) -> None:
@@ -230,7 +259,6 @@ class Case:
         measured = [name for name, side in built.items() if self.device == "cuda" or side.memory]
         measured = measured if self.name in SHAPES else []
         memory = peak_extra(self.op, self.name, measured, built) if measured else {}
-        launched = {name: launches(built[name].call) for name in measured} if self.device == "cuda" else {}
         base: dict[str, float] = {}  # the first side's median, in each mode
         for (_, mode), contender in self.contenders.items():
             base.setdefault(mode, statistics.median(contender.times))
@@ -264,7 +292,7 @@ class Case:
                     ceiling_gflops=ceiling.flops * 1e-9,
                     ceiling_gbs=ceiling.bytes_per_second * 1e-9,
                     peak_extra_mb=memory[name] * 1e-6 if name in memory else None,
-                    launches=launched.get(name),
+                    launches=None,
                     **origin,
                 )
             )
@@ -315,19 +343,31 @@ def main(op: str, sides: Sides, shapes: tuple[str, ...]) -> None:
     require_kernels()
     print_origin(DEVICE)
     found: list[Row] = []
+    failed = []
     with progress() as bar:
         for name in arguments.shapes:
             task = bar.add_task(f"{op} {name}: checking", total=arguments.rounds)
-            case = Case(op, name, sides, rounds=arguments.rounds)
-            bar.update(task, description=f"{op} {name}")
-            for _ in range(arguments.rounds):
-                case.round()
-                bar.advance(task)
-            rows = case.rows()
-            bar.remove_task(task)
+            try:
+                case = Case(op, name, sides, rounds=arguments.rounds)
+                bar.update(task, description=f"{op} {name}")
+                for _ in range(arguments.rounds):
+                    case.round()
+                    bar.advance(task)
+                rows = case.rows()
+            except Exception as error:  # a wrong result, too little memory: the other shapes may do
+                failed.append(name)
+                console().print(f"{op}, {name}: {type(error).__name__}: {error}", style="bold", markup=False)
+                continue
+            finally:
+                bar.remove_task(task)
             console().print(case_table(rows, case.leaves_out))
             found += rows
             if arguments.csv:  # case by case, so that a run that is cut off leaves what it has
                 write(arguments.csv, rows)
+    found = with_launches(found, {op: sides})
+    if arguments.csv and found:
+        write(arguments.csv, found)
     if arguments.compare:
         console().print(comparison_table(found, before, arguments.compare))
+    if failed:
+        sys.exit(f"not timed: {', '.join(failed)}")

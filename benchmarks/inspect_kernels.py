@@ -59,9 +59,12 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float64: "fp64",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 
@@ -157,7 +160,7 @@ def launches(launcher, args, kwargs) -> list[tuple]:
     return recorded
 
 
-def source_of(kernel, arguments: dict) -> ASTSource:
+def source_of(kernel, arguments: dict, is_aligned=lambda tensor: True) -> ASTSource:
     """Specialised as at a launch: 1 is a constant, multiples of 16 and allocations are known as such, unless a kernel
     wants none of that."""
     signature, constants, attributes = {}, {}, {}
@@ -169,7 +172,7 @@ def source_of(kernel, arguments: dict) -> ASTSource:
         if constant or value is None or (special and value == 1):
             constants[place] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
+        if is_aligned(value) if isinstance(value, torch.Tensor) else special and value % 16 == 0:
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return "*" + TYPES[value.dtype]

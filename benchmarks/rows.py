@@ -141,12 +141,18 @@ def write(path: Path, rows: list[Row]) -> None:
     kept = {row.key: row for row in (read_path(path) if path.exists() else [])}
     kept |= {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+    replace(path, [dataclasses.asdict(row) for row in kept.values()])
+
+
+def replace(path: Path, rows: list[dict]) -> None:
+    """The file as a whole, at once: a run that is killed leaves the last one that was complete."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        for row in kept.values():
-            values = dataclasses.asdict(row).items()
-            writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values})
+        for row in rows:
+            writer.writerow({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
+    new.replace(path)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -162,8 +168,9 @@ def case_table(rows: list[Row], leaves_out: dict[str, str]) -> Table:
     title = f"{first.op}, {first.shape}: {first.B} x {first.N} x {first.D}, K = {first.K} ({ceilings})"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("side", no_wrap=True)
-    columns = ("median ms", "p20", "p80", "x first", "GFLOP/s", "GB/s", "peak MB", "launches")
-    for name in columns:
+    columns = ["median ms", "p20", "p80", "x first", "GFLOP/s", "GB/s", "peak MB"]
+    counted = any(row.launches is not None for row in rows)
+    for name in columns + ["launches"] * counted:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("leaves out")
     for row in rows:
@@ -176,7 +183,7 @@ def case_table(rows: list[Row], leaves_out: dict[str, str]) -> Table:
             number(row.gflops),
             number(row.gbs),
             number(row.peak_extra_mb),
-            "" if row.launches is None else str(row.launches),
+            *(["" if row.launches is None else str(row.launches)] * counted),
             leaves_out.get(row.side, ""),
             style="bold" if row.side.startswith("ours") else "",
         )

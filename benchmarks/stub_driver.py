@@ -39,7 +39,18 @@ from condense_kernels._dispatch import backends, library
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
 INCLUDE = pathlib.Path(nvidia.__file__).with_name("include")  # Triton brings cuda.h
 MAX_THREADS, SHARED, WARP, CLOCK, SMS, MEMORY_CLOCK, BUS, MAJOR, MINOR, SHARED_SM, OPTIN, REGISTERS = (
-    1, 8, 10, 13, 16, 36, 37, 75, 76, 81, 97, 12
+    1,
+    8,
+    10,
+    13,
+    16,
+    36,
+    37,
+    75,
+    76,
+    81,
+    97,
+    12,
 )  # fmt: skip  of cuda.h's CUdevice_attribute
 COMMON = {MAX_THREADS: 1024, SHARED: 49152, WARP: 32, REGISTERS: 65536, BUS: 5120}
 FIGURES = {  # of an A100 and an H100 (SXM)
@@ -137,6 +148,7 @@ class Counts:
     def __init__(self, stub: ctypes.CDLL):
         self._stub = stub
         self.current_device, self.current_stream = 0, 0
+        self.kernels: set[triton.JITFunction] = set()  # that were compiled
         self.reset()
 
     def reset(self) -> None:
@@ -173,6 +185,11 @@ class Counts:
         return found
 
 
+def loaded() -> int:
+    """Kernels that were looked up in modules, of all devices so far."""
+    return sum(1 for _ in linked(load().stub_functions()))
+
+
 def cpu_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
@@ -194,6 +211,7 @@ def _counted(counts: Counts, compiling: bool, compile_):
     """JITFunction._do_compile, which a launch comes to once for each specialisation."""
 
     def compile_and_count(kernel, key, signature, device, *rest, **options):
+        counts.kernels.add(kernel)
         before, hit = cpu_seconds(), []
         if compiling:
             triton.knobs.compilation.listener = lambda *, cache_hit, **_: hit.append(cache_hit)
@@ -215,11 +233,11 @@ def _driver(counts: Counts, capability: int):
     return driver
 
 
-def _forget_kernels() -> None:
-    """Compiled kernels are kept by the device's number, and that of another device is the same."""
+def _forget(kernels: set) -> None:
+    """Compiled kernels are kept by the device's number, and that of the next device is the same."""
     for kept in backends.on_triton.values():
         kept.forget()
-    for kernel in triton.runtime.jit._triton_jit_function_registry.values():
+    for kernel in kernels:
         kernel.device_caches.clear()
 
 
@@ -237,9 +255,7 @@ def raw_operators_on_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def device(
-    capability: int = 90, *, compiling: bool = True, record: bool = False, devices: int = 1
-) -> Iterator[Counts]:
+def device(capability: int = 90, *, compiling: bool = True, record: bool = False, devices: int = 1) -> Iterator[Counts]:
     """Within, Triton's driver is a stub of a GPU of this capability, and CPU tensors go to the Triton kernels: with
     backend="auto" on the way of CUDA tensors, through the raw operators, with backend="triton" straight.
 
@@ -254,13 +270,13 @@ def device(
     stub.stub_record(record)
     counts = Counts(stub)
     counted = _counted(counts, compiling, triton.JITFunction._do_compile)
-    _forget_kernels()
     with contextlib.ExitStack() as stack:
         stack.callback(stub.stub_record, False)
         for place, name, value in (
             (triton.JITFunction, "_do_compile", counted),
             (triton.knobs.compilation, "listener", None),
             (backends, "triton_interprets", lambda: True),
+            (backends, "compiles_for", lambda device: True),
             (backends, "is_on_gpu", lambda value: type(value) is torch.Tensor),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
@@ -268,6 +284,6 @@ def device(
         if (before := triton.runtime.driver._active) is not None:
             stack.callback(triton.runtime.driver.set_active, before)
         triton.runtime.driver.set_active(_driver(counts, capability))
-        stack.callback(_forget_kernels)
+        stack.callback(_forget, counts.kernels)
         stack.enter_context(raw_operators_on_cpu())
         yield counts

@@ -2,8 +2,9 @@
 times.
 
 Each variant is the flagship with some fields of a launch config changed. Its results must be those of the default, bit
-for bit. On a GPU every variant is timed by replaying a CUDA graph, all of them in turn, so that a drifting clock harms
-all alike. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps and no
+for bit. On a GPU every variant is timed by replaying a CUDA graph ten times, its inputs in the L2 cache, all variants in
+turn, so that a drifting clock harms all alike; one that does not compile or launch says why in its row, and the others
+are timed. The file is written anew after every round. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps and no
 pipelines, and the kernels that a variant changes are compiled for sm_90 and counted.
 
     python benchmarks/variants.py [--csv FILE]
@@ -14,18 +15,21 @@ next row ahead of its pick, which cannot start before the pick is known.
 
 import argparse
 import contextlib
-import csv
 import datetime
+import functools
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 if "--bits" not in sys.argv:  # read when triton is imported
     os.environ.pop("TRITON_INTERPRET", None)
 
+import harness
 import inspect_kernels
+import rows
 import torch
 import triton
 from rich.console import Console
@@ -125,6 +129,7 @@ class Captured:
 
     def microseconds(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.graph.replay()  # while it runs, the host gets ahead: no launch is waited for between the events
         start.record()
         for _ in range(REPLAYS):
             self.graph.replay()
@@ -133,28 +138,39 @@ class Captured:
         return start.elapsed_time(end) * 1000 / REPLAYS
 
 
-def timed(name: str) -> list[dict]:
+Keep = Callable[[list[dict]], None]  # what a shape has so far
+
+
+def timed(name: str, keep: Keep) -> None:
     n, *kept = SHAPES[name]
     features, scores = inputs(n, CHANNELS, "cuda")
-    captured = {label: Captured(features, scores, *kept, changes) for label, changes in variants(n).items()}
+    captured, errors = {}, {}
+    for label, changes in track(variants(n).items(), f"{name}, capturing"):
+        try:
+            captured[label] = Captured(features, scores, *kept, changes)
+        except Exception as error:  # of one variant: more shared memory than there is, say
+            errors[label] = f"{type(error).__name__}: {error}"
     times = {label: [] for label in captured}
+    harness.busy()
     for turn in track(range(ROUNDS + 1), f"{name}, {len(captured)} variants"):
         for label, graph in captured.items():
             value = graph.microseconds()
             if turn > 0:  # the first warms up
                 times[label].append(value)
-    rows = []
-    for label, values in times.items():
-        low, median, high = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        same = same_bits(captured[label].out, captured["default"].out)
-        rows.append({
-            "shape": name, "variant": label, "same_bits": same,
-            "p20_us": round(low, 2), "median_us": round(median, 2), "p80_us": round(high, 2),
-        })  # fmt: skip
-    return rows
+        keep([row_of(name, label, times, captured, errors) for label in variants(n)])
 
 
-def counted(name: str) -> list[dict]:
+def row_of(name: str, label: str, times: dict, captured: dict[str, Captured], errors: dict[str, str]) -> dict:
+    row = {"shape": name, "variant": label, "error": errors.get(label, "")}
+    if label not in captured or "default" not in captured:
+        return row | dict.fromkeys(("same_bits", "rounds", "p20_us", "median_us", "p80_us"))
+    same, values = same_bits(captured[label].out, captured["default"].out), torch.tensor(times[label] or [torch.nan])
+    low, median, high = (round(x, 2) for x in values.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist())
+    measured = {"rounds": len(times[label]), "p20_us": low, "median_us": median, "p80_us": high}
+    return row | {"same_bits": same, **measured}
+
+
+def counted(name: str, keep: Keep, same: dict[str, bool]) -> None:
     """The kernels of each variant that differ from the default's, as compiled for sm_90."""
     n, *kept = SHAPES[name]
     tensors = [inspect_kernels.empty(1, n, CHANNELS, dtype=torch.bfloat16), inspect_kernels.empty(1, n)]
@@ -172,12 +188,12 @@ def counted(name: str) -> list[dict]:
         if label == "default":
             default = seen
     columns = ("instructions", "registers", "spills", "shared", "pick_loop", "barriers")
-    rows = []
+    so_far = []
     for label, kernel, source, options in track(jobs, f"{name}, compiling for sm_90"):
         found = inspect_kernels.inspect_compiled(kernel, source, options, "sm_90")
         row = {"shape": name, "variant": label, "kernel": kernel.__name__}
-        rows.append(row | {column: found[column] for column in columns})
-    return rows
+        so_far.append(row | {column: found[column] for column in columns} | {"same_bits": same.get(label)})
+        keep(so_far)
 
 
 def interpreted() -> dict[str, bool]:
@@ -201,23 +217,20 @@ def print_bits() -> None:
 
 
 def provenance() -> dict:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
-    )
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else f"none, compiled on {platform.machine()}",
         "cuda": torch.version.cuda if gpu else "",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": rows.commit(),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def show(rows: list[dict], title: str) -> None:
-    table = Table(*rows[0], title=title)
-    for row in rows:
+def show(found: list[dict], title: str) -> None:
+    table = Table(*found[0], title=title)
+    for row in found:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
@@ -229,24 +242,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.bits:
         return print_bits()
+    origin, found = provenance(), {}
+
+    def keep(name: str, so_far: list[dict]) -> None:
+        found[name] = so_far
+        if options.csv:
+            rows.replace(options.csv, [row | origin for part in found.values() for row in part])
+
     if torch.cuda.is_available():
-        rows = [row for name in SHAPES for row in timed(name)]
-        show(rows, "select_and_merge, CUDA-graph replay, microseconds")
+        title = "select_and_merge, CUDA-graph replay, microseconds"
+        for name in SHAPES:
+            timed(name, functools.partial(keep, name))
     else:
-        same = interpreted()
-        rows = [row for name in SHAPES for row in counted(name)]
-        show(rows, "What a variant changes, counted in sm_90 code: no times")
-        for row in rows:
-            row["same_bits"] = same.get(row["variant"])
+        title, same = "What a variant changes, counted in sm_90 code: no times", interpreted()
         show([{"variant": label, "same bits in the interpreter": bits} for label, bits in same.items()], "")
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *provenance()])
-            writer.writeheader()
-            writer.writerows(row | provenance() for row in rows)
-    wrong = sorted({row["variant"] for row in rows if row["same_bits"] is False})
+        for name in SHAPES:
+            counted(name, functools.partial(keep, name), same)
+    show(all_rows := [row for part in found.values() for row in part], title)
+    wrong = sorted({row["variant"] for row in all_rows if row["same_bits"] is False or row.get("error")})
     if wrong:
-        sys.exit(f"other bits than the default: {', '.join(wrong)}")
+        sys.exit(f"other bits than the default, or an error: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .ops import *  # noqa: F403  each by the line that registers it there
 from .tokens import gather_tokens as gather_tokens
 from .tokens import sizes as sizes
 from .tokens import unmerge as unmerge
+from .warming import warm_up as warm_up
 
 _flops.register_when_imported()
 _sharding.rules()  # where DTensor has been imported before this package

@@ -125,7 +125,7 @@ def test_without_s_stored(kind):
 
 
 def test_without_s_stored_batches_of_one_pick():
-    """Three clusters of more equal tokens than there are candidates: every turn that is launched is needed, or rounds."""
+    """Three clusters of more equal tokens than there are candidates: every turn is needed, or rounds of candidates."""
     inputs = Inputs(
         torch.eye(3).repeat_interleave(70, dim=0)[None], torch.linspace(1.0, 0.9, 3).repeat_interleave(70)[None],
         0, 0, grid=(1, 210),
@@ -371,6 +371,12 @@ def test_bounds_are_looked_at(bounded):
     batch = dataclasses.replace(batch, scores=batch.scores[:-1])  # which the operator refuses
     with pytest.raises(Exception, match="outside of the tensors"):
         batch.run()
+
+
+def test_a_batch_that_keeps_nothing_has_no_hole():
+    """As attention scores have it: Triton 3.6 does not compile a kernel that is handed None inside a tuple."""
+    packed = Packed.of(offsets([9, 3]), None, None, 12, 0, 9)
+    assert all(isinstance(field, (torch.Tensor, int)) for field in packed)
 
 
 def test_enough_programs_for_every_block():

@@ -195,7 +195,7 @@ def check_grid(grid: Sequence[int], num_tokens: int | None = None) -> None:
             f"grid: expected (H, W) or (T, H, W) as ints, got {grid!r}. Remedy: tuple(int(g) for g in grid)."
         )
     product = math.prod(grid)
-    if len(grid) not in (2, 3) or min(grid) < 1 or num_tokens not in (None, product):
+    if len(grid) not in (2, 3) or any(size < 1 for size in grid) or num_tokens not in (None, product):
         sizes = ", ".join(map(shown, grid)) + "," * (len(grid) == 1)  # as a tuple is printed
         of_tokens = "" if num_tokens is None else f" with product N = {num_tokens}"
         raise ValueError(

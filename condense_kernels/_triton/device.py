@@ -157,7 +157,7 @@ def first_block_of(packed, pid_b, num_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def first_of_group(packed):
     """The number of the first block of the segments whose s is stored together."""
-    return (packed.odd_behind >> 1) - (packed.odd_blocks >> 1)
+    return (packed.odd_end >> 1) - (packed.odd_blocks >> 1)
 
 
 @triton.jit

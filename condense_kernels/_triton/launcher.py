@@ -2,7 +2,8 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,23 @@ VARYING = (
 )  # fmt: skip
 
 
+_collect: ContextVar[Callable[[Any, tuple, dict], None] | None] = ContextVar("collect", default=None)
+
+
+@contextlib.contextmanager
+def collecting(collect: Callable[[Any, tuple, dict], None]) -> Iterator[None]:
+    """Within, this thread makes no launch: ``collect`` gets its kernel, arguments and options."""
+    token = _collect.set(collect)
+    try:
+        yield
+    finally:
+        _collect.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """A kernel of Triton on a grid of programs. Every launch of the package goes this way."""
+    if (collect := _collect.get()) is not None:
+        return collect(kernel, args, options)
     if traced.is_on():
         return traced.launch(kernel, grid, args, options)
     compiled = kernel[grid](*args, **options)
@@ -46,8 +62,11 @@ def zero(tensor: torch.Tensor) -> None:
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. In the interpreter there is nothing to switch."""
-    switches = tensor.is_cuda and not traced.is_on()  # in a graph, Inductor sees to it
-    return torch.cuda.device(tensor.device) if switches else contextlib.nullcontext()
+    return contextlib.nullcontext() if traced.is_on() else on_device(tensor.device)  # in a graph, Inductor sees to it
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def as_fp32(number: float) -> float:
@@ -80,30 +99,30 @@ class Packed(NamedTuple):
     """
 
     cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor | None  # [S + 1]; None where nothing is kept
-    cu_background: torch.Tensor | None  # [S + 1], likewise
+    cu_anchors: torch.Tensor  # [S + 1]; where nothing is kept, cu_seqlens, and never read: Triton 3.6 takes no None here
+    cu_background: torch.Tensor  # [S + 1], likewise
     odd_segments: int
     odd_tokens: int
     odd_keep: int
     odd_seqlen: int
-    odd_behind: int  # the number of the first block behind the group of segments that a launch is for
+    odd_end: int  # the number behind the blocks of the group of segments that a launch is for
     odd_blocks: int  # how many numbers a group has
     odd_reserved: int  # how many numbers each segment has; 1: those that its tokens need
 
     @classmethod
     def of(cls, cu_seqlens, cu_anchors, cu_background, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
-        anchors, background = (None if cu is None else cu.contiguous() for cu in (cu_anchors, cu_background))
+        offsets = (cu_seqlens if cu is None else cu for cu in (cu_seqlens, cu_anchors, cu_background))
         sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen, ALL_BLOCKS, ALL_BLOCKS, 1)
-        return cls(cu_seqlens.contiguous(), anchors, background, *(2 * size + 1 for size in sizes))
+        return cls(*(cu.contiguous() for cu in offsets), *(2 * size + 1 for size in sizes))
 
     def groups(self, grouping: Grouping | None) -> "Iterator[Packed]":
         """The whole batch, or one group of its segments after the other."""
         if grouping is None:
             yield self
             return
-        for behind in grouping.ends(self.num_tokens, self.num_segments):
-            sizes = {"odd_behind": behind, "odd_blocks": grouping.blocks, "odd_reserved": grouping.reserved}
-            yield self._replace(**{name: 2 * size + 1 for name, size in sizes.items()})
+        odd_blocks, odd_reserved = 2 * grouping.blocks + 1, 2 * grouping.reserved + 1
+        for end in grouping.ends(self.num_tokens, self.num_segments):
+            yield self._replace(odd_end=2 * end + 1, odd_blocks=odd_blocks, odd_reserved=odd_reserved)
 
     @property
     def num_tokens(self) -> int:

@@ -48,8 +48,12 @@ def _chosen(config):
     return dataclasses.replace(config, **_tried.get().get(type(config), {}))
 
 
-def next_power_of_2(x: int) -> int:
-    return 1 << max(x - 1, 0).bit_length()
+def next_power_of_2(x: int, most: int = 1 << 62) -> int:
+    """At most ``most``, a power of two. Of an open size of torch.compile each comparison is a condition on its graph."""
+    power = 1
+    while power < most and power < x:
+        power *= 2
+    return power
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class AssignConfig:
 
     @classmethod
     def for_shape(cls, k: int) -> "AssignConfig":
-        return _chosen(cls(block_k=min(32, next_power_of_2(k))))  # counted: no spill with positions either
+        return _chosen(cls(block_k=next_power_of_2(k, 32)))  # counted: no spill with positions either
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class MergeConfig:
     @classmethod
     def for_shape(cls, n: int, d: int) -> "MergeConfig":
         # counted: 32 numbers a thread of the assignment, 8 of the features, no spill
-        return _chosen(cls(block_n=min(next_power_of_2(n), 1024), block_d=min(next_power_of_2(d), 256)))
+        return _chosen(cls(block_n=next_power_of_2(n, 1024), block_d=next_power_of_2(d, 256)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class MergeBackwardConfig:
     @classmethod
     def for_shape(cls, d: int) -> "MergeBackwardConfig":
         # counted: 8 numbers a thread of each of three tensors, loads of 16 bytes, no spill
-        block_d = min(next_power_of_2(d), 256)
+        block_d = next_power_of_2(d, 256)
         return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
 
 
@@ -206,7 +210,7 @@ class AttentionConfig:
     def for_shape(cls, dtype: torch.dtype, d: int) -> "AttentionConfig":
         # Counted: fp32 spills with 64 channels on sm_80 and sm_90, with 32 on no target. tl.dot takes 16 or more.
         widest = 32 if dtype == torch.float32 else 128
-        return _chosen(cls(block_d=min(max(next_power_of_2(d), 16), widest)))
+        return _chosen(cls(block_d=max(next_power_of_2(d, widest), 16)))
 
 
 @dataclass(frozen=True)

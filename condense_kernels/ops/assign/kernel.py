@@ -42,7 +42,7 @@ class Space:
         if spatial_weight == 0 or (grid is None and positions is None):
             return cls(None, (0, 0, 0), 1, 1, 1, NO_DISTANCE.value)
         if grid is not None:  # an image is a video of one frame
-            return cls(None, (0, 0, 0), int(grid[-2]), int(grid[-1]), 3, GRID.value)
+            return cls(None, (0, 0, 0), grid[-2], grid[-1], 3, GRID.value)
         strides = positions.stride() if positions.dim() == 3 else (0, *positions.stride())
         return cls(positions, strides, 1, 1, positions.shape[-1], POSITIONS.value)
 

@@ -160,59 +160,59 @@ def pick_kernel(
     at_b, N = image_tokens(packed, pid_b, N)
     blocks = blocks_of_image(packed, N, num_blocks, BLOCK)
     first = tokens_before(packed, at_b, N)
-    nu_ptr += first
-    m_ptr += first
-    key_ptr += first
-    batch_ptr += pid_b * BLOCK
-    best_ptr += first_block_of(packed, pid_b, num_blocks, BLOCK)
+    first_block = first_block_of(packed, pid_b, num_blocks, BLOCK)
+    batch = pid_b * BLOCK
     offs_c = tl.arange(0, BLOCK)
     due = tl.minimum(tl.load(due_ptr + pid_b), N)
     fresh = tl.zeros([], tl.int32)
     idle = tl.zeros([], tl.int32)  # rounds since the last pick
     goes_on = due > 0
     while goes_on:
-        candidates, outside = best_tokens(packed, key_ptr, best_ptr, N, blocks, BLOCK, BLOCKS)
-        tokens = tl.minimum(candidates, N - 1).to(tl.int64)
-        nu = tl.where(candidates < N, tl.load(nu_ptr + tokens), float("nan"))
-        m = tl.load(m_ptr + tokens)
-        picks = tl.load(batch_ptr + offs_c, mask=offs_c < fresh, other=0).to(tl.int64)
+        candidates, outside = best_tokens(packed, key_ptr + first, best_ptr + first_block, N, blocks, BLOCK, BLOCKS)
+        tokens = tl.minimum(candidates, N - 1)
+        picks = tl.load(batch_ptr + batch + offs_c, mask=offs_c < fresh, other=0)
+        m = tl.full([BLOCK], float("-inf"), tl.float32)
         s = tl.zeros([BLOCK, BLOCK], tl.float32)
         part = tl.where(fresh > 0, 0, 1)
         while part < 2:  # with this turn's picks, then with each other: one product in the code, not two to compile
             s = cosines_of(
                 keys_ptr + at_b * stride_key_b, scale_ptr + first, inverse_ptr + first,
-                tokens, tl.where(part == 0, picks, tokens),
+                tokens.to(tl.int64), tl.where(part == 0, picks, tokens).to(tl.int64),
                 stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
             )  # fmt: skip
-            to_picks = tl.where((part == 0) & (offs_c < fresh)[None, :], s, float("-inf"))
-            m = tl.maximum(m, tl.max(to_picks, axis=1))
+            if part == 0:
+                m = tl.max(tl.where((offs_c < fresh)[None, :], s, float("-inf")), axis=1)
             part += 1
 
+        at = first + tokens
+        nu = tl.where(candidates < N, tl.load(nu_ptr + at), float("nan"))
+        m = tl.maximum(m, tl.load(m_ptr + at))
         before = fresh
         place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
         while (fresh < due) & (fresh < BLOCK) & (place < outside):
             pick = inside(packed, place.to(tl.int32), N)
-            tl.store(nu_ptr + pick, dead(tl.zeros([], tl.int32)))
-            tl.store(batch_ptr + fresh, pick)
+            tl.store(nu_ptr + first + pick, dead(tl.zeros([], tl.int32)))
+            tl.store(batch_ptr + batch + fresh, pick)
             row = tl.max(tl.where((candidates == pick)[:, None], s, float("-inf")), axis=0)
             m = tl.maximum(m, row)
             nu = tl.where(candidates == pick, float("nan"), nu)
             place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
             fresh += 1
 
-        tl.store(m_ptr + tokens, m, mask=candidates < N)
-        tl.store(key_ptr + tokens, live_key(suppression * m + nu, nu), mask=candidates < N)
+        tl.store(m_ptr + at, m, mask=candidates < N)
+        tl.store(key_ptr + at, live_key(suppression * m + nu, nu), mask=candidates < N)
         tl.debug_barrier()  # the keys are read back by other threads
         theirs = candidates // BLOCK
         offs_n = theirs[:, None] * BLOCK + offs_c[None, :]
-        key = tl.load(key_ptr + offs_n, mask=offs_n < N, other=NOWHERE)
-        tl.store(best_ptr + theirs, tl.min(place_of(key, offs_n), axis=1))
+        key = tl.load(key_ptr + first + offs_n, mask=offs_n < N, other=NOWHERE)
+        tl.store(best_ptr + first_block + theirs, tl.min(place_of(key, offs_n), axis=1))
         tl.debug_barrier()
 
         idle = tl.where(fresh > before, 0, idle + 1)
         rest = due - fresh
         goes_on = (rest > 0) & (fresh < BLOCK) & ((fresh == 0) | (rest > turns_left * BLOCK)) & (idle <= blocks)
-    tl.store(due_ptr + pid_b, due - fresh)
+    if fresh > 0:  # else other threads may not have read it yet
+        tl.store(due_ptr + pid_b, due - fresh)
     tl.store(fresh_ptr + pid_b, fresh)
 
 
