@@ -164,6 +164,22 @@ def test_comparisons(ptx_engine, kind):
         assert equal(compute(ptx_engine, f"setp.num.{kind} %p1, A, B; {chosen}", np.uint32, a, b) != 0, ~nan)
 
 
+def test_comparisons_of_bf16(ptx_engine):
+    a, b = pairs("f32")
+    a, b = (x.view(np.uint32) >> np.uint32(16) for x in (a, b))
+    wide = [(x << np.uint32(16)).view(np.float32) for x in (a, b)]
+    nan = np.isnan(wide[0]) | np.isnan(wide[1])
+    halves = [x.astype(np.uint16) for x in (a, b)]
+    for name, compare in ORDER.items():
+        for u in ("", "u"):
+            text = f"setp.{name}{u}.bf16 %p1, A, B; selp.b32 D, 1, 0, %p1;"
+            expected = compare(*wide) | nan if u else compare(*wide) & ~nan
+            assert equal(compute(ptx_engine, text, np.uint32, *halves) != 0, expected)
+    for name, expected in (("nan", nan), ("num", ~nan)):
+        text = f"setp.{name}.bf16 %p1, A, B; selp.b32 D, 1, 0, %p1;"
+        assert equal(compute(ptx_engine, text, np.uint32, *halves) != 0, expected)
+
+
 def test_predicates(ptx_engine):
     a, b = (array.copy() for array in np.array([[0, 0, 1, 1], [0, 1, 0, 1]], np.uint32))
     two = "setp.ne.b32 %p1, A, 0; setp.ne.b32 %p2, B, 0;"
@@ -228,20 +244,16 @@ def test_signs_of_halves(ptx_engine, kind):
     assert equal(compute(ptx_engine, f"abs.{kind}x2 D, A;", np.uint32, a), a & np.uint32(0x7FFF7FFF))
 
 
-def test_fused_sums_are_rounded_once(ptx_engine):
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+def test_fused_sums_are_rounded_once(ptx_engine, kind):
     random = np.random.default_rng(0)
-    a, b, c = (random.standard_normal(320).astype(np.float32) for _ in range(3))
+    a, b, c = (random.standard_normal(320).astype(TYPES[kind]) for _ in range(3))
     c[::2] = -(a * b)[::2]  # what remains is what the product's rounding took
-    exact = [
-        fractions.Fraction(float(x)) * fractions.Fraction(float(y)) + fractions.Fraction(float(z))
-        for x, y, z in zip(a, b, c, strict=True)
-    ]
-    found = compute(ptx_engine, "fma.rn.f32 D, A, B, C;", np.float32, a, b, c)
-    spacing = np.spacing(np.abs(found))
-    assert all(
-        abs(fractions.Fraction(float(x)) - y) * 2 <= float(s) for x, y, s in zip(found, exact, spacing, strict=True)
-    )
-    assert found[0] != 0 or exact[0] == 0
+    found = compute(ptx_engine, f"fma.rn.{kind} D, A, B, C;", TYPES[kind], a, b, c)
+    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+        exact = fractions.Fraction(x) * fractions.Fraction(y) + fractions.Fraction(z)
+        assert abs(fractions.Fraction(result) - exact) * 2 <= np.spacing(TYPES[kind].type(abs(result)))
+    assert found[::2].any()
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
@@ -261,16 +273,18 @@ def test_subnormal_numbers_are_flushed_where_it_says_so(ptx_engine):
     a = np.array([tiny, -tiny, 1], np.float32)
     assert compute(ptx_engine, "fma.rn.ftz.f32 D, A, 0f7F000000, A;", np.float32, a).tolist() == [0, 0, 2**127]
     assert compute(ptx_engine, "mul.rn.ftz.f32 D, A, 0f00200000;", np.float32, a).tolist() == [0, 0, 0]
+    assert compute(ptx_engine, "add.rn.ftz.f32 D, A, A;", np.float32, a).tolist() == [0, 0, 2]
+    assert compute(ptx_engine, "sub.rn.ftz.f32 D, 0f3F800000, A;", np.float32, a).tolist() == [1, 1, 0]
     assert compute(ptx_engine, "cvt.rmi.ftz.f32.f32 D, A;", np.float32, a).tolist() == [0, 0, 1]
     assert compute(ptx_engine, "cvt.rmi.f32.f32 D, A;", np.float32, a).tolist() == [0, -1, 1]
 
 
 APPROXIMATE = {
-    "ex2.approx.ftz.f32": np.exp2,
-    "lg2.approx.f32": np.log2,
-    "rcp.approx.ftz.f32": lambda a: 1 / a,
-    "rsqrt.approx.f32": lambda a: 1 / np.sqrt(a),
-    "sqrt.approx.f32": np.sqrt,
+    "ex2.approx": np.exp2,
+    "lg2.approx": np.log2,
+    "rcp.approx": lambda a: 1 / a,
+    "rsqrt.approx": lambda a: 1 / np.sqrt(a),
+    "sqrt.approx": np.sqrt,
 }
 
 
@@ -279,17 +293,36 @@ def ulps(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_approximate_instructions(ptx_engine, name):
+@pytest.mark.parametrize("ftz", ["", ".ftz"])
+def test_approximate_instructions(ptx_engine, name, ftz):
     a = np.random.default_rng(0).uniform(0.1, 30, 640).astype(np.float32)
     exact = APPROXIMATE[name](a.astype(np.float64))
-    assert ulps(compute(ptx_engine, f"{name} D, A;", np.float32, a), exact).max() <= 1
-    off = ulps(compute(ptx_engine, f"{name} D, A;", np.float32, a, flags=1 | 4), exact)
+    found = compute(ptx_engine, f"{name}{ftz}.f32 D, A;", np.float32, a)
+    assert ulps(found, exact).max() <= 1
+    off = ulps(compute(ptx_engine, f"{name}{ftz}.f32 D, A;", np.float32, a, flags=1 | 4), exact)
     assert off.max() <= 3.1 and 0.5 < off.mean() < 2
+    tiny = np.array([2.0**-140], np.float32)
+    found = compute(ptx_engine, f"{name}{ftz}.f32 D, A;", np.float32, tiny)
+    with np.errstate(divide="ignore", over="ignore"):
+        assert equal(found, APPROXIMATE[name](tiny * np.float32(not ftz)).astype(np.float32))
 
 
-def test_inexact_division(ptx_engine):
+@pytest.mark.parametrize("ftz", ["", ".ftz"])
+def test_inexact_division(ptx_engine, ftz):
     a, b = np.random.default_rng(0).uniform(0.1, 30, (2, 640)).astype(np.float32)
-    assert equal(compute(ptx_engine, "div.full.f32 D, A, B;", np.float32, a, b), a / b)
-    off = ulps(compute(ptx_engine, "div.full.f32 D, A, B;", np.float32, a, b, flags=1 | 4), a / b)
+    assert equal(compute(ptx_engine, f"div.full{ftz}.f32 D, A, B;", np.float32, a, b), a / b)
+    off = ulps(compute(ptx_engine, f"div.full{ftz}.f32 D, A, B;", np.float32, a, b, flags=1 | 4), a / b)
     assert set(off.tolist()) == {0, 1, 2}
     assert equal(compute(ptx_engine, "div.rn.f32 D, A, B;", np.float32, a, b, flags=1 | 4), a / b)
+    assert equal(compute(ptx_engine, "rcp.rn.f32 D, A;", np.float32, a, flags=1 | 4), 1 / a)
+    ends = np.array([2.0**-126, np.finfo(np.float32).max, np.inf, 0, np.nan], np.float32)
+    moved = compute(ptx_engine, "div.full.f32 D, A, 0f3F800000;", np.float32, ends, flags=1 | 4)
+    assert moved[2] == np.inf and moved[3] == 0 and np.isfinite(moved[:2]).all() and (moved[:2] > 0).all()
+
+
+def test_moves_and_choices(ptx_engine):
+    for size in (16, 32, 64):
+        a, b = pairs(f"u{size}")
+        assert equal(compute(ptx_engine, f"mov.b{size} D, A;", a.dtype, a), a)
+        chosen = compute(ptx_engine, f"setp.lt.u{size} %p1, A, B; selp.b{size} D, A, B, %p1;", a.dtype, a, b)
+        assert equal(chosen, np.minimum(a, b))

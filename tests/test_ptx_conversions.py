@@ -52,6 +52,8 @@ def test_towards_zero(ptx_engine, target, source):
 def test_to_integral_numbers(ptx_engine, mode, f):
     a = np.concatenate([edges("f32"), np.arange(-3, 3, 0.5, np.float32)])
     assert equal(compute(ptx_engine, f"cvt.{mode}.f32.f32 D, A;", np.float32, a), f(a))
+    flushed = np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
+    assert equal(compute(ptx_engine, f"cvt.{mode}.ftz.f32.f32 D, A;", np.float32, a), f(flushed))
 
 
 def test_between_widths_of_floats(ptx_engine):
@@ -75,6 +77,9 @@ def test_halves(ptx_engine, kind, dtype):
     exact = torch.from_numpy(halves.view(np.int16)).view(dtype).float().numpy()
     found = compute(ptx_engine, f"cvt.f32.{kind} D, A;", np.float32, halves)
     assert equal(found, exact)
+    found = compute(ptx_engine, f"cvt.f64.{kind} D, A;", np.float64, halves)
+    with np.errstate(invalid="ignore"):
+        assert equal(found, exact.astype(np.float64))
     # Each, its neighbours in fp32, and the ties between it and the next one.
     bits = exact.view(np.uint32)
     step = np.uint32(1 << 12 if kind == "f16" else 1 << 15)

@@ -83,9 +83,11 @@ def test_atomic_sums(ptx_engine, kind, dtype, register):
     body = f"""
         mul.wide.u32 %rd8, %r1, {values.itemsize}; add.s64 %rd5, %rd2, %rd8;
         ld.global.b{8 * values.itemsize} {register}, [%rd5];
-        red.global.gpu.relaxed.add.{kind} [%rd1], {register};"""
-    assert ptx_engine.run(body, total, values) == set()
+        {{}}.global.gpu.relaxed.add.{kind} {{}}[%rd1], {register};"""
+    assert ptx_engine.run(body.format("red", ""), total, values) == set()
     assert total[0] == 2 + 31 * 16
+    assert ptx_engine.run(body.format("atom", f"{register}, "), total, values) == set()
+    assert total[0] == 2 + 31 * 32
 
 
 # Matrices -------------------------------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ const Entry kInstructions[] = {
     {"div.full.ftz.f32", approximate<ftz<fdiv<f32>>>},
     {"sqrt.approx.f32", approximate<fsqrt<f32>>},
     {"sqrt.approx.ftz.f32", approximate<ftz<fsqrt<f32>>>},
+    {"rcp.approx.f32", approximate<rcp>},
     {"rcp.approx.ftz.f32", approximate<ftz<rcp>>},
     {"rsqrt.approx.f32", approximate<rsqrt>},
     {"rsqrt.approx.ftz.f32", approximate<ftz<rsqrt>>},
