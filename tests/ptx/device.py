@@ -253,7 +253,7 @@ def carve_apart(pieces: workspace.Pieces, memory: torch.Tensor | None, device: t
     """Each piece an allocation of its own, so that what lies beside it is out of bounds."""
     if memory is not None:
         return workspace_carve(pieces, memory, device)
-    return SimpleNamespace(**{name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in pieces.items()})
+    return SimpleNamespace(**{name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in pieces.items()})
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
