@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from ptx import engine
 
 TESTS = pathlib.Path(__file__).parent

@@ -84,7 +84,7 @@ KINDS: dict[str, Callable[[str], str | None]] = {
 
 
 def inputs_of(dtype: torch.dtype) -> Inputs:
-    """An odd number of tokens, some masked; several tiles of channels; in the first image, keys that have to be scaled."""
+    """Some tokens masked, the last block not full, several tiles of channels, and keys that the first image scales."""
     sizes = {"batch": 2, "num_tokens": 70, "num_anchors": 5, "num_background": 4}
     inputs = make_inputs("magnitudes", channels=200, dtype=dtype, **sizes)
     keys = torch.stack([inputs.keys[0], inputs.features[1]]).to(dtype)
@@ -204,7 +204,9 @@ def main() -> None:
     for kind, found in of_kind.items():
         ends = collections.Counter(row["caught"] for row in rows if row["kind"] == kind)
         survivors = ends.pop("", 0)
-        print(f"{kind}: {ends.total()} of {ends.total() + survivors} caught (of {len(found)}):", dict(ends.most_common()))
+        print(
+            f"{kind}: {ends.total()} of {ends.total() + survivors} caught (of {len(found)}):", dict(ends.most_common())
+        )
     print(f"seed {options.seed}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

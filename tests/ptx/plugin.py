@@ -1,4 +1,4 @@
-"""pytest -p ptx.plugin: tests of Triton kernels run them compiled, on the PTX engine; what its checks find fails a test.
+"""pytest -p ptx.plugin: tests of Triton kernels run them compiled, on the PTX engine, and what that finds fails them.
 
 A test that names Triton runs once for each target; others are left out. `make ptx-check` is the way here.
 """
