@@ -278,6 +278,39 @@ def figures(compiled) -> dict:
     }
 
 
+def package() -> dict:
+    """AOTInductor's package for a CUDA device, as C++ sources and the code of kernels: an open batch, an open size."""
+
+    def call(features, scores):
+        return tuple(ck.select_and_merge(2 * features, scores, 48, 16, spatial_weight=0))
+
+    def packed(axes: dict, folder: str) -> Path:
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            tensors = empty(3, 576, 64), empty(3, 576)
+            program = torch.export.export(Call(call), tensors, dynamic_shapes=((axes, axes),))
+        path = str(Path(folder) / "model.pt2")
+        return Path(torch._inductor.aoti_compile_and_package(program, package_path=path))
+
+    options = {
+        "aot_inductor.package_cpp_only": True,  # its compiler would link the CUDA runtime
+        "aot_inductor.precompile_headers": False,
+        "triton.unique_kernel_names": True,
+    }
+    batch = torch.export.Dim("batch", max=1024)
+    tokens = torch.export.Dim("tokens", min=64, max=2880)
+    with config.patch(options), tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(packed({0: batch}, folder)) as archive:
+            names = {name.rpartition("/")[2]: name for name in archive.namelist()}
+            (wrapper,) = (archive.read(name).decode() for file, name in names.items() if file.endswith("wrapper.cpp"))
+            kernels = {file: archive.read(name)[:4].hex() for file, name in names.items() if file.endswith(".cubin")}
+        refused = None
+        try:
+            packed({0: batch, 1: tokens}, folder)
+        except RuntimeError as error:
+            refused = str(error)
+    return {"wrapper": re.sub(r"/\*.*?\*/", "", wrapper, flags=re.DOTALL), "kernels": kernels, "refused": refused}
+
+
 if __name__ == "__main__":
     with no_gpu():
         print(json.dumps(globals()[sys.argv[1]]()))
