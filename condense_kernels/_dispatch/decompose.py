@@ -1,14 +1,14 @@
 """Inductor sees the Triton kernels of an operator on GPU tensors, as of one made by torch.library.triton_op.
 
-Nothing of it is on the way of a call that is not traced: the rule is asked for where AOTAutograd makes a graph functional.
-torch.export keeps the operator whole, to be taken apart once what was exported is compiled.
+Nothing of it is on the way of a call that is not traced: the rule is asked for where AOTAutograd makes a graph
+functional. torch.export keeps the operator whole, to be taken apart once what was exported is compiled.
 """
 
 import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,14 +45,15 @@ class Choices:
         start = len(self.env.guards) if self.env else 0
         yield
         if self.env:
-            self.found += [str(guard.expr) for guard in self.env.guards[start:] if not self.is_of_no_rows(guard.expr)]
+            conditions = [guard.expr for guard in self.env.guards[start:]]
+            self.found += [str(condition) for condition in conditions if not self.is_of_no_rows(self.env, condition)]
 
-    def is_of_no_rows(self, condition: Any) -> bool:
+    def is_of_no_rows(self, env: Any, condition: Any) -> bool:
         """Whether it is about sizes of 0 alone, of which nothing is launched."""
         from torch.utils._sympy.numbers import int_oo  # sympy is slow to import, and here where there are open sizes
         from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-        ranges = {s: self.env.var_to_range[s] for s in condition.free_symbols}
+        ranges = {s: env.var_to_range[s] for s in condition.free_symbols}
         return bool(bound_sympy(condition, {s: r & ValueRanges(1, int_oo) for s, r in ranges.items()}).lower)
 
     def refuse_in_package(self, op: str) -> None:
@@ -65,18 +66,19 @@ class Choices:
             )
 
 
-def register(operator: Operator, can_run: Callable[[torch.device], bool]) -> None:
-    """``can_run``: whether compiled Triton kernels run tensors of a device."""
+def register(operator: Operator) -> None:
+    """From here on, its kernels are what is traced of the calls that it says can be."""
+    from . import backends  # which registers it
 
     def rule(mode, overload, types, args, kwargs):
         kwargs = kwargs or {}
         if any(not issubclass(kind, KNOWN) for kind in types):
             return NotImplemented
-        if not (is_wanted() and can_run(args[0].device)):
+        if not (is_wanted() and backends.compiles_for(args[0].device)):
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         choices = Choices((*args, *kwargs.values()))
         with choices.made():
-            is_traced = operator.is_traced(*args, **kwargs)
+            is_traced = operator.is_traced is not None and operator.is_traced(*args, **kwargs)
         if not is_traced:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         try:
@@ -94,4 +96,5 @@ def register(operator: Operator, can_run: Callable[[torch.device], bool]) -> Non
     if find_torch_dispatch_rule(overload, FunctionalTensorMode) is None:
         torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library.registry)
         kernels = operator.check.__module__.rpartition(".")[0] + ".kernel"
-        triton_ops_to_kernels[name] = traced.Kernels(functools.partial(importlib.import_module, kernels))
+        found = traced.Kernels(functools.partial(importlib.import_module, kernels))
+        triton_ops_to_kernels[name] = found  # type: ignore[assignment]  # it is iterated over, and no more

@@ -87,7 +87,7 @@ def _shown(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...]) -> An
     as_launched += [f"{name} = tl.to_tensor({name})" for name in unspecialised if name not in floats]
     compiled = ast.unparse(_with_body(kernel, as_launched, keep=True)) + UNFUSED
 
-    class Shown(JITFunction):
+    class Shown(JITFunction):  # type: ignore[misc]  # Triton has no types
         def parse(self) -> ast.Module:
             return ast.Module([read], [])
 
@@ -142,15 +142,15 @@ def _stored_to(call: ast.Call, caller: Any) -> Iterator[ast.expr]:
         yield call.args[0]
         return
     callee = caller.fn.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
-    if hasattr(callee, "arg_names") and callee is not caller:
+    if callee is not None and hasattr(callee, "arg_names") and callee is not caller:
         inner = _written_by(callee)
         yield from (value for name, value in zip(callee.arg_names, call.args, strict=False) if name in inner)
         yield from (keyword.value for keyword in call.keywords if keyword.arg in inner)
 
 
 class Kernels:
-    """Of an operator, for the key under which torch caches what it has compiled: those that its launcher's module knows.
-    Looked for when torch asks, as Triton is not imported before."""
+    """Of an operator, for the key under which torch keeps what it has compiled: those that its launcher's module knows,
+    looked for when torch asks, as Triton is not imported before."""
 
     def __init__(self, module: Callable[[], Any]) -> None:
         self.module = module
