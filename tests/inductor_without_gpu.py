@@ -25,6 +25,7 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the doubles below are in th
 import torch
 import triton
 from torch._dynamo import device_interface
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCacheDetails
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor import async_compile, config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -171,6 +172,12 @@ def described(graph: torch.fx.Graph) -> dict:
     }
 
 
+def sources(module: torch.fx.GraphModule) -> list[str]:
+    """Of kernels, that are part of the key under which torch keeps what it made of a graph."""
+    details = AOTAutogradCacheDetails.__new__(AOTAutogradCacheDetails)
+    return details.get_triton_source_codes_from_gm(module)
+
+
 def graphs() -> dict:
     found = {}
     for device in ("cuda", "cpu"):
@@ -183,6 +190,7 @@ def graphs() -> dict:
         program = torch.export.export(Call(call), tensors)
         for name, exported in (("exported", program), ("decomposed", program.run_decompositions())):
             found[name] = described(exported.graph)
+        found["cached by"] = re.findall(r"^def (\w+_kernel)\(", "\n".join(sources(program.graph_module)), re.MULTILINE)
         with torch._functorch.config.patch(decompose_custom_triton_ops=False):
             module, _ = aot_export_module(Call(call), tensors, trace_joint=False)
         found["switched off"] = described(module.graph)

@@ -80,6 +80,11 @@ def test_what_is_exported_has_the_operator(what, found):
     assert graph == {"launches": [], "written": [], "operators": ["condense.select_and_merge.default"]}
 
 
+def test_what_torch_keeps_is_kept_by_the_kernels(found):
+    """A graph in torch's cache on disk is not taken for that of another version of the package."""
+    assert set(DENSE) <= set(found("graphs")["cached by"])
+
+
 def test_a_graph_for_each_choice_of_launches(found):
     """And by default one more, which has the sizes of the first call."""
     counts = found("sizes")

@@ -5,8 +5,6 @@ functional. torch.export keeps the operator whole, to be taken apart once what w
 """
 
 import contextlib
-import functools
-import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -96,5 +94,4 @@ def register(operator: Operator) -> None:
     if find_torch_dispatch_rule(overload, FunctionalTensorMode) is None:
         torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library.registry)
         kernels = operator.check.__module__.rpartition(".")[0] + ".kernel"
-        found = traced.Kernels(functools.partial(importlib.import_module, kernels))
-        triton_ops_to_kernels[name] = found  # type: ignore[assignment]  # it is iterated over, and no more
+        triton_ops_to_kernels[name] = traced.Kernels(kernels)  # type: ignore[assignment]  # it is iterated over, and no more

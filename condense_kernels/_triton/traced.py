@@ -14,12 +14,15 @@ another form:
 import ast
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 
 import torch
 
+LAUNCHERS = __package__.rpartition(".")[0] + ".ops."
 _is_on: ContextVar[bool] = ContextVar("traced", default=False)
 
 # Behind the kernel in the module that Inductor makes of it.
@@ -149,13 +152,19 @@ def _stored_to(call: ast.Call, caller: Any) -> Iterator[ast.expr]:
 
 
 class Kernels:
-    """Of an operator, for the key under which torch keeps what it has compiled: those that its launcher's module knows,
-    looked for when torch asks, as Triton is not imported before."""
+    """Of an operator, for the key under which torch keeps what it has compiled: those in the module of its launcher, and
+    in those of the launchers that this calls. Looked for when torch asks, as Triton is not imported before."""
 
-    def __init__(self, module: Callable[[], Any]) -> None:
+    def __init__(self, module: str) -> None:
         self.module = module
 
     def __iter__(self) -> Iterator[Any]:
         from triton import JITFunction
 
-        return (value for value in vars(self.module()).values() if isinstance(value, JITFunction))
+        modules = [self.module]
+        for module in modules:
+            for value in vars(importlib.import_module(module)).values():
+                if isinstance(value, JITFunction):
+                    yield value
+                elif isinstance(value, FunctionType) and value.__module__.startswith(LAUNCHERS):
+                    modules += [value.__module__] if value.__module__ not in modules else []

@@ -19,7 +19,7 @@ from .compiling import TARGETS
 
 @pytest.fixture(autouse=True)
 def traced_on_cpu(ptx_device, monkeypatch):
-    """As tensors of a GPU are. Of the device only its launches: it looks at torch's operators too, which would be traced."""
+    """As tensors of a GPU are. Of the device only its launches: its look at torch's operators would be traced."""
     target = SimpleNamespace(get_current_target=lambda: TARGETS[ptx_device.target])
     monkeypatch.setattr(triton.runtime.driver, "_active", target)
     monkeypatch.setattr(backends, "compiles_for", lambda device: True)
@@ -44,7 +44,7 @@ class Graphs:
 
 
 def assert_traced_right(function, *tensors: torch.Tensor, launches: list[int]) -> None:
-    """``function(backend, *tensors)`` in a graph and not. On CPU tensors "auto" would be C++; in a graph it is traced."""
+    """``function(backend, *tensors)`` in a graph, where "auto" is traced, and launch by launch."""
     graphs = Graphs()
     results = graphs.compile(lambda *tensors: function("auto", *tensors))(*tensors)
     assert graphs.launches == launches
@@ -86,6 +86,20 @@ def test_the_stages():
 
     inputs = make_inputs("clustered", batch=2, num_tokens=70, channels=24)
     assert_traced_right(call, inputs.features, inputs.scores, launches=[5])
+
+
+def test_under_vmap():
+    """Calls that are mapped over are one call, in the graph as well."""
+
+    def call(backend, features, scores):
+        def of_one(x, y):
+            return tuple(ck.select_and_merge(x, y, 6, 3, grid=(7, 10), backend=backend))
+
+        return torch.vmap(of_one)(features, scores)
+
+    inputs = make_inputs("clustered", batch=4, num_tokens=70, channels=24)
+    features, scores = inputs.features.unflatten(0, (2, 2)), inputs.scores.unflatten(0, (2, 2))
+    assert_traced_right(call, features, scores, launches=[4])
 
 
 def test_attention_scores():
