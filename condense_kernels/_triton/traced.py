@@ -152,7 +152,7 @@ def _stored_to(call: ast.Call, caller: Any) -> Iterator[ast.expr]:
 
 
 class Kernels:
-    """Of an operator, for the key under which torch keeps what it has compiled: those in the module of its launcher, and
+    """Of an operator, for the key under which torch keeps what it has compiled: those in the module of its launcher and
     in those of the launchers that this calls. Looked for when torch asks, as Triton is not imported before."""
 
     def __init__(self, module: str) -> None:
