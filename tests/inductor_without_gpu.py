@@ -8,6 +8,7 @@ and C++, the kernels' code for sm_90. A script, as Triton must not interpret: pr
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import triton
 from torch._dynamo import device_interface
 from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCacheDetails
 from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import async_compile, config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
@@ -160,14 +162,55 @@ def calls(device: str) -> dict[str, tuple]:
     }  # fmt: skip
 
 
-def described(graph: torch.fx.Graph) -> dict:
-    """The launches of a graph, what each writes, and the operators of this package that it has."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+def stored_to(kernel, arguments: dict) -> list[str]:
+    """The arguments that a kernel stores to, by what Triton compiles of it: as torch looks for them, each step once,
+    and not beyond calls, whose results are no pointers."""
+    module, names = triton_kernel_wrap.generate_ttir(kernel, arguments, {})
+    functions = triton_kernel_wrap.ttir_to_functions(module)
 
-    nodes = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    @functools.cache
+    def stored(function: str) -> frozenset[int]:
+        steps = functions[function]
+        left = []
+        for step in (step for same in steps.values() for step in same):
+            if step.name == "tt.call":
+                left += [step.args[i] for i in stored(step.fn_call_name)]
+            elif step.name in ("tt.store", "tt.atomic_rmw", "tt.atomic_cas"):
+                left.append(step.args[0])
+        seen = set()
+        while left:
+            value = left.pop()
+            if value not in seen:
+                seen.add(value)
+                before = [] if isinstance(value, triton_kernel_wrap.Param) or value.fake() else steps[value]
+                left += [
+                    argument for step in before if step.name not in ("tt.load", "tt.call") for argument in step.args
+                ]
+        return frozenset(value.idx for value in seen if isinstance(value, triton_kernel_wrap.Param))
+
+    return [names[i] for i in sorted(stored(next(iter(functions)))) if isinstance(arguments[names[i]], torch.Tensor)]
+
+
+def described(graph: torch.fx.Graph) -> dict:
+    """The launches of a graph, what each is said to write and what it does write, the tensors of the caller among that,
+    and the operators of this package that the graph has."""
+    table = triton_kernel_wrap.kernel_side_table
+    launches, said, written, of_caller = [], [], [], []
+    for node in (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)):
+        kernel = table.get_kernel(node.kwargs["kernel_idx"]).fn.launched
+        given = node.kwargs["kwargs"] | table.get_constant_args(node.kwargs["constant_args_idx"])
+        fakes = {
+            name: value.meta["val"] if isinstance(value, torch.fx.Node) else value for name, value in given.items()
+        }
+        launches.append(kernel.__name__)
+        said.append(sorted(node.kwargs["tensors_to_clone"]))
+        written.append(sorted(stored_to(kernel, fakes)))
+        of_caller += [name for name in said[-1] if given[name].op == "placeholder"]
     return {
-        "launches": [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes],
-        "written": [list(node.kwargs["tensors_to_clone"]) for node in nodes],
+        "launches": launches,
+        "said": said,
+        "written": written,
+        "of the caller": of_caller,
         "operators": [str(node.target) for node in graph.nodes if "condense" in str(node.target)],
     }
 

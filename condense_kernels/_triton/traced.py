@@ -91,6 +91,8 @@ def _shown(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...]) -> An
     compiled = ast.unparse(_with_body(kernel, as_launched, keep=True)) + UNFUSED
 
     class Shown(JITFunction):  # type: ignore[misc]  # Triton has no types
+        launched = kernel
+
         def parse(self) -> ast.Module:
             return ast.Module([read], [])
 
