@@ -263,6 +263,25 @@ def test_targets(measured):
     assert {m.target.case: m.met for m in targets.judge(amx)}["bf16 / fp32 matmul, with AMX"] is False
 
 
+def test_graph_and_eager_goals_of_a_gpu_are_apart(measured):
+    """50 us more for 128 picks more; an eager call is held to its own goal alone."""
+    at = {"op": "select_and_merge", "side": "ours bf16", "B": 1, "N": 576, "D": 1024, "device": "a GPU"}
+    found = [
+        synthetic(measured, shape=f"llava15-{k}", K=k, mode=mode, median_ms=ms, **at)
+        for k, mode, ms in ((64, "graph", 0.039), (192, "graph", 0.089), (64, "plain", 0.091))
+    ]
+    verdicts = {m.target.case: (m.value, m.met) for m in targets.judge(found)}
+    assert verdicts == {
+        "1 x 576, K = 64, graph": (pytest.approx(39), True),
+        "1 x 576, K = 192, graph": (pytest.approx(89), True),
+        "1 x 576, K = 192 - 64, graph": (pytest.approx(50 / 128), True),
+        "1 x 576, K = 64, eager": (pytest.approx(91), False),
+    }
+    assert len(targets.judge(found[:1])) == 1  # no cost of a pick from one row
+    there = set(importlib.import_module("bench_select_and_merge").SHAPES)
+    assert {name for target in targets.GPU for name in (target.shape, target.less) if name} <= there
+
+
 def test_targets_name_what_exists():
     for target in targets.CPU:
         sides = built(target.op, "overhead" if target.shape == "overhead" else "tiny-1")
