@@ -296,24 +296,25 @@ def wrapper() -> dict:
         out = ck.select_and_merge(features, scores, 48, 16, grid=(24, 24), spatial_weight=0.3)
         return out.merged, out.indices, out.assignment, out.mass
 
+    def of_one_token(features, scores):
+        return tuple(ck.select_and_merge(features, scores, 1, 0, grid=(1, 1)))
+
     mode = FakeTensorMode()
-    with mode:
-        tensors = [empty(2, 576, 64, dtype=torch.bfloat16), empty(2, 576)]
-    graph = torch.fx.symbolic_trace(call)
-    with (
-        mode,
-        torch._guards.tracing(torch._guards.TracingContext(mode)),
-        mock.patch.object(GraphLowering, "save_output_code", texts.append),
-        mock.patch.object(async_compile.AsyncCompile, "triton", noted),
-    ):
-        compile_fx(graph, tensors)
+    for function, b, n in ((of_one_token, 1, 1), (call, 2, 576)):
+        with (
+            mode,
+            torch._guards.tracing(torch._guards.TracingContext(mode)),
+            mock.patch.object(GraphLowering, "save_output_code", texts.append),
+            mock.patch.object(async_compile.AsyncCompile, "triton", noted),
+        ):
+            compile_fx(torch.fx.symbolic_trace(function), [empty(b, n, 64, dtype=torch.bfloat16), empty(b, n)])
     rows = {}
     for kernel, arguments, options in launched(call, 576):
         source = inspect_kernels.source_of(kernel, arguments)
         alone = triton.compile(source, target=Driver().get_current_target(), options=options)
         in_graph = kernels[kernel.__name__].compile_results[0].kernel
         rows[kernel.__name__] = {"alone": figures(alone), "in a graph": figures(in_graph)}
-    return {"text": texts[0], "kernels": rows}
+    return {"text": texts[-1], "kernels": rows}
 
 
 def figures(compiled) -> dict:
