@@ -36,6 +36,7 @@ class Choices:
     def __init__(self, values: Iterable[Any]) -> None:
         sizes = (size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else [value]))
         self.env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+        self.ranges = dict(self.env.var_to_range) if self.env else {}  # before any condition narrows them
         self.found: list[str] = []
 
     @contextlib.contextmanager
@@ -44,14 +45,14 @@ class Choices:
         yield
         if self.env:
             conditions = [guard.expr for guard in self.env.guards[start:]]
-            self.found += [str(condition) for condition in conditions if not self.is_of_no_rows(self.env, condition)]
+            self.found += [str(condition) for condition in conditions if not self.is_of_no_rows(condition)]
 
-    def is_of_no_rows(self, env: Any, condition: Any) -> bool:
+    def is_of_no_rows(self, condition: Any) -> bool:
         """Whether it is about sizes of 0 alone, of which nothing is launched."""
         from torch.utils._sympy.numbers import int_oo  # sympy is slow to import, and here where there are open sizes
         from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-        ranges = {s: env.var_to_range[s] for s in condition.free_symbols}
+        ranges = {s: self.ranges[s] for s in condition.free_symbols}
         return bool(bound_sympy(condition, {s: r & ValueRanges(1, int_oo) for s, r in ranges.items()}).lower)
 
     def refuse_in_package(self, op: str) -> None:

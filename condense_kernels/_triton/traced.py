@@ -7,8 +7,8 @@ another form:
   can be walked. It is shown a kernel of the same arguments that touches what this one does and computes nothing.
 - It drops enable_fp_fusion=False, and a fused multiply-add rounds once where the contract has two roundings. The text
   that it compiles says so itself.
-- It passes a float as fp64, in which the scores would be computed, and 1 as a constant whatever do_not_specialize says.
-  The text begins by making them what a launch makes them.
+- It passes a float as fp64, in which the scores would be computed, and specialises sizes whatever do_not_specialize
+  says: 1 is a constant. The text begins by making them what a launch makes them.
 """
 
 import ast
@@ -25,15 +25,18 @@ import torch
 LAUNCHERS = __package__.rpartition(".")[0] + ".ops."
 _is_on: ContextVar[bool] = ContextVar("traced", default=False)
 
-# Behind the kernel in the module that Inductor makes of it.
-UNFUSED = """
+# Behind the kernel in the module that Inductor makes of it. Which sizes are multiples of 16 is not said, either.
+AS_LAUNCHED = """
 
 _kernels = [value for value in globals().values() if isinstance(value, triton_heuristics.CachingAutotuner)]
+if not _kernels:
+    raise RuntimeError("condense_kernels: this torch compiles kernels in another way. Remedy: {remedy}.")
 for _kernel in _kernels:
     _kernel.triton_meta["enable_fp_fusion"] = False
-if not _kernels:
-    raise RuntimeError("condense_kernels: this version of torch fuses what is to be rounded twice. Remedy: {remedy}.")
-""".format(remedy="torch._functorch.config.decompose_custom_triton_ops = False, which leaves operators whole")
+    for _place in {places}:
+        _kernel.triton_meta["configs"][0].pop((_place,), None)
+"""
+REMEDY = "torch._functorch.config.decompose_custom_triton_ops = False"
 
 
 def is_on() -> bool:
@@ -88,7 +91,9 @@ def _shown(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...]) -> An
     )
     as_launched = [f"{name} = {name}.to(tl.float32)" for name in floats]
     as_launched += [f"{name} = tl.to_tensor({name})" for name in unspecialised if name not in floats]
-    compiled = ast.unparse(_with_body(kernel, as_launched, keep=True)) + UNFUSED
+    places = [p.num for p in kernel.params if p.do_not_specialize]
+    compiled = ast.unparse(_with_body(kernel, as_launched, keep=True))
+    compiled += AS_LAUNCHED.format(places=places, remedy=REMEDY)
 
     class Shown(JITFunction):  # type: ignore[misc]  # Triton has no types
         launched = kernel
