@@ -318,10 +318,10 @@ def wrapper() -> dict:
 
 
 def figures(compiled) -> dict:
-    """What decides the bits of a result, and what a launch needs."""
-    instructions = Counter(re.findall(r"\b((?:fma|mul|add|sub|div|sqrt|mma|wgmma)\.[\w.]*f\d\w*)", compiled.asm["ptx"]))
+    """How often the code has each instruction, but for those that fetch arguments; what a launch needs."""
+    instructions = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z]\w*\.[\w.:]*)", compiled.asm["ptx"], re.MULTILINE)
     return {
-        "rounding": instructions,
+        "instructions": Counter(name for name in instructions if not re.match(r"ld\.param|cvt\.rn\.f32\.f64", name)),
         "fused": inspect_kernels.inspect_nvidia(compiled)["fused"],
         "num_warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
