@@ -142,7 +142,7 @@ class Memory:
 class Device(TorchDispatchMode):
     """``mutate``, given a kernel's PTX, may return a function that changes its statements, see Program."""
 
-    def __init__(self, target: str, seed: int = 0, checks: Checks = Checks(), mutate=None, limit: int = ENDLESS):  # noqa: B008
+    def __init__(self, target: str, seed: int = 0, checks: Checks = Checks(), mutate=None, limit: int = ENDLESS):
         super().__init__()
         self.target, self.seed, self.checks, self.mutate, self.limit = target, seed, checks, mutate, limit
         self.memory = Memory()

@@ -204,7 +204,9 @@ def main() -> None:
     for kind, found in of_kind.items():
         ends = collections.Counter(row["caught"] for row in rows if row["kind"] == kind)
         survivors = ends.pop("", 0)
-        print(f"{kind}: {ends.total()} of {ends.total() + survivors} caught (of {len(found)}):", dict(ends.most_common()))
+        print(
+            f"{kind}: {ends.total()} of {ends.total() + survivors} caught (of {len(found)}):", dict(ends.most_common())
+        )
     print(f"seed {options.seed}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -71,7 +71,11 @@ def copied(offset: int) -> torch.Tensor:
 def test_nothing_is_found_in_a_kernel_that_is_right(ptx_device):
     copied(0)
     (launch,) = ptx_device.launches
-    assert (launch.kernel, launch.grid) == ("copy_kernel", (3,)) and launch.instructions > 3 * 4 and ptx_device.findings == []
+    assert (
+        (launch.kernel, launch.grid) == ("copy_kernel", (3,))
+        and launch.instructions > 3 * 4
+        and ptx_device.findings == []
+    )
 
 
 @pytest.mark.parametrize("offset", [-1, 1])
@@ -138,7 +142,12 @@ def test_a_kernel_that_does_not_end(ptx_device):
 
 def test_every_call_is_launched_here(ptx_device):
     """None is prepared and repeated past the device."""
-    x, scores, indices, assignment = torch.rand(1, 9, 4), torch.rand(1, 9), torch.tensor([[0, 5]]), torch.zeros(1, 9).long()
+    x, scores, indices, assignment = (
+        torch.rand(1, 9, 4),
+        torch.rand(1, 9),
+        torch.tensor([[0, 5]]),
+        torch.zeros(1, 9).long(),
+    )
     first = merge(x, scores, indices, assignment, backend="triton")
     again = merge(x, scores, indices, assignment, backend="triton")
     assert [launch.kernel for launch in ptx_device.launches] == 2 * ["merge_kernel"]
@@ -147,7 +156,9 @@ def test_every_call_is_launched_here(ptx_device):
 
 def test_workspaces_are_cut_apart(ptx_device):
     make_inputs("random", batch=1, num_tokens=20, channels=8, num_anchors=2, num_background=2).run("triton")
-    assert len(ptx_device.memory.copies) > len({"features", "scores", "merged", "indices", "assignment", "mass", "workspace"})
+    assert len(ptx_device.memory.copies) > len(
+        {"features", "scores", "merged", "indices", "assignment", "mass", "workspace"}
+    )
 
 
 @pytest.mark.parametrize("guard_bits", [0, 1, 2, None])
