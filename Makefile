@@ -26,13 +26,14 @@ SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/ptx/*.h)
 VLLM := .venv-vllm
 LMMS := .venv-lmms-eval
+TTSEM := ttsem==0.1.0
 SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -52,6 +53,13 @@ test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow"
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
 test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in headless Chromium
 	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
+
+# Both are described in docs/checking.md.
+ptx-check: $(VENV)/installed ## run the tests of Triton kernels on their PTX, executed and checked on the CPU
+	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/benchmarks $(RUN) $(TEST) -p ptx.plugin $(ARGS)
+
+gpu-check: $(VENV)/installed $(VENV)/ttsem ## run Triton kernels on their TTIR, in ttsem: bounds and races
+	TRITON_INTERPRET=0 PYTHONPATH=$(VENV)/ttsem $(RUN) tests/ttsem_calls.py $(ARGS)
 
 tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core: build/tiny-llava/1, or another SEED
 	$(RUN) -m condense_kernels.tiny_llava.train --output build/tiny-llava/$(SEED) --seed $(SEED) $(ARGS)
@@ -161,6 +169,11 @@ $(VLLM)/installed $(LMMS)/installed: %/installed: %/requirements $(CPP) $(SCHEMA
 	@echo "installing condense_kernels into $(@D); compiling csrc/"
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# Beside the other packages, as it asks for Python >= 3.12; what is used of it runs on 3.10 and 3.11 as well.
+$(VENV)/ttsem: $(VENV)/created
+	@echo "installing $(TTSEM)"
+	@$(PIP) install --quiet --no-deps --ignore-requires-python --target $@ $(TTSEM)
 
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"

@@ -121,7 +121,9 @@ def timed() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def call(op: str, name: str) -> None:
         shape = ALL[name]
-        built = importlib.import_module(f"bench_{op}").sides(shape, *made(shape.batch, shape.num_tokens, shape.channels))
+        built = importlib.import_module(f"bench_{op}").sides(
+            shape, *made(shape.batch, shape.num_tokens, shape.channels)
+        )
         for side, (run, *_) in built.items():
             if side.startswith("ours"):
                 run()

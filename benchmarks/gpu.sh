@@ -61,7 +61,7 @@ else
   left_out "plots" "no matplotlib; python benchmarks/plot.py times.csv FOLDER draws them elsewhere"
 fi
 
-pytest=("$python" -m pytest -q -p no:cacheprovider -p no:warnings -p no:randomly)
+pytest=("$python" -m pytest -q -p no:cacheprovider -p no:randomly --disable-warnings)
 has xdist && pytest+=(-n "$(nproc)" --maxprocesses 16)
 if [ "$gpu" = 1 ]; then
   step 70 "tests on the GPU" "${pytest[@]}" tests/test_gpu.py tests/test_triton_varlen.py tests/test_triton_attention.py

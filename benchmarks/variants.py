@@ -2,10 +2,11 @@
 times.
 
 Each variant is the flagship with some fields of a launch config changed. Its results must be those of the default, bit
-for bit. On a GPU every variant is timed by replaying a CUDA graph ten times, its inputs in the L2 cache, all variants in
-turn, so that a drifting clock harms all alike; one that does not compile or launch says why in its row, and the others
-are timed. The file is written anew after every round. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps and no
-pipelines, and the kernels that a variant changes are compiled for sm_90 and counted.
+for bit. On a GPU every variant is timed by replaying a CUDA graph ten times, with its inputs in the L2 cache, all of
+them in turn, so that a drifting clock harms all alike; one that does not compile or launch says why in its row, and the
+others are timed. Without a GPU there are no times: the bits are compared in Triton's interpreter, which knows no warps
+and no pipelines, and the kernels that a variant changes are compiled for sm_90 and counted. The file is written anew
+after every round and every kernel.
 
     python benchmarks/variants.py [--csv FILE]
 
@@ -42,6 +43,7 @@ from condense_kernels._triton.tables import (
     MergeConfig,
     SelectConfig,
     SimilarityConfig,
+    StreamConfig,
     next_power_of_2,
     trying,
 )
@@ -71,6 +73,7 @@ def variants(n: int) -> dict[str, Changes]:
         "merge: 512 channels, 2 warps": [(MergeConfig, {"block_d": 512, "num_warps": 2})],
         "merge: 256 tokens at a time": [(MergeConfig, {"block_n": 256})],
         "s not stored": [(FusedConfig, {"store_s": False})],
+        "s not stored, no turns to spare": [(FusedConfig, {"store_s": False}), (StreamConfig, {"spare_turns": 0})],
     }
     for block, warps in ((64, 2), (128, 1), (128, 2), (128, 4)) if n <= 1024 else ((512, 8), (1024, 4), (1024, 8)):
         found[f"select: chunks of {block}, {warps} warps"] = [(SelectConfig, {"block": block, "num_warps": warps})]

@@ -191,7 +191,9 @@ def calls_of(sizes: Sizes, dtype: torch.dtype, common: Calls, packed: bool, stag
         yield lambda: one_by_one(features, scores, features if keys is None else keys, sum(kept), mask, where)
 
 
-def one_by_one(features, scores, keys, kept, mask, where) -> None:
+def one_by_one(
+    features: torch.Tensor, scores: torch.Tensor, keys: torch.Tensor, kept: int, mask: torch.Tensor | None, where: dict
+) -> None:
     """The stages, each as select_and_merge is composed of them."""
     similarity, select, assign, merge = (
         OPERATORS[stage].triton for stage in ("similarity", "greedy_select", "assign", "merge")

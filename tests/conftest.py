@@ -26,7 +26,7 @@ else:  # a busy machine is slow, and not wrong
     hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=too_slow)
     hypothesis.settings.load_profile("any machine")
 
-# `make vllm` and `make lmms-eval` run the first two, in their environments; `make ptx-check` the third, with its plugin.
+# `make vllm` and `make lmms-eval` run the first two, in their environments, `make ptx-check` the third, by its plugin.
 collect_ignore = ["with_vllm", "with_lmms_eval", *(["ptx"] if "ptx.plugin" not in sys.modules else [])]
 CPU = torch.device("cpu")
 FAST = ("cpp", "triton")

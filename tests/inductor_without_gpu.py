@@ -8,6 +8,7 @@ and C++, the kernels' code for sm_90. A script, as Triton must not interpret: pr
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,7 +26,9 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the doubles below are in th
 import torch
 import triton
 from torch._dynamo import device_interface
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCacheDetails
 from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import async_compile, config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
@@ -159,16 +162,63 @@ def calls(device: str) -> dict[str, tuple]:
     }  # fmt: skip
 
 
-def described(graph: torch.fx.Graph) -> dict:
-    """The launches of a graph, what each writes, and the operators of this package that it has."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+def stored_to(kernel, arguments: dict) -> list[str]:
+    """The arguments that a kernel stores to, by what Triton compiles of it: as torch looks for them, each step once,
+    and not beyond calls, whose results are no pointers."""
+    module, names = triton_kernel_wrap.generate_ttir(kernel, arguments, {})
+    functions = triton_kernel_wrap.ttir_to_functions(module)
 
-    nodes = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    @functools.cache
+    def stored(function: str) -> frozenset[int]:
+        steps = functions[function]
+        left = []
+        for step in (step for same in steps.values() for step in same):
+            if step.name == "tt.call":
+                left += [step.args[i] for i in stored(step.fn_call_name)]
+            elif step.name in ("tt.store", "tt.atomic_rmw", "tt.atomic_cas"):
+                left.append(step.args[0])
+        seen = set()
+        while left:
+            value = left.pop()
+            if value not in seen:
+                seen.add(value)
+                before = [] if isinstance(value, triton_kernel_wrap.Param) or value.fake() else steps[value]
+                left += [
+                    argument for step in before if step.name not in ("tt.load", "tt.call") for argument in step.args
+                ]
+        return frozenset(value.idx for value in seen if isinstance(value, triton_kernel_wrap.Param))
+
+    return [names[i] for i in sorted(stored(next(iter(functions)))) if isinstance(arguments[names[i]], torch.Tensor)]
+
+
+def described(graph: torch.fx.Graph) -> dict:
+    """The launches of a graph, what each is said to write and what it does write, the tensors of the caller among that,
+    and the operators of this package that the graph has."""
+    table = triton_kernel_wrap.kernel_side_table
+    launches, said, written, of_caller = [], [], [], []
+    for node in (node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)):
+        kernel = table.get_kernel(node.kwargs["kernel_idx"]).fn.launched
+        given = node.kwargs["kwargs"] | table.get_constant_args(node.kwargs["constant_args_idx"])
+        fakes = {
+            name: value.meta["val"] if isinstance(value, torch.fx.Node) else value for name, value in given.items()
+        }
+        launches.append(kernel.__name__)
+        said.append(sorted(node.kwargs["tensors_to_clone"]))
+        written.append(sorted(stored_to(kernel, fakes)))
+        of_caller += [name for name in said[-1] if given[name].op == "placeholder"]
     return {
-        "launches": [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes],
-        "written": [list(node.kwargs["tensors_to_clone"]) for node in nodes],
+        "launches": launches,
+        "said": said,
+        "written": written,
+        "of the caller": of_caller,
         "operators": [str(node.target) for node in graph.nodes if "condense" in str(node.target)],
     }
+
+
+def sources(module: torch.fx.GraphModule) -> list[str]:
+    """Of kernels, that are part of the key under which torch keeps what it made of a graph."""
+    details = AOTAutogradCacheDetails.__new__(AOTAutogradCacheDetails)
+    return details.get_triton_source_codes_from_gm(module)
 
 
 def graphs() -> dict:
@@ -183,6 +233,7 @@ def graphs() -> dict:
         program = torch.export.export(Call(call), tensors)
         for name, exported in (("exported", program), ("decomposed", program.run_decompositions())):
             found[name] = described(exported.graph)
+        found["cached by"] = re.findall(r"^def (\w+_kernel)\(", "\n".join(sources(program.graph_module)), re.MULTILINE)
         with torch._functorch.config.patch(decompose_custom_triton_ops=False):
             module, _ = aot_export_module(Call(call), tensors, trace_joint=False)
         found["switched off"] = described(module.graph)
@@ -193,8 +244,6 @@ def sizes() -> dict:
     """How many graphs torch.compile makes of images of many sizes, and how many choices of launches these are."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
-
-    from condense_kernels._triton import tables
 
     def compiler(graph, example_inputs):
         compiled.append(graph)
@@ -222,7 +271,7 @@ def launched(call, n: int) -> list[tuple]:
     """The launches of a call that is not traced: kernel, arguments, options."""
     features, scores = empty(2, n, 64, dtype=torch.bfloat16, device="meta"), empty(2, n, device="meta")
     operator = backends.OPERATORS["select_and_merge"]
-    with mock.patch.object(backends, "kernel_of", lambda *args: operator.triton):
+    with mock.patch.object(backends, "kernel_of", return_value=operator.triton):
         return inspect_kernels.launches(call, (features, scores), {})
 
 
@@ -276,6 +325,39 @@ def figures(compiled) -> dict:
         "num_warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
     }
+
+
+def package() -> dict:
+    """AOTInductor's package for a CUDA device, as C++ sources and the code of kernels: an open batch, an open size."""
+
+    def call(features, scores):
+        return tuple(ck.select_and_merge(2 * features, scores, 48, 16, spatial_weight=0))
+
+    def packed(axes: dict, folder: str) -> Path:
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            tensors = empty(3, 576, 64), empty(3, 576)
+            program = torch.export.export(Call(call), tensors, dynamic_shapes=((axes, axes),))
+        path = str(Path(folder) / "model.pt2")
+        return Path(torch._inductor.aoti_compile_and_package(program, package_path=path))
+
+    options = {
+        "aot_inductor.package_cpp_only": True,  # its compiler would link the CUDA runtime
+        "aot_inductor.precompile_headers": False,
+        "triton.unique_kernel_names": True,
+    }
+    batch = torch.export.Dim("batch", max=1024)
+    tokens = torch.export.Dim("tokens", min=64, max=2880)
+    with config.patch(options), tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(packed({0: batch}, folder)) as archive:
+            names = {name.rpartition("/")[2]: name for name in archive.namelist()}
+            (wrapper,) = (archive.read(name).decode() for file, name in names.items() if file.endswith("wrapper.cpp"))
+            kernels = {file: archive.read(name)[:4].hex() for file, name in names.items() if file.endswith(".cubin")}
+        refused = None
+        try:
+            packed({0: batch, 1: tokens}, folder)
+        except RuntimeError as error:
+            refused = str(error)
+    return {"wrapper": re.sub(r"/\*.*?\*/", "", wrapper, flags=re.DOTALL), "kernels": kernels, "refused": refused}
 
 
 if __name__ == "__main__":

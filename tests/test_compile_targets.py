@@ -70,6 +70,7 @@ MAY_SPILL = [
     ("N=16384", "select_kernel", ""),
     ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
     ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),
+    ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("attention_scores rows, lse", "attention_columns_kernel", "sm_100"),  # a thread has the row of every column
 ]
 

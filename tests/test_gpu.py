@@ -1,11 +1,16 @@
 """The Triton kernels compiled and run: what the interpreter cannot show. Skipped where there is no GPU."""
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
+from processes import fresh
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
+from torch._inductor.utils import run_and_get_code
 
 from condense_kernels import Condensed, select_and_merge, similarity
 from condense_kernels._triton.tables import FusedConfig, trying
@@ -147,6 +152,27 @@ def test_replayed_from_a_graph_on_new_values():
     assert_same_bits(result, expected)
 
 
+def captured_after_warm_up():
+    import triton
+
+    import condense_kernels as ck
+
+    ck.warm_up([(100, 12, 64)], torch.float32, progress=False)
+    features, scores = torch.randn(2, 100, 64, device="cuda"), torch.rand(2, 100, device="cuda")
+    compiled = []
+    triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: compiled.append(fn.name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ck.condense(features, scores, 12, grid=(10, 10))
+    graph.replay()
+    torch.cuda.synchronize()
+    return compiled, torch.equal(result.merged, ck.condense(features, scores, 12, grid=(10, 10)).merged)
+
+
+def test_the_first_call_after_warm_up_may_be_captured():
+    assert fresh(captured_after_warm_up) == ([], True)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_reduce_overhead(training):
     """torch.compile records CUDA graphs, one each of forward and backward, and replays them on new values.
@@ -178,6 +204,55 @@ def test_reduce_overhead(training):
     assert counters["inductor"]["cudagraph_skips"] == 0
     recorded = cudagraph_trees.get_manager(torch.cuda.current_device()).new_graph_id().id
     assert recorded >= (2 if training else 1)
+
+
+def scaled(features, scores, height, width):
+    """Neighbours for Inductor to fuse whose rounding does not depend on how it does that."""
+    out = select_and_merge(features * 2, scores * 0.5, 20, 5, grid=(height, width))
+    return out.merged * 4, out.indices + 1, out.assignment, out.mass
+
+
+def test_inductor_compiles_the_kernels():
+    """With sizes that change, and what it generates names them and no operator."""
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled, fullgraph=True)
+    for height, width in [(10, 10), (12, 13), (9, 11), (20, 30)]:
+        inputs = make_inputs("clustered", num_tokens=height * width, channels=64, dtype=torch.bfloat16, device="cuda")
+        arguments = inputs.features, inputs.scores, height, width
+        results, codes = run_and_get_code(compiled, *arguments)
+        assert_same_bits(results, scaled(*arguments))
+        assert all("select_kernel" in code and "torch.ops.condense" not in code for code in codes)
+
+
+class OnGrid(torch.nn.Module):
+    def forward(self, features, scores):
+        return scaled(features, scores, 10, 10)
+
+
+def test_a_package_runs_without_this_package(tmp_path):
+    """AOTInductor's, for any batch, in a process that has none of the operators."""
+
+    def call(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = make_inputs("clustered", batch=batch, num_tokens=100, channels=64, device="cuda", seed=batch)
+        return inputs.features, inputs.scores
+
+    axes = {0: torch.export.Dim("batch", max=64)}
+    program = torch.export.export(OnGrid(), call(3), dynamic_shapes=(axes, axes))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    calls = [call(batch) for batch in (3, 2, 7)]
+    torch.save([(arguments, OnGrid()(*arguments)) for arguments in calls], tmp_path / "calls.pt")
+    code = """
+        import sys, torch
+        run = torch._inductor.aoti_load_package(sys.argv[1])
+        for arguments, expected in torch.load(sys.argv[2]):
+            for result, other in zip(run(*arguments), expected, strict=True):
+                assert result.dtype == other.dtype and torch.equal(result, other)
+        assert not any(name.startswith("condense_kernels") for name in sys.modules)
+        print("same")
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(code), path, tmp_path / "calls.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "same\n", done.stderr
 
 
 def test_runs_on_the_current_stream():

@@ -88,11 +88,11 @@ def small_product(accumulators: int = 20, adds: str = "%p1", b: str = "") -> str
     return f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {operands};"
 
 
-def stored(ptx_engine, body: str, seed: int = 0) -> tuple[set, int, int]:
+def stored(ptx_engine, body: str, **options) -> tuple[set, int, int]:
     """What is found, and how many of the numbers in %r20 to %r23, and in %r30 to %r33, are uninitialised at the end."""
     out, other = np.zeros((4, 128), np.uint32), np.zeros((4, 128), np.uint32)
     stores = f"{store_all(20, 4, '%rd11', 512)} {store_all(30, 4, '%rd12', 512)}"
-    found = ptx_engine.run(body.replace("STORE", stores), out, other, warps=4, shared=2564, seed=seed)
+    found = ptx_engine.run(body.replace("STORE", stores), out, other, warps=4, shared=2564, **options)
     return found, ptx_engine.tainted(out) // 4, ptx_engine.tainted(other) // 4
 
 
@@ -156,7 +156,7 @@ def test_operands_are_left_alone_until_the_product_is_there(ptx_engine, program)
 
     def found(order: str, seed: int) -> set:
         text = "\n".join(pieces[name] for name in order.split())
-        return stored(ptx_engine, f"{ZEROS}\n{text}", seed)[0]
+        return stored(ptx_engine, f"{ZEROS}\n{text}", seed=seed, grid=2)[0]
 
     for seed in range(3):
         assert found("STORE_A SYNC PRODUCT WAIT SYNC STORE_A", seed) == set()

@@ -25,11 +25,11 @@ KINDS = {
 
 
 def call(ck, n, kept, d, dk, dtypes=torch.bfloat16, scores=None, positions=None, axes=2, distance=True,
-         masked=False, packed=False, stages=False):  # fmt: skip
+         masked=False, packed=False, stages=False, images=2):  # fmt: skip
     """As a user would, for an image of n tokens; packed, for images of up to n."""
     for dtype in dtypes if isinstance(dtypes, tuple) else (dtypes,):
-        seqlens = [n, max(n // 3, 1), n] if packed else [n]
-        shape, options = (sum(seqlens),) if packed else (2, n), {"spatial_weight": 0.5 * distance}
+        seqlens = [n, max(n // 3, 1)] * (images // 2)
+        shape, options = (sum(seqlens),) if packed else (images, n), {"spatial_weight": 0.5 * distance}
         features, prior = torch.empty(*shape, d, dtype=dtype), torch.empty(shape, dtype=scores or dtype)
         if dk is not None:
             options["keys"] = torch.empty(*shape, dk, dtype=dtype)
@@ -52,15 +52,21 @@ def call(ck, n, kept, d, dk, dtypes=torch.bfloat16, scores=None, positions=None,
             ck.merge(features, prior, indices, assignment)
 
 
-def compiled_after(shapes, options, sizes):
+def compiled_after(shapes, options, sizes, target=None):
     """By the calls of these sizes, after warm_up of the shapes; and by warm_up."""
     ck, stub_driver = without_interpreter()
     with stub_driver.device(compiling=False) as counts:
+        if target is not None:
+            import triton
+
+            target = triton.backends.compiler.GPUTarget(*target)
+            triton.runtime.driver.active.get_current_target = lambda: target
         count = ck.warm_up(shapes, progress=False, **options)
         warmed = len(counts.compilations)
         counts.reset()
         for size in sizes:
             call(ck, *size, **options)
+        call(ck, *sizes[0], **options, images=130)
         return counts.compiled, count, warmed
 
 
@@ -68,14 +74,26 @@ def compiled_after(shapes, options, sizes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_it_nothing_compiles(kind):
     """Sizes on both sides of every launch choice: short, an image of one token, kept all, long, streamed."""
-    sizes = [(1, 1), (64, 7), (576, 64), (577, 192), (729, 729), (1025, 100), (2880, 320), (5000, 1600)]
+    sizes = [(576, 64), (1, 1), (64, 7), (577, 192), (729, 729), (1025, 100), (2880, 320), (5000, 1600)]
     sizes = [(n, kept, d, dk) for n, kept in sizes for d, dk in ((64, None), (1152, 80))]
+    sizes += [(64, 7, 72, None), (64, 7, 1, 36), (64, 7, 36, 1)]  # channels that Triton tells apart
     if "stages" not in KINDS[kind]:
         sizes += [(16385, 4, 64, None)]
     shapes = [(n, kept, d) if dk is None else (n, kept, d, dk) for n, kept, d, dk in sizes]
     later, count, warmed = fresh(compiled_after, shapes, KINDS[kind], sizes)
     assert not later
     assert warmed == count > 4  # each once
+
+
+@on_stub
+@pytest.mark.parametrize("kind", ["grid", "packed"])
+def test_on_amd(kind):
+    """Whose compiler also tells apart whether a tensor has more than 2 GiB."""
+    sizes = [(n, n // 9, 1024, None) for n in (64, 576, 2880, 16385)]
+    shapes = [size[:3] for size in sizes]
+    later, count, _ = fresh(compiled_after, shapes, KINDS[kind], sizes, ("hip", "gfx942", 64))
+    assert not later
+    assert count > 4
 
 
 @on_stub

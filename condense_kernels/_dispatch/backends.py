@@ -75,7 +75,7 @@ def register(operator: Operator) -> None:
         autograd.register(op)
     vmap.register(op, functools.partial(autograd.dispatch, op))
     if operator.is_traced is not None:
-        decompose.register(operator, compiles_for)
+        decompose.register(operator)
 
 
 def check_backend(backend: str) -> None:

@@ -162,7 +162,7 @@ def first_of_group(packed):
 
 @triton.jit
 def stored_at(packed, pid_b, at_b):
-    """Of an image: its place on the batch axis of s, as in image_tokens; -1 where s is another group's at the moment.
+    """Of an image: its place on the batch axis of s, as in image_tokens; below 0 where s is another group's now.
 
     The segments of a group are as far apart as their numbers: nobody has counted the tokens before a group.
     """
@@ -171,8 +171,7 @@ def stored_at(packed, pid_b, at_b):
     else:
         blocks = packed.odd_blocks >> 1
         block = first_block_of(packed, pid_b, 0, UNIT) - first_of_group(packed)
-        place = tl.where((block >= 0) & (block < blocks), block * UNIT, -1)
-        return tl.where(blocks == ALL_BLOCKS, at_b, place)
+        return tl.where(blocks == ALL_BLOCKS, at_b, tl.where(block < blocks, block * UNIT, -1))
 
 
 @triton.jit

@@ -99,7 +99,7 @@ class Packed(NamedTuple):
     """
 
     cu_seqlens: torch.Tensor  # [S + 1]
-    cu_anchors: torch.Tensor  # [S + 1]; where nothing is kept, cu_seqlens, and never read: Triton 3.6 takes no None here
+    cu_anchors: torch.Tensor  # [S + 1]; cu_seqlens, never read, where nothing is kept: Triton 3.6 takes no None here
     cu_background: torch.Tensor  # [S + 1], likewise
     odd_segments: int
     odd_tokens: int

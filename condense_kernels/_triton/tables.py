@@ -49,7 +49,7 @@ def _chosen(config):
 
 
 def next_power_of_2(x: int, most: int = 1 << 62) -> int:
-    """At most ``most``, a power of two. Of an open size of torch.compile each comparison is a condition on its graph."""
+    """At most ``most``, a power of two. Of an open size each comparison is a condition on torch.compile's graph."""
     power = 1
     while power < most and power < x:
         power *= 2

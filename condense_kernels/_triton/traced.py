@@ -14,12 +14,15 @@ another form:
 import ast
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 
 import torch
 
+LAUNCHERS = __package__.rpartition(".")[0] + ".ops."
 _is_on: ContextVar[bool] = ContextVar("traced", default=False)
 
 # Behind the kernel in the module that Inductor makes of it.
@@ -87,7 +90,9 @@ def _shown(kernel: Any, written: tuple[str, ...], floats: tuple[str, ...]) -> An
     as_launched += [f"{name} = tl.to_tensor({name})" for name in unspecialised if name not in floats]
     compiled = ast.unparse(_with_body(kernel, as_launched, keep=True)) + UNFUSED
 
-    class Shown(JITFunction):
+    class Shown(JITFunction):  # type: ignore[misc]  # Triton has no types
+        launched = kernel
+
         def parse(self) -> ast.Module:
             return ast.Module([read], [])
 
@@ -142,20 +147,26 @@ def _stored_to(call: ast.Call, caller: Any) -> Iterator[ast.expr]:
         yield call.args[0]
         return
     callee = caller.fn.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
-    if hasattr(callee, "arg_names") and callee is not caller:
+    if callee is not None and hasattr(callee, "arg_names") and callee is not caller:
         inner = _written_by(callee)
         yield from (value for name, value in zip(callee.arg_names, call.args, strict=False) if name in inner)
         yield from (keyword.value for keyword in call.keywords if keyword.arg in inner)
 
 
 class Kernels:
-    """Of an operator, for the key under which torch caches what it has compiled: those that its launcher's module knows.
-    Looked for when torch asks, as Triton is not imported before."""
+    """Of an operator, for the key under which torch keeps what it has compiled: those in the module of its launcher and
+    in those of the launchers that this calls. Looked for when torch asks, as Triton is not imported before."""
 
-    def __init__(self, module: Callable[[], Any]) -> None:
+    def __init__(self, module: str) -> None:
         self.module = module
 
     def __iter__(self) -> Iterator[Any]:
         from triton import JITFunction
 
-        return (value for value in vars(self.module()).values() if isinstance(value, JITFunction))
+        modules = [self.module]
+        for module in modules:
+            for value in vars(importlib.import_module(module)).values():
+                if isinstance(value, JITFunction):
+                    yield value
+                elif isinstance(value, FunctionType) and value.__module__.startswith(LAUNCHERS):
+                    modules += [value.__module__] if value.__module__ not in modules else []

@@ -1,7 +1,7 @@
 """A device for Triton that needs no GPU: within ``Device()``, launches run their compiled PTX on CPU tensors.
 
-The grid, the arguments and what Triton makes of them are those of a launch. Every storage that a launch names has a copy
-in the engine's arena, far from all others, so that what lies outside of it is out of bounds.
+The grid, the arguments and what Triton makes of them are those of a launch. Every storage that a launch names has a
+copy in the engine's arena, apart from all others, so that what lies outside of it is out of bounds.
 """
 
 import ctypes
@@ -25,7 +25,6 @@ from . import engine
 from .compiling import ptx_of
 from .program import SIZES, Program
 
-ARENA_BYTES = 1 << 31  # of addresses; pages are taken as they are used
 APART = 4096  # bytes between two storages
 ENDLESS = 2**33  # warp instructions of a launch
 # Triton lets every thread that holds an element store it: all of them the same value.
@@ -65,18 +64,12 @@ class Copy(NamedTuple):
 program_of = functools.lru_cache(maxsize=1024)(Program)
 
 
-@functools.cache
-def arena() -> int:
-    """Where it begins. The engine has one."""
-    return engine.library().arena_init(ARENA_BYTES)
-
-
 class Memory:
     """The copies of storages, and what of them nobody has written."""
 
     def __init__(self):
         self.engine = engine.library()
-        self.next = arena() + APART
+        self.next = engine.arena() + APART
         self.engine.regions_clear()
         self.copies: dict[int, Copy] = {}  # by where the storage is
         self.unwritten: dict[int, torch.Tensor] = {}  # likewise; held, so that nothing else comes there
@@ -103,7 +96,7 @@ class Memory:
             if storage.nbytes() and not self.engine.region_add(
                 self.copies[place].address, storage.nbytes(), granule, place in self.unwritten
             ):
-                raise MemoryError(f"{ARENA_BYTES} bytes are not enough for the tensors of this test")
+                raise MemoryError(f"{engine.ARENA_BYTES} bytes are not enough for the tensors of this test")
         return self.copies[place].address + tensor.storage_offset() * tensor.element_size()
 
     def span(self, tensor: torch.Tensor) -> tuple[int, int]:
@@ -253,7 +246,9 @@ def carve_apart(pieces: workspace.Pieces, memory: torch.Tensor | None, device: t
     """Each piece an allocation of its own, so that what lies beside it is out of bounds."""
     if memory is not None:
         return workspace_carve(pieces, memory, device)
-    return SimpleNamespace(**{name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in pieces.items()})
+    return SimpleNamespace(
+        **{name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in pieces.items()}
+    )
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -1,10 +1,11 @@
-"""pytest -p ptx.plugin: tests of Triton kernels run them compiled, on the PTX engine; what its checks find fails a test.
+"""pytest -p ptx.plugin: tests of Triton kernels run them compiled, on the PTX engine, and what that finds fails them.
 
 A test that names Triton runs once for each target; others are left out. `make ptx-check` is the way here.
 """
 
 import inspect
 import os
+import pathlib
 import zlib
 from collections import Counter, defaultdict
 
@@ -20,10 +21,18 @@ from .device import Checks, Device, text_of
 
 backends.triton_interprets = lambda: True  # backend="triton" takes CPU tensors
 
-INTERPRETER = "is about Triton's interpreter"
-WITHOUT = "is about what is there without Triton, or without a GPU"
-NOT_HERE = {  # tests that name Triton, and why they do not run here
-    "test_triton_varlen.py::test_bounds_are_looked_at": INTERPRETER,
+HERE = pathlib.Path(__file__).parent
+NOT_HERE = {  # tests that name Triton, and what they are about instead
+    "test_blas.py::test_no_product_is_numpys": "the interpreter's products",
+    "test_cli.py::test_check_covers_what_it_says": "what `check` lists",
+    "test_errors.py::test_unavailable_backend_says_why_and_what_to_do": "a machine without Triton",
+    "test_import.py::test_without_anything_optional": "a machine without Triton",
+    "test_triton_attention.py::test_bounds_are_looked_at": "what the interpreter's tests find",
+    "test_triton_attention.py::test_memory_grows_with_the_tokens": "a launcher, on tensors without values",
+    "test_triton_attention.py::test_the_host_reads_nothing_and_a_given_lse_spares_a_launch": "likewise",
+    "test_triton_varlen.py::test_bounds_are_looked_at": "what the interpreter's tests find",
+    "test_triton_varlen.py::test_the_host_reads_nothing": "a launcher, on tensors without values",
+    "test_vision.py::test_the_light_demo_says_that_this_exists": "a machine without the vision extra",
 }
 # Offsets that lead nowhere: programs may race where the caller's segments overlap, and read what nobody wrote. What is
 # asked of them is that nothing outside of the tensors is touched, and that they end.
@@ -68,7 +77,7 @@ def name_of(item: pytest.Item) -> str:
 def names_triton(item: pytest.Item) -> bool:
     """By its file, by a backend that it is given, or by one that it writes down."""
     given = {value for name, value in item.callspec.params.items() if name != "ptx_device" and isinstance(value, str)}
-    if item.path.name.startswith("test_triton") or "ptx" in item.path.parts or "triton" in given:
+    if item.path.name.startswith("test_triton") or item.path.parent == HERE or "triton" in given:
         return True
     return not {"fast", "backend"} & set(item.fixturenames) and '"triton"' in inspect.getsource(item.function)
 

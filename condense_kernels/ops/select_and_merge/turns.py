@@ -199,7 +199,6 @@ def pick_kernel(
             place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
             fresh += 1
 
-        tl.store(m_ptr + at, m, mask=candidates < N)
         tl.store(key_ptr + at, live_key(suppression * m + nu, nu), mask=candidates < N)
         tl.debug_barrier()  # the keys are read back by other threads
         theirs = candidates // BLOCK
