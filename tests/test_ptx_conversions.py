@@ -14,6 +14,26 @@ def test_to_wider_integers(ptx_engine, source):
         assert equal(found, a.astype(TYPES[target]))
 
 
+@pytest.mark.parametrize("source", ["s8", "u8", "s16", "u16", "s32"])
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_loading_to_wider_registers(ptx_engine, source, space):
+    a = np.resize(edges(source), 32)
+    size, out = a.itemsize, np.zeros(32, np.int64)
+    register, target = ("%rd9", out.dtype) if source == "s32" else ("%r9", np.dtype(np.int32))
+    bits = {1: "%rs8", 2: "%rs8", 4: "%r8"}[size]
+    place = {"global": "%rd6", "shared": "%r6"}[space]
+    body = f"""
+        mul.wide.u32 %rd5, %r1, {size}; add.s64 %rd6, %rd1, %rd5;
+        mul.lo.s32 %r5, %r1, {size}; mov.b32 %r6, global_smem; add.s32 %r6, %r6, %r5;
+        ld.global.b{8 * size} {bits}, [%rd6];
+        st.shared.b{8 * size} [%r6], {bits};
+        ld.{space}.{source} {register}, [{place}];
+        mul.wide.u32 %rd7, %r1, {target.itemsize}; add.s64 %rd8, %rd2, %rd7;
+        st.global.b{8 * target.itemsize} [%rd8], {register};"""
+    assert ptx_engine.run(body, a, out) == set()
+    assert out.view(target)[:32].tolist() == a.tolist()
+
+
 @pytest.mark.parametrize(("target", "source"), [("u16", "u32"), ("u16", "u64"), ("u32", "u64")])
 def test_to_narrower_integers(ptx_engine, target, source):
     a = edges(source)

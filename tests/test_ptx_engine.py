@@ -92,12 +92,14 @@ def test_uninitialised_values_that_decide(ptx_engine, use):
         ("add.s32 %r8, %r9, 1;", True),
         ("and.b32 %r8, %r9, 0;", False),
         ("and.b32 %r8, %r9, 1;", True),
+        ("and.b32 %r7, %r9, 0x32323232; and.b32 %r8, %r7, 1;", True),  # a 0 that is uninitialised decides nothing
         ("or.b32 %r8, -1, %r9;", False),
         ("mul.rn.f32 %r8, %r9, 0f7FFFFFFF;", False),
         ("fma.rn.f32 %r8, %r9, 0f3F800000, 0f7FFFFFFF;", False),
         ("fma.rn.f32 %r8, %r9, 0f3F800000, 0f3F800000;", True),
         ("selp.b32 %r8, %r9, 3, %p1;", True),
         ("selp.b32 %r8, 3, %r9, %p1;", False),
+        ("setp.eq.b32 %p2, %r9, 0; selp.b32 %r8, 1, 2, %p2;", True),
         ("mov.b64 %rd5, {%r9, %r1}; mov.b64 {_, %r8}, %rd5;", True),
         ("shfl.sync.bfly.b32 %r8, %r9, 1, 31, -1;", True),
         ("redux.sync.add.s32 %r8, %r9, -1;", True),
@@ -119,9 +121,7 @@ def test_lanes_are_uninitialised_one_by_one(ptx_engine):
         shfl.sync.bfly.b32 %r7, %r8, 1, 31, -1;
         st.global.b32 [%rd11], %r7;"""
     assert ptx_engine.run(body, out) == set()
-    taint = np.zeros(128, np.uint8)
-    ptx_engine.lib.get_taint(ptx_engine.place(out), 128, taint.ctypes.data)
-    assert np.flatnonzero(taint).tolist() == [24, 25, 26, 27]  # of lane 6
+    assert ptx_engine.tainted_elements(out) == [6]
 
 
 def test_bytes_are_uninitialised_one_by_one(ptx_engine):
@@ -139,6 +139,23 @@ def test_an_atomic_sum_with_something_uninitialised_is_uninitialised(ptx_engine)
     ptx_engine.lib.set_taint(ptx_engine.place(total), 4, True)
     assert ptx_engine.run("red.global.add.u32 [%rd1], 1;", total) == set()
     assert ptx_engine.tainted(total) == 4
+
+
+def test_an_atomic_sum_of_something_uninitialised_is_uninitialised(ptx_engine):
+    total = np.zeros(1, np.int32)
+    assert ptx_engine.run(f"{LOAD} red.global.add.u32 [%rd1], %r9;", total) == set()
+    assert ptx_engine.tainted(total) == 4
+
+
+def test_what_lies_at_an_uninitialised_address_is_uninitialised(ptx_engine):
+    out = ints(32)
+    body = f"""{OF_THREAD}
+        {LOAD}
+        and.b32 %r8, %r9, 4; add.s32 %r8, %r3, %r8; st.shared.b32 [global_smem+4], 7; bar.sync 0;
+        ld.shared.b32 %r7, [%r8];   // load
+        st.global.b32 [%rd11], %r7;"""
+    assert ptx_engine.run(body, out) == {("address uninitialised", "load", None)}
+    assert ptx_engine.tainted(out) == 128
 
 
 def test_every_load_of_something_uninitialised_on_demand(ptx_engine):

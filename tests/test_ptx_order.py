@@ -299,7 +299,7 @@ def test_a_kernel_that_ends_at_the_limit(ptx_engine):
 
 # What runs meanwhile --------------------------------------------------------------------------------------------------
 
-COPY = f"""{OF_THREAD} mov.b32 %r5, 4;
+COPY = f"""{OF_THREAD} mov.b32 %r5, 4; st.shared.b32 [%r4], 99; bar.sync 0;
     cp.async.ca.shared.global [%r4+0], [%rd11+0], 4, %r5; // copy
     cp.async.commit_group;"""
 LOADED = "ld.shared.b32 %r9, [%r4];\nst.global.b32 [%rd12], %r9;"
@@ -346,3 +346,21 @@ def test_a_copy_lands_when_it_is_waited_for(ptx_engine):
     assert over_seeds(ptx_engine, f"{COPY}\n{wait}{barrier}{read}", ints(64), warps=2) == set()
     found = over_seeds(ptx_engine, f"{COPY}\n{barrier}{read}{wait}", ints(64), warps=2)
     assert found == both_ways("race between warps", "read", "copy")
+
+
+def test_a_copy_of_something_uninitialised(ptx_engine):
+    source, out = ints(32), ints(32)
+    ptx_engine.place(source, uninitialised=True)
+    ptx_engine.lib.set_taint(ptx_engine.place(source), 64, False)
+    assert ptx_engine.run(f"{COPY}\ncp.async.wait_group 0;\n{LOADED}", source, out) == set()
+    assert ptx_engine.tainted(out) == 64
+
+
+def test_a_copy_comes_from_a_multiple_of_its_size(ptx_engine):
+    body = f"""{OF_THREAD} mov.b32 %r5, {{}}; shl.b32 %r6, %r1, 3; add.s32 %r6, %r3, %r6; add.s64 %rd5, %rd11, %rd8;
+        cp.async.ca.shared.global [%r6], [%rd5+{{}}], 8, %r5;   // copy
+        cp.async.commit_group;
+        cp.async.wait_group 0;"""
+    assert ptx_engine.run(body.format(8, 8), ints(66)) == set()
+    assert ptx_engine.run(body.format(8, 4), ints(66)) == {("misaligned", "copy", None)}
+    assert ptx_engine.run(body.format(4, 4), ints(66)) == {("misaligned", "copy", None)}

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from ptx import engine
-from ptx.handwritten import OF_THREAD
+from ptx.handwritten import HALVES, OF_THREAD, bits, load_all, numbered, quarters, registers_of, store_all
 
 LANES = np.arange(32)
-HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def random_ints(count: int) -> np.ndarray:
@@ -102,23 +100,6 @@ def matrices(count: int) -> np.ndarray:
     return np.arange(64 * count, dtype=np.uint16).reshape(count, 8, 8)
 
 
-def registers_of(matrix: np.ndarray) -> np.ndarray:
-    """What a warp's lanes hold of 8 x 8 halves: two by two, row after row."""
-    return np.ascontiguousarray(matrix).reshape(32, 2).view(np.uint32).reshape(32)
-
-
-def numbered(first: int, count: int) -> str:
-    return ", ".join(f"%r{first + k}" for k in range(count))
-
-
-def load_all(first: int, count: int, address: str, stride: int) -> str:
-    return " ".join(f"ld.global.b32 %r{first + k}, [{address}+{stride * k}];" for k in range(count))
-
-
-def store_all(first: int, count: int, address: str, stride: int) -> str:
-    return " ".join(f"st.global.b32 [{address}+{stride * k}], %r{first + k};" for k in range(count))
-
-
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_loading_matrices(ptx_engine, count, trans):
@@ -163,16 +144,32 @@ def test_rows_of_matrices_are_aligned(ptx_engine, access, offset, found):
     assert ptx_engine.run(f"{ROWS} {zeros}\n{access.replace('OFFSET', str(offset))} // here") == found
 
 
+@pytest.mark.parametrize(("trans", "lanes"), [("", [5]), (".trans", [8, 12])])
+def test_loading_matrices_of_something_uninitialised(ptx_engine, trans, lanes):
+    """Row 1, columns 2 and 3: lane 5's; of the transposed matrix row 2 and row 3, column 1."""
+    out = np.zeros(32, np.uint32)
+    body = f"""{OF_THREAD} shl.b32 %r6, %r1, 4; add.s32 %r7, %r3, %r6; setp.ne.b32 %p1, %r1, 5;
+        @%p1 st.shared.b32 [%r4], 0;
+        bar.sync 0;
+        ldmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 {{%r9}}, [%r7];
+        st.global.b32 [%rd11], %r9;"""
+    assert ptx_engine.run(body, out) == set()
+    assert ptx_engine.tainted_elements(out) == lanes
+
+
+def test_storing_matrices_of_something_uninitialised(ptx_engine):
+    out = np.zeros(32, np.uint32)
+    body = f"""{OF_THREAD} shl.b32 %r6, %r1, 4; add.s32 %r7, %r3, %r6; setp.eq.b32 %p1, %r1, 5; mov.b32 %r9, 0;
+        @%p1 ld.shared.b32 %r9, [global_smem+512];
+        stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {{%r9}};
+        bar.sync 0;
+        ld.shared.b32 %r8, [%r4];
+        st.global.b32 [%rd11], %r8;"""
+    assert ptx_engine.run(body, out) == set()
+    assert ptx_engine.tainted_elements(out) == [5]
+
+
 # Products -------------------------------------------------------------------------------------------------------------
-
-
-def bits(halves: torch.Tensor) -> np.ndarray:
-    return halves.contiguous().view(torch.int16).numpy().view(np.uint16)
-
-
-def quarters(a: np.ndarray) -> list[np.ndarray]:
-    """The registers of a 16 x 16 operand: upper left, lower left, upper right, lower right."""
-    return [registers_of(a[row : row + 8, column : column + 8]) for column in (0, 8) for row in (0, 8)]
 
 
 def mma(ptx_engine, kind: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, **options) -> torch.Tensor:
@@ -250,95 +247,3 @@ def test_sums_without_end_are_not_cut_off(ptx_engine):
     b[0, 0], b[0, 1] = float("inf"), float("nan")
     found = mma(ptx_engine, "bf16", a, b, torch.ones(16, 8), flags=1 | CUT)
     assert found[:, 0].isinf().all() and found[:, 1].isnan().all() and (found[:, 2:] == 1).all()
-
-
-# Warpgroups -----------------------------------------------------------------------------------------------------------
-
-
-def swizzled(matrix: np.ndarray) -> np.ndarray:
-    """Rows of 16, 32 or 64 halves; pieces of 16 bytes change places as their addresses' bits from the 7th on say."""
-    width, flat = matrix.shape[1], np.zeros(matrix.size, np.uint16)
-    for row, values in enumerate(matrix):
-        for k in range(0, width, 8):
-            place = 2 * (row * width + k)
-            place ^= (place >> 7 & (width // 8 - 1)) << 4
-            flat[place // 2 : place // 2 + 8] = values[k : k + 8]
-    return flat
-
-
-def descriptor(address: int, width: int) -> int:
-    mode = {64: 1, 32: 2, 16: 3}[width]
-    return address >> 4 | (8 * width * 2 >> 4) << 32 | mode << 62
-
-
-WAIT = "wgmma.wait_group.sync.aligned 0;"
-
-
-def product(kind: str, columns: int, width: int, a_registers: bool, wait: str = WAIT) -> str:
-    base, a_bytes, b_bytes = engine.library().shared_base(), 2 * 64 * width, 2 * columns * width
-    a = f"{{{numbered(11, 4)}}}" if a_registers else descriptor(base, width)
-    operands = f"{{{numbered(20, columns // 2)}}}, {a}, {descriptor(base + a_bytes, width)}, %p1, 1, 1, 0"
-    operands += "" if a_registers else ", 0"
-    parts = range(0, a_bytes + b_bytes, 512)
-    return f"""{OF_THREAD} setp.eq.b32 %p1, 0, 0;
-        {" ".join(f"ld.global.b32 %r9, [%rd11+{k}]; st.shared.b32 [%r4+{k}], %r9;" for k in parts)}
-        bar.sync 0;
-        {load_all(11, 4, "%rd13", 512) if a_registers else ""}
-        {" ".join(f"mov.b32 %r{20 + j}, 0f3F800000;" for j in range(columns // 2))}
-        fence.proxy.async.shared::cta;
-        wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {operands}; // product
-        wgmma.commit_group.sync.aligned;
-        {wait}
-        {store_all(20, columns // 2, "%rd12", 512)}"""
-
-
-def wgmma(ptx_engine, kind: str, columns: int, width: int, a_registers: bool, wait: str = WAIT):
-    """What is found; 1 + a product of random operands and what it should be; the array that it was stored to."""
-    a, b = torch.randn(64, width).to(HALVES[kind]), torch.randn(columns, width).to(HALVES[kind])
-    operands = np.concatenate([swizzled(bits(a)), swizzled(bits(b))])
-    by_warps = [np.stack(quarters(bits(a[row : row + 16, :16]))) for row in range(0, 64, 16)]
-    out, a_of_threads = np.zeros((columns // 2, 128), np.float32), np.concatenate(by_warps, axis=1)
-    body = product(kind, columns, width, a_registers, wait)
-    found = ptx_engine.run(body, operands, out, a_of_threads, warps=4, shared=1 << 15)
-    # Of eight columns a thread holds two in a row, and two that are eight rows below.
-    parts = torch.from_numpy(out).view(columns // 8, 2, 2, 4, 8, 4)  # eight columns, row, column, warp, row, column
-    result = parts.permute(3, 1, 4, 0, 5, 2).reshape(64, columns)
-    return found, result, (1 + a[:, :16].double() @ b[:, :16].double().T).float(), out
-
-
-@pytest.mark.parametrize("kind", HALVES)
-@pytest.mark.parametrize("columns", [32, 64])
-@pytest.mark.parametrize("width", [16, 32, 64])
-@pytest.mark.parametrize("a_registers", [False, True], ids=["A in shared memory", "A in registers"])
-def test_products_of_a_warpgroup(ptx_engine, kind, columns, width, a_registers):
-    found, result, expected, _ = wgmma(ptx_engine, kind, columns, width, a_registers)
-    assert found == set() and torch.equal(result, expected)
-
-
-def test_a_product_that_nobody_waited_for(ptx_engine):
-    found, _, _, out = wgmma(ptx_engine, "bf16", 64, 64, False, wait="")
-    assert found == {("not waited for", "product", None)} and ptx_engine.tainted(out) == out.nbytes
-
-
-def test_operands_are_left_alone_until_the_product_is_there(ptx_engine):
-    overwrite = "bar.sync 0; st.shared.b32 [%r4], 0; // overwrite"
-    found, *_ = wgmma(ptx_engine, "bf16", 64, 64, False, wait=f"{WAIT}\n{overwrite}")
-    assert found == set()
-    found, *_ = wgmma(ptx_engine, "bf16", 64, 64, False, wait=f"{overwrite}\n{WAIT}")
-    assert all({one, other} == {"overwrite", "product"} for _, one, other in found)
-    assert "race between warps" in {kind for kind, *_ in found}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("k16.f32.bf16.bf16 ", "k8.f32.tf32.tf32 "),
-        (", 1, 1, 0, 0;", ", 1, 1, 0, 1;"),
-        (", 1, 1, 0, 0;", ", -1, 1, 0, 0;"),
-    ],
-)
-def test_other_products_are_refused(ptx_engine, change):
-    body = product("bf16", 64, 64, False)
-    with pytest.raises(NotImplementedError, match="PTX instruction 'wgmma.mma_async"):
-        ptx_engine.run(body.replace(*change), *np.zeros((3, 1), np.int32))

@@ -4,6 +4,7 @@ import ctypes
 import functools
 
 import numpy as np
+import torch
 
 from . import engine
 from .program import Program
@@ -64,6 +65,11 @@ class Device:
     def tainted(self, array: np.ndarray) -> int:
         """Bytes that nobody has written, or that depend on such."""
         return self.lib.count_taint(self.place(array), array.nbytes)
+
+    def tainted_elements(self, array: np.ndarray) -> list[int]:
+        taint = np.zeros(array.nbytes, np.uint8)
+        self.lib.get_taint(self.place(array), array.nbytes, taint.ctypes.data)
+        return np.flatnonzero(taint.reshape(-1, array.itemsize).any(1)).tolist()
 
     def run(self, body: str, *arrays: np.ndarray, warps: int = 1, grid: int = 1, shared: int = 1024, **options) -> set:
         """What is found: kind, line, line of the other access or None. Lines are named by their comments."""
@@ -135,3 +141,34 @@ def pairs(kind: str, other: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every one with every other."""
     first, second = np.meshgrid(edges(kind), edges(other or kind))
     return first.reshape(-1).copy(), second.reshape(-1).copy()
+
+
+# Matrices of halves, and the registers that hold them -----------------------------------------------------------------
+
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def bits(halves: torch.Tensor) -> np.ndarray:
+    return halves.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def quarters(a: np.ndarray) -> list[np.ndarray]:
+    """The registers of a 16 x 16 operand: upper left, lower left, upper right, lower right."""
+    return [registers_of(a[row : row + 8, column : column + 8]) for column in (0, 8) for row in (0, 8)]
+
+
+def registers_of(matrix: np.ndarray) -> np.ndarray:
+    """What a warp's lanes hold of 8 x 8 halves: two by two, row after row."""
+    return np.ascontiguousarray(matrix).reshape(32, 2).view(np.uint32).reshape(32)
+
+
+def numbered(first: int, count: int) -> str:
+    return ", ".join(f"%r{first + k}" for k in range(count))
+
+
+def load_all(first: int, count: int, address: str, stride: int) -> str:
+    return " ".join(f"ld.global.b32 %r{first + k}, [{address}+{stride * k}];" for k in range(count))
+
+
+def store_all(first: int, count: int, address: str, stride: int) -> str:
+    return " ".join(f"st.global.b32 [{address}+{stride * k}], %r{first + k};" for k in range(count))

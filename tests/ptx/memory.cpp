@@ -131,4 +131,13 @@ void Memory::compare_with_reads(const Record& r, const Use& use) {
   if (!ordered && r.read_lanes & ~(1u << who.lane) && !use.same()) found(kHazard);
 }
 
+void Memory::expect_unwritten(const Who& who, u64 address, u32 size, u32 step) {
+  if (!races_ || !shared_.has(address, size)) return;
+  for (u64 k = address - shared_.base; k < address - shared_.base + size; k += 1u << shared_.shift) {
+    const Record& r = shared_.records[k >> shared_.shift];
+    if (r.write_era < clock_.cta || r.write_step <= step) continue;
+    report(r.write_warp == who.warp ? kHazard : kRace, who, r.write_pc, address, true);
+  }
+}
+
 }  // namespace ptx

@@ -87,7 +87,7 @@ struct Clock {
 struct Who {
   s32 pc;
   int warp, lane;
-  u32 synchronised;  // the step of the warp's last barrier
+  u32 synchronised;  // the step of the warp's last bar.warp.sync
 };
 
 // Who wrote and read a granule of memory last.
@@ -165,6 +165,8 @@ class Memory {
 
   void begin_cta(s32 number);  // shared memory is nobody's again
   void report(Kind kind, const Who& who, s32 other_pc = -1, u64 address = 0, bool shared = false);
+  // Reports writes of shared memory after a step: what began there still reads it.
+  void expect_unwritten(const Who& who, u64 address, u32 size, u32 step);
   // Where one lane's access goes; `value` is what it writes, where that is known beforehand.
   Place at(const Who& who, bool shared, u64 address, u32 size, Access access, const u8* value = nullptr);
 

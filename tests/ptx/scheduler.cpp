@@ -73,8 +73,8 @@ void open_barrier(Cta& cta) {
   const s32 first = std::find_if(cta.warps.begin(), cta.warps.end(), waits)->barrier;
   for (const Warp& warp : cta.warps)
     if (warp.barrier != first) cta.memory.report(kBarriersDiffer, {first, warp.id, 0, 0}, warp.barrier);
-  ++cta.clock.era, ++cta.clock.step;
-  for (Warp& warp : cta.warps) warp.barrier = -1, warp.synchronised = cta.clock.step;
+  ++cta.clock.era;
+  for (Warp& warp : cta.warps) warp.barrier = -1;
 }
 
 // False: it does not end.

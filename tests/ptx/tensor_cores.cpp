@@ -131,9 +131,10 @@ struct Tile {
 };
 
 template <class Half>
-bool read_row(Cta& cta, const Who& who, const Tile& tile, int row, Row& to) {  // true: something in it is uninitialised
+bool read_row(Cta& cta, const Who& who, u32 issued, const Tile& tile, int row, Row& to) {  // true: not all initialised
   bool tainted = false;
   for (int k = 0; k < kDepth; k += 2) {
+    cta.memory.expect_unwritten(who, tile.address(row, k), 4, issued);
     const Place place = cta.memory.at(who, true, tile.address(row, k), 4, Access::kRead);
     u32 pair = 0;
     if (place.bytes) std::memcpy(&pair, place.bytes, 4);
@@ -152,19 +153,15 @@ struct Operands {
 template <class Half>
 Operands read(Cta& cta, const Warp& warp, const Product& product) {
   const Instruction& i = *product.instruction;
-  const auto reader = [&](int row) { return Who{product.pc, warp.id, row % kLanes, warp.synchronised}; };
   Operands operands{{}, std::vector<Row>(i.count), std::vector<bool>(i.count)};
-  if (i.option)
-    operands.a = rows_of<Half>(product.a, product.a_taint);
-  else {
-    const Tile tile(product.a_place);
-    for (int row = 0; row < 16; ++row) {
-      const bool tainted = read_row<Half>(cta, reader(row), tile, warp.id % 4 * 16 + row, operands.a.row[row]);
-      operands.a.tainted |= u32{tainted} << row;
-    }
-  }
-  for (int n = 0; n < i.count; ++n)
-    operands.b_tainted[n] = read_row<Half>(cta, reader(n), Tile(product.b_place), n, operands.b[n]);
+  const auto read_to = [&](u64 place, int row, Row& to) {
+    const Who who{product.pc, warp.id, row % kLanes, warp.synchronised};
+    return read_row<Half>(cta, who, product.step, Tile(place), row, to);
+  };
+  if (i.option) operands.a = rows_of<Half>(product.a, product.a_taint);
+  for (int row = 0; !i.option && row < 16; ++row)
+    operands.a.tainted |= u32{read_to(product.a_place, warp.id % 4 * 16 + row, operands.a.row[row])} << row;
+  for (int n = 0; n < i.count; ++n) operands.b_tainted[n] = read_to(product.b_place, n, operands.b[n]);
   return operands;
 }
 
@@ -196,14 +193,14 @@ u64 same_for_all(Cta& cta, const Warp& warp, s32 slot) {  // a descriptor
 
 }  // namespace
 
-// The operands in shared memory are read twice, now and when the product is waited for, so that whoever writes them
-// meanwhile races; the accumulators are nobody's until then.
+// The operands in shared memory are read twice, now and when the product is waited for: nobody may write them
+// meanwhile. The accumulators are nobody's until then.
 template <class Half>
 void wgmma(Cta& cta, Warp& warp, const Instruction& i, Mask mask) {
   cta.expect_whole(warp, mask);
   const int accumulators = i.count / 2;
   const s32 *const a = i.operand + accumulators, *const b = a + (i.option ? 4 : 1), adds = b[1];
-  Product product{&i, warp.pc, finish<Half>, 0, {}, {}, 0, same_for_all(cta, warp, *b)};
+  Product product{&i, warp.pc, cta.clock.step, finish<Half>, 0, {}, {}, 0, same_for_all(cta, warp, *b)};
   cta.expect_initialised(kUninitialisedBranch, warp, adds, kAll);
   const auto adding = warp.registers.get<bool>(adds);
   for (int lane = 0; lane < kLanes; ++lane) product.adds |= Mask{adding[lane] != 0} << lane;

@@ -92,6 +92,7 @@ struct Copy {  // a lane's cp.async under way
 struct Product {  // a wgmma under way
   const Instruction* instruction;
   s32 pc;
+  u32 step;  // at which it was issued
   void (*finish)(Cta&, Warp&, const Product&);
   Mask adds;        // lanes that keep what the accumulators hold
   Lanes<u32> a[4];  // A, if it comes from registers
@@ -120,7 +121,7 @@ struct Warp {
   Mask mask = kAll, alive = kAll;  // lanes that run at pc, lanes that have not ended
   std::vector<Path> others;        // lanes that wait to run elsewhere
   s32 barrier = -1;                // the instruction at which it waits for other warps
-  u32 synchronised = 0;            // the step of the last barrier, bar.warp.sync included
+  u32 synchronised = 0;            // the step of the last bar.warp.sync
   Groups<Copy> copies;
   Groups<Product> products;
   std::map<s32, Mask> accumulators;  // that a wgmma writes: the taint that they had, as until its end they are tainted
