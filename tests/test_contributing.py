@@ -14,11 +14,21 @@ DIFF = re.search(r"^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text()
 PARTS = ("condense_kernels", "csrc", "tests", "benchmarks", "docs", "setup.py", "pyproject.toml", "README.md")
 
 
-def run(*command: str, cwd: Path, **kwargs) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(cwd), "CONDENSE_BUILD_EXT": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, **kwargs)
+def run(*command: str, cwd: Path, input: str | None = None, **variables: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(cwd), "CONDENSE_BUILD_EXT": "1", **variables}
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, input=input)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def compiled(*command: str, cwd: Path) -> str:
+    """As make ptx-check; the engine and what else is built once is shared."""
+    built = ROOT / "build" / "ptx"
+    built.mkdir(parents=True, exist_ok=True)
+    (cwd / "build").mkdir(exist_ok=True)
+    (cwd / "build" / "ptx").symlink_to(built)
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (cwd, cwd / "tests", cwd / "benchmarks")))}
+    return run(*command, "-p", "ptx.plugin", cwd=cwd, **path)
 
 
 def sources(checkout: Path) -> dict[str, bytes]:
@@ -37,9 +47,12 @@ def test_the_operator_that_contributing_adds(tmp_path):
     run("git", "apply", "-", cwd=tmp_path, input=DIFF)
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tmp_path)
     tests = ("tests/test_operators.py", "tests/test_weigh.py", "tests/test_docs.py")
-    report = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "weigh", *tests, cwd=tmp_path)
+    test = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "weigh")
+    report = run(*test, *tests, cwd=tmp_path)
     passed = re.search(r"(\d+) passed", report)
     assert passed and int(passed[1]) > 30 and "skipped" not in report, report
+    report = compiled(*test, *tests, cwd=tmp_path)
+    assert re.search(r"(\d+) passed", report) and " launches of weigh_kernel\n" in report, report
     run("git", "apply", "--reverse", "-", cwd=tmp_path, input=DIFF)
     for built in [*tmp_path.rglob("__pycache__"), *tmp_path.rglob("*.so")]:
         shutil.rmtree(built) if built.is_dir() else built.unlink()

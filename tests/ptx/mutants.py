@@ -22,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
 
 import torch
 
+from condense_kernels._dispatch import backends
 from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.merge.kernel import merge_backward
@@ -32,6 +33,7 @@ from condense_kernels.testing import Inputs, make_inputs, same_bits
 from .compiling import TARGETS
 from .device import Device, program_of
 
+backends.triton_interprets = lambda: True  # backend="triton" takes CPU tensors
 LIMIT = 3_000_000  # warp instructions of a launch: ten times what the longest takes
 SEEDS = 3  # orders of warps and programs in which a survivor has run
 SURVIVES, NOT_REACHED = "survives", "not reached"
@@ -111,10 +113,16 @@ def inputs_of(dtype: torch.dtype) -> Inputs:
     return dataclasses.replace(inputs, features=inputs.features[..., :24], keys=keys, mask=torch.rand(2, 70) < 0.8)
 
 
-def dense(dtype: torch.dtype, **path) -> tuple:
-    inputs = inputs_of(dtype)
+def dense(**path) -> tuple:
+    inputs = inputs_of(torch.bfloat16)
     with trying(FusedConfig, **path):
         return select_and_merge(*inputs.args, **inputs.options)
+
+
+def stages() -> tuple:
+    """One by one, so that s itself is a result: a change of it seldom moves a pick."""
+    *parts, condensed = inputs_of(torch.float32).run_stages("triton")
+    return (*parts, *condensed)
 
 
 def packed() -> tuple:
@@ -137,9 +145,9 @@ def attention() -> tuple:
 
 
 WORKLOADS: dict[str, Callable[[], tuple]] = {
-    "dense": lambda: dense(torch.bfloat16),
-    "dense, fp32": lambda: dense(torch.float32),
-    "streamed": lambda: dense(torch.bfloat16, store_s=False),
+    "dense": dense,
+    "stages": stages,
+    "streamed": lambda: dense(store_s=False),
     "packed": packed,
     "backward": backward,
     "attention": attention,

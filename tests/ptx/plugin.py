@@ -6,6 +6,7 @@ A test that names Triton runs once for each target; others are left out. `make p
 import inspect
 import os
 import pathlib
+import re
 import zlib
 from collections import Counter, defaultdict
 
@@ -68,6 +69,13 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     target = metafunc.config.getoption("ptx_target")
     metafunc.parametrize("ptx_device", [target] if target else list(TARGETS), indirect=True)
+
+
+def pytest_ignore_collect(collection_path):
+    """Files without a word of Triton nor a fixture of backends: importing them all takes longer than many a test."""
+    if collection_path.suffix == ".py" and collection_path.parent != HERE:
+        return None if re.search(r"triton|\b(fast|backend)[,)]", collection_path.read_text()) else True
+    return None
 
 
 def name_of(item: pytest.Item) -> str:

@@ -104,8 +104,7 @@ def test_a_barrier_that_is_missing(ptx_device):
     ptx_device.mutate = lambda text: without_barriers
     total_kernel[(4,)](x, y, BLOCK=512)
     races = [found for found in ptx_device.take() if found["kind"] == "race between warps"]
-    assert {found["space"] for found in races} == {"shared"}
-    assert all(line_of(total_kernel, "tl.sum") in found["at"] for found in races)
+    assert races and all(found["space"] == "shared" and "standard.py" in found["at"] for found in races), races
 
 
 def test_programs_that_write_to_one_place(ptx_device):
