@@ -2,7 +2,7 @@
 
 The driver is a stub (stub_driver.py), CPU tensors stand for those of a GPU. Included is all that Python, the
 dispatcher and Triton's launcher do; CUDA's own share of a launch, some 2 us, is not, and memory comes from the CPU's
-allocator. Every side runs in turn, round by round; medians.
+allocator. Every side runs in turn, round by round; medians. The table is that of docs/benchmarks.md.
 
     python benchmarks/bench_launch.py [--rounds 41] [--calls 200]
 """
@@ -21,8 +21,7 @@ import shapes
 import stub_driver
 import torch
 import triton
-from harness import console
-from rich.table import Table
+from report import markdown
 
 import condense_kernels as ck
 from condense_kernels._dispatch import backends
@@ -97,14 +96,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--calls", type=int, default=200, help="of a side, one after the other, in a round")
     options = parser.parse_args()
-    table = Table("select_and_merge", "host us", "at most", "functions called")
+    lines = []
     with stub_driver.device():
         found = sides()
         for name, median in microseconds(found, options.rounds, options.calls).items():
-            table.add_row(name, f"{median:.1f}", str(GOALS.get(name, "")), str(calls_of_python(found[name])))
+            lines.append([name, f"{median:.1f}", str(GOALS.get(name, "")), str(calls_of_python(found[name]))])
     origin = f"{SHAPE}, bf16; torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
-    console().print(origin, highlight=False)
-    console().print(table)
+    print(f"{origin}\n")
+    print(markdown(["select_and_merge", "host us", "at most", "functions called"], lines))
 
 
 if __name__ == "__main__":

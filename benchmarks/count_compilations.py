@@ -1,7 +1,8 @@
 """How many kernels are compiled for images of mixed sizes, and how long that takes: on a machine without a GPU.
 
 The launch path is Triton's own, against a stub of the CUDA driver (stub_driver.py), so specialisations are those of a
-GPU. --fast counts them and compiles nothing; else each is compiled, down to ptxas, in a cache of its own.
+GPU. --fast counts them and compiles nothing; else each is compiled, down to ptxas, in a cache of its own. The table is
+that of docs/benchmarks.md.
 
     python benchmarks/count_compilations.py [--fast] [--images 1000] [--seed 0] [--capability 90]
 """
@@ -22,8 +23,7 @@ if __name__ == "__main__":
 import stub_driver
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
+from report import markdown
 
 import condense_kernels as ck
 
@@ -91,15 +91,16 @@ def count(images: list[Grid], *, seed: int = 0, capability: int = 90, compiling:
     return found
 
 
-def table(found: dict[str, list[stub_driver.Compilation]], timed: bool) -> Table:
+def rows(found: dict[str, list[stub_driver.Compilation]], timed: bool) -> tuple[list[str], list[list[str]]]:
+    """The header; a row for each kernel, and one for all."""
     made = [compilation for part in found.values() for compilation in part if not compilation.cached]
-    result = Table("kernel", *found, *(("longest, s of CPU", "all, s of CPU") if timed else ()))
+    header, lines = ["kernel", *found, *(("longest, s of CPU", "all, s of CPU") if timed else ())], []
     for kernel in (*dict.fromkeys(compilation.kernel for compilation in found["both"]), "all"):
         counts = [sum(kernel in ("all", compilation.kernel) for compilation in part) for part in found.values()]
         seconds = [compilation.seconds for compilation in made if kernel in ("all", compilation.kernel)]
         times = [f"{max(seconds):.1f}", f"{sum(seconds):.1f}"] if timed else []
-        result.add_row(kernel, *map(str, counts), *times)
-    return result
+        lines.append([kernel, *map(str, counts), *times])
+    return header, lines
 
 
 def main() -> None:
@@ -112,9 +113,8 @@ def main() -> None:
     images = grids(options.images, options.seed)
     found = count(images, seed=options.seed, capability=options.capability, compiling=not options.fast)
     sizes = f"{options.images} images of {MIN_TOKENS} to {MAX_TOKENS} tokens, K = N / 3, {CHANNELS} channels, bf16"
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(f"{sizes}, sm_{options.capability}, Triton {triton.__version__}", highlight=False)
-    console.print(table(found, timed=not options.fast))
+    print(f"{sizes}, sm_{options.capability}, Triton {triton.__version__}\n")
+    print(markdown(*rows(found, timed=not options.fast)))
 
 
 if __name__ == "__main__":
