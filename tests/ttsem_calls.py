@@ -19,7 +19,7 @@ from ttsem import sanitize
 
 from condense_kernels import Condensed
 from condense_kernels._dispatch.declaration import OPERATORS
-from condense_kernels._triton.tables import FusedConfig, trying
+from condense_kernels._triton.tables import FusedConfig, Grouping, trying
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge.pipeline import Stages, compose
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
@@ -61,7 +61,7 @@ def packed(inputs: Inputs) -> None:
     arguments = (inputs.features[0], inputs.scores[0], *offsets, 5, 66)
     options = {"positions": torch.rand(70, 2)}
     expected = Condensed(*for_each_segment(select_and_merge)(*arguments, **options))
-    for path in ({}, {"store_s": False}):
+    for path in ({}, {"grouping": Grouping(1, 1)}, {"store_s": False}):
         with trying(FusedConfig, **path):
             assert_same_bits(select_and_merge_varlen(*arguments, **options), expected, str(path))
 
