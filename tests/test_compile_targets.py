@@ -101,8 +101,8 @@ def test_shared_memory_fits(rows):
     ("call", "kernel", "limit"),
     [
         ("select_and_merge N=576", "select_kernel", 175),
-        ("select_and_merge_varlen N=576", "select_kernel", 180),  # keeps picks and NaN in their place
-        ("greedy_select N=576", "greedy_select_kernel", 227),  # clears what is not finite from s, and stores the order
+        ("select_and_merge_varlen N=576", "select_kernel", 188),  # keeps picks and NaN in place; more masks
+        ("greedy_select N=576", "greedy_select_kernel", 255),  # clears s, stores the order, chunks move
     ],
 )
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -79,9 +79,9 @@ def test_picks_are_those_of_the_reference(kind, prior, suppression):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("n", [64, 65, 100, 1025], ids=lambda n: f"N={n}")
+@pytest.mark.parametrize("n", [64, 65, 100, 128, 129, 256, 257, 576, 577, 1024, 1025], ids=lambda n: f"N={n}")
 def test_picks_of_chunks(n):
-    """One chunk, two with an overlap, and chunks across warps."""
+    """Chunks that the image fills, that it ends in and behind its end; and chunks across warps."""
     generator = torch.Generator().manual_seed(n)
     s, p = cosines("halves", 1, n, generator), priors("signed", 1, n, generator)
     assert torch.equal(greedy_select.greedy_select(s, p, 40), greedy_reference.greedy_select(s, p, 40))
@@ -218,7 +218,14 @@ def flagship_inputs(n: int, dtype: torch.dtype, layout: str) -> tuple[tuple, dic
 @pytest.mark.parametrize("layout", ["grid", "permuted", "masked"])
 @pytest.mark.parametrize(
     ("n", "dtype"),
-    [(1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (64, torch.float32), (69, torch.bfloat16)],
+    [
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        (7, torch.float16),
+        (64, torch.float32),
+        (69, torch.bfloat16),
+        (130, torch.float32),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("in_select", [False, True], ids=["assign apart", "assign in select"])

@@ -217,9 +217,12 @@ def test_classes_of_sizes(monkeypatch):
     """A launch of the selection for each; a segment belongs to one, at the limits as well."""
     batch = batch_of([16, 17, 1, 64, 65, 0, 15], [5, 4, 1, 6, 7, 0, 3], [2, 2, 0, 3, 2, 0, 1])
     expected = batch.segment_by_segment()
-    monkeypatch.setattr(SelectConfig, "LIMITS", (16, 64, 16384))
+    monkeypatch.setattr(SelectConfig, "CLASSES", (16, 64))
+    monkeypatch.setattr(SelectConfig, "PACKED_SPANS", (16, 32, 64, 96))
     with trying(SelectConfig, block=16):
-        assert SelectConfig.classes(80) == [(0, 16), (16, 64), (64, 80)]
+        assert [(above, c.low, c.span) for above, c in SelectConfig.for_packed(80)] == [
+            (0, 0, 16), (16, 32, 64), (64, 64, 96)
+        ]  # fmt: skip
         assert_same_bits(batch.run(), expected)
 
 

@@ -73,32 +73,45 @@ class SimilarityConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """An image's tokens in chunks of one size, so that no load of a row of s needs a mask; one program an image."""
+    """An image's tokens in chunks of one size; one program an image. All images of a span are launched alike."""
 
-    block: int  # tokens of a chunk, at most N
+    low: int  # rows of s have more columns than that,
+    span: int  # and an image at most so many tokens
+    block: int  # tokens of a chunk
     num_warps: int
 
-    LIMITS: ClassVar = (1024, 4096, MAX_STORED)  # tokens up to which images are launched alike
+    # Each is compiled once, and a pick has the instructions of the whole span: 576, 729 and 2880 are sizes of images of
+    # LLaVA. Packed batches, compiled apart, have fewer.
+    SPANS: ClassVar = (128, 256, 384, 576, 768, 1024, 2048, 3072, 4096, 6144, 8192, 12288, MAX_STORED)
+    PACKED_SPANS: ClassVar = (256, 576, 1024, 2048, 3072, 4096, 6144, MAX_STORED)
+    CLASSES: ClassVar = (1024, 4096)  # tokens up to which the segments of a packed batch share a launch
 
     @classmethod
-    def for_shape(cls, n: int) -> "SelectConfig":
-        # Counted in sm_90 code of the flagship, instructions of a pick, none of which touches the stack.
-        # One warp, which needs no barrier: N = 576 168, in chunks of 128 183, of 32 175 and spills before the loop.
-        # 4 warps: N = 2880 228 in each; in each of 8, 129 (two a scheduler), and spills before the loop.
-        # 16 warps: N = 8192 162, N = 16384 294 and 134 spills before and after the loop.
-        if n <= cls.LIMITS[0]:
-            return _chosen(cls(min(64, next_power_of_2(n + 1) // 2), num_warps=1))
-        if n <= cls.LIMITS[1]:
-            return _chosen(cls(512, num_warps=4))
-        return _chosen(cls(2048, num_warps=16))
+    def for_shape(cls, n: int, spans: tuple[int, ...] = SPANS) -> "SelectConfig":
+        # Counted in sm_90 code, instructions of a pick, none of which touches the stack: docs/design/gpu.md.
+        # One warp, which needs no barrier: 171 for 576 tokens. 4 warps: 230 for 3072, 296 for 4096. 16: 302 for 16384.
+        low, span = next((low, span) for low, span in itertools.pairwise((0, *spans)) if n <= span)
+        if span <= 1024:
+            return _chosen(cls(low, span, block=64, num_warps=1))
+        if span <= 4096:
+            return _chosen(cls(low, span, block=512, num_warps=4))
+        return _chosen(cls(low, span, block=2048, num_warps=16))
 
     @classmethod
-    def classes(cls, width: int) -> list[tuple[int, int]]:
-        """(more than, at most) so many tokens: of a packed batch, the segments of a class share a launch."""
-        return list(itertools.pairwise([0, *(limit for limit in cls.LIMITS if limit < width), width]))
+    def for_packed(cls, width: int) -> list[tuple[int, "SelectConfig"]]:
+        """(more than so many tokens, config): of a packed batch, the segments of a class share a launch."""
+        limits = [0, *(limit for limit in cls.CLASSES if limit < width), width]
+        return [(low, cls.for_shape(n, cls.PACKED_SPANS)) for low, n in itertools.pairwise(limits)]
 
-    def num_chunks(self, n: int) -> int:
-        return -(-n // self.block)
+    @property
+    def chunks(self) -> dict[str, int]:
+        """The sizes that the kernels are compiled for."""
+        return {
+            "BLOCK": self.block,
+            "CHUNKS": -(-self.span // self.block),
+            "WHOLE": self.low // self.block,  # of those, within every row
+            "WIDE": max(next_power_of_2(self.span) // 4, 128),  # tokens at a time outside of the pick loop
+        }
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """The greedy loop of Eq. 2 and 4, one program per image: a pick needs the result of the pick before it.
 
-The image's N tokens live in registers, as a tuple of chunks: tensors of BLOCK tokens, the last of which ends at N. So
-no load of a row of s needs a mask, and chunks are compared within a thread. Tokens of the last chunk that are in the
-one before as well are dead in the last.
+The image's tokens live in registers, as a tuple of chunks: tensors of BLOCK tokens, compared with each other within a
+thread. There are as many as the largest image of a span needs (SelectConfig), of which every image of the span has the
+first WHOLE; in the others, what is past the end is dead.
+
+Only the pick loop is written out for each chunk. What comes before and after goes through memory, in loops: the
+compiler's pass that chooses layouts looks, for every load, at all pairs of operations that depend on each other.
 
 A token is dead, no candidate, where its negated utility nu is NaN: no live score can become NaN. The payload of that
-NaN says why, so that nothing else has to be kept in registers: 0 is picked, else the token's tier, or DUPLICATE.
+NaN says why, so that nothing else has to be kept in registers: 0 is picked, else the token's tier, or PADDING.
 """
 
 # ruff: noqa: RUF005  (*chunks, x) is not in Triton's language
@@ -29,49 +32,28 @@ from ..._triton.tables import MAX_STORED, SelectConfig
 
 NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
 TAKEN = tl.constexpr(3)  # the tier that is never picked
-DUPLICATE = tl.constexpr(4)  # in two chunks, or padding; the tiers are 0 to 3
+PADDING = tl.constexpr(4)  # behind the last token; the tiers are 0 to 3
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: priors are summed as integers, so that the order is free
 
 
 @triton.jit
-def start_of(c: tl.constexpr, N, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The first token of a chunk: a constant but for the last chunk."""
-    if c == CHUNKS - 1:
-        return tl.full([], N - BLOCK, tl.int32)
-    else:
-        return tl.full([], c * BLOCK, tl.int32)
-
-
-@triton.jit
-def token_chunks(N, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The token numbers of all chunks, and whether the chunk is the token's first."""
-    offs = ()
-    new = ()
+def chunk_starts(columns, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FIXED: tl.constexpr):
+    """The first token of each chunk. Of those that are not fixed, none ends behind a row of so many columns."""
+    starts = ()
     for c in tl.static_range(CHUNKS):
-        tokens = start_of(c, N, BLOCK, CHUNKS) + tl.arange(0, BLOCK)
-        offs = offs + (tokens,)
-        new = new + (tokens >= c * BLOCK,)
-    return offs, new
+        start = tl.full([], c * BLOCK, tl.int32)
+        if c >= FIXED:
+            start = tl.minimum(start, columns - BLOCK)
+        starts = starts + (start,)
+    return starts
 
 
 @triton.jit
-def count_tokens(chosen):
-    count = chosen[0].to(tl.int32)
-    for c in tl.static_range(1, len(chosen)):
-        count += chosen[c].to(tl.int32)
-    return tl.sum(count, axis=0)
-
-
-@triton.jit
-def ranks(chosen):
-    """How many chosen tokens come before each token."""
-    before = ()
-    base = tl.zeros([], tl.int32)
-    for c in tl.static_range(len(chosen)):
-        one = chosen[c].to(tl.int32)
-        before = before + (base + tl.cumsum(one, axis=0) - one,)
-        base += tl.sum(one, axis=0)
-    return before
+def token_chunks(starts, BLOCK: tl.constexpr):
+    offs = ()
+    for c in tl.static_range(len(starts)):
+        offs = offs + (starts[c] + tl.arange(0, BLOCK),)
+    return offs
 
 
 @triton.jit
@@ -90,8 +72,8 @@ def prior_scale(tops, suppression):
 @triton.jit
 def counted_fixed(unit, counted, suppression):
     """|unit|, which is below 1, as an integer; 0 where it is not counted in the mean, or where no mean is needed."""
-    counted = counted & is_finite(unit) & (suppression != 0)
-    return (tl.where(counted, tl.abs(unit), 0.0) * FIXED_POINT).to(tl.int64)
+    factor = tl.where(suppression == 0, 0.0, FIXED_POINT)
+    return (tl.where(counted & is_finite(unit), tl.abs(unit), 0.0) * factor).to(tl.int64)
 
 
 @triton.jit
@@ -103,22 +85,61 @@ def prior_factor(sbar, total, count, suppression):
 
 
 @triton.jit
-def scaled_priors(prior, counted, sbar, suppression):
-    """u = sbar / mean|prior| * prior (Eq. 2, 4), the mean over the counted tokens; 0 where the mean is 0."""
-    tops = counted_magnitude(prior[0], counted[0])
-    for c in tl.static_range(1, len(prior)):
-        tops = tl.maximum(tops, counted_magnitude(prior[c], counted[c]))
+def tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER: tl.constexpr):
+    if HAS_TIER:
+        return tl.load(tier_ptr + tokens.to(tl.int64) * stride_tier, mask=tokens < N, other=PADDING).to(tl.int32)
+    else:
+        return tl.where(tokens < N, 0, PADDING)
+
+
+@triton.jit
+def prior_of(prior_ptr, stride_prior, tokens, N):
+    return tl.load(prior_ptr + tokens.to(tl.int64) * stride_prior, mask=tokens < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def is_counted(tier):
+    """In the means of Eq. 2 and 4: also where it has been picked."""
+    return (tier == 0) | (tier == TAKEN)
+
+
+@triton.jit
+def count_tiers(tier_ptr, stride_tier, N, HAS_TIER: tl.constexpr, WIDE: tl.constexpr):
+    """How many tokens are live, and how many count in a mean."""
+    live = tl.zeros([WIDE], tl.int32)
+    counted = tl.zeros([WIDE], tl.int32)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tier = tier_of(tier_ptr, stride_tier, start + tl.arange(0, WIDE), N, HAS_TIER)
+        live += (tier == 0).to(tl.int32)
+        counted += is_counted(tier).to(tl.int32)
+        start += WIDE
+    return tl.sum(live, axis=0), tl.sum(counted, axis=0)
+
+
+@triton.jit
+def prior_scaling(
+    prior_ptr, stride_prior, tier_ptr, stride_tier, count, sbar, suppression, N,
+    HAS_TIER: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Factors that bring a prior to u = sbar / mean|prior| * prior (Eq. 2, 4), and whether the mean is above 0."""
+    tops = tl.zeros([WIDE], tl.int32)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tokens = start + tl.arange(0, WIDE)
+        counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
+        tops = tl.maximum(tops, counted_magnitude(prior_of(prior_ptr, stride_prior, tokens, N), counted))
+        start += WIDE
     first, second = prior_scale(tops, suppression)
-    unit = ()
-    fixed = tl.zeros(prior[0].shape, tl.int64)
-    for c in tl.static_range(len(prior)):
-        unit = unit + (prior[c] * first * second,)
-        fixed += counted_fixed(unit[c], counted[c], suppression)
-    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), count_tokens(counted), suppression)
-    u = ()
-    for c in tl.static_range(len(prior)):
-        u = u + (tl.where(positive, factor * unit[c], 0.0),)
-    return u
+    total = tl.zeros([WIDE], tl.int64)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tokens = start + tl.arange(0, WIDE)
+        counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
+        total += counted_fixed(prior_of(prior_ptr, stride_prior, tokens, N) * first * second, counted, suppression)
+        start += WIDE
+    factor, positive = prior_factor(sbar, tl.sum(total, axis=0), count, suppression)
+    return first, second, factor, positive
 
 
 @triton.jit
@@ -135,6 +156,65 @@ def dead(reason):
 @triton.jit
 def died_of(nu, reason: tl.constexpr):
     return bits_of(nu) == NAN_BITS + reason
+
+
+@triton.jit
+def negated_utilities(
+    prior_ptr, stride_prior, tier_ptr, stride_tier, starts, scaling, N, HAS_TIER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Chunks of -u, NaN where a token is dead. u is 0 where the mean is 0, the prior itself where scaling is None."""
+    offs = token_chunks(starts, BLOCK)
+    nu = ()
+    for c in tl.static_range(len(offs)):
+        tier = tier_of(tier_ptr, stride_tier, offs[c], N, HAS_TIER)
+        tier = tl.where(offs[c] < c * BLOCK, PADDING, tier)  # in the chunk before as well
+        u = prior_of(prior_ptr, stride_prior, offs[c], N)
+        if scaling is not None:
+            first, second, factor, positive = scaling
+            u = tl.where(positive, factor * (u * first * second), 0.0)
+        nu = nu + (tl.where(tier == 0, negated(u), dead(tier)),)
+    return nu
+
+
+@triton.jit
+def count_dead(nu_ptr, reason: tl.constexpr, N, WIDE: tl.constexpr):
+    count = tl.zeros([WIDE], tl.int32)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tokens = start + tl.arange(0, WIDE)
+        count += died_of(tl.load(nu_ptr + tokens, mask=tokens < N, other=0.0), reason).to(tl.int32)
+        start += WIDE
+    return tl.sum(count, axis=0)
+
+
+@triton.jit
+def write_kept(nu_ptr, indices_ptr, picked, K, N, WIDE: tl.constexpr):
+    """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
+
+    No more than K, though another program may have picked here, too: where wrong offsets make segments overlap.
+    """
+    broken_due = K - picked
+    masked_due = K - picked
+    if broken_due > 0:
+        masked_due -= count_dead(nu_ptr, 1, N, WIDE)
+    short = broken_due > 0
+    place = tl.zeros([], tl.int32)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tokens = start + tl.arange(0, WIDE)
+        nu = tl.load(nu_ptr + tokens, mask=tokens < N, other=0.0)
+        kept = died_of(nu, 0).to(tl.int32)
+        if short:
+            broken = died_of(nu, 1).to(tl.int32)
+            masked = died_of(nu, 2).to(tl.int32)
+            kept |= broken & (tl.cumsum(broken, axis=0) <= broken_due).to(tl.int32)
+            kept |= masked & (tl.cumsum(masked, axis=0) <= masked_due).to(tl.int32)
+            broken_due -= tl.sum(broken, axis=0)
+            masked_due -= tl.sum(masked, axis=0)
+        rank = place + tl.cumsum(kept, axis=0) - kept
+        tl.store(indices_ptr + rank, tokens.to(tl.int64), mask=(kept != 0) & (rank < K))
+        place += tl.sum(kept, axis=0)
+        start += WIDE
 
 
 @triton.jit
@@ -158,16 +238,16 @@ def lowest(t, offs, packed):
 
 @triton.jit
 def pick_greedily(
-    s_ptr, order_ptr, nu, offs, count, suppression, stride_s_i, stride_s_j, N, packed, num_tokens,
-    BLOCK: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
+    s_ptr, order_ptr, nu, starts, count, suppression, stride_s_i, stride_s_j, columns, packed, num_tokens,
+    BLOCK: tl.constexpr, SURE: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
     t = fl(fl(suppression * m) + nu) is the score of the contract with the opposite sign, two roundings; never -0, as
-    nu is not. m is the largest cosine to a pick so far. N is where the last chunk ends, at num_tokens or, where rows of
-    s are padded, behind.
+    nu is not. m is the largest cosine to a pick so far. A row of s has so many columns, the first SURE chunks for sure.
     """
     CHUNKS: tl.constexpr = len(nu)
+    offs = token_chunks(starts, BLOCK)
     m = ()
     for _ in tl.static_range(CHUNKS):
         m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
@@ -184,7 +264,8 @@ def pick_greedily(
         similar = ()
         t = ()
         for c in tl.static_range(CHUNKS):
-            s = tl.load(row_ptrs + start_of(c, N, BLOCK, CHUNKS).to(tl.int64) * stride_s_j)
+            ptrs = row_ptrs + starts[c].to(tl.int64) * stride_s_j
+            s = tl.load(ptrs) if c < SURE else tl.load(ptrs, mask=offs[c] < columns, other=0.0)
             if SANITISE:
                 s = tl.where(tl.abs(s) < float("inf"), s, 0.0)
             similar = similar + (tl.maximum(m[c], s),)
@@ -224,36 +305,27 @@ def greedy_select_kernel(
     stride_sbar_b,
     stride_tier_b, stride_tier_n,
     N, K,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_FILL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_FILL: tl.constexpr,
     HAS_SBAR: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
-    offs, new = token_chunks(N, BLOCK, CHUNKS)
     prior_ptr += pid_b * stride_prior_b
     tier_ptr += pid_b * stride_tier_b
     order_ptr += pid_b * K
-    u = ()
-    tier = ()
-    counted = ()
-    for c in tl.static_range(CHUNKS):
-        tokens = offs[c].to(tl.int64)
-        u = u + (tl.load(prior_ptr + tokens * stride_prior_n).to(tl.float32),)
-        of = tl.zeros([BLOCK], tl.int32)
-        if HAS_TIER:
-            of = tl.load(tier_ptr + tokens * stride_tier_n).to(tl.int32)
-        tier = tier + (tl.where(new[c], of, DUPLICATE),)
-        counted = counted + ((tier[c] == 0) | (tier[c] == TAKEN),)
+    live, counted = count_tiers(tier_ptr, stride_tier_n, N, HAS_TIER, WIDE)
+    place = tl.minimum(live, K)
+    scaling = None
     if HAS_SBAR:
-        u = scaled_priors(u, counted, tl.load(sbar_ptr + pid_b * stride_sbar_b), suppression)
-    nu = ()
-    live = ()
-    for c in tl.static_range(CHUNKS):
-        live = live + (tier[c] == 0,)
-        nu = nu + (tl.where(live[c], negated(u[c]), dead(tier[c])),)
-    place = tl.minimum(count_tokens(live), K)
+        sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b)
+        scaling = prior_scaling(
+            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
+        )
+    # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead, chunks overlap.
+    starts = chunk_starts(N, BLOCK, CHUNKS, CHUNKS if WHOLE == 0 else WHOLE)
+    nu = negated_utilities(prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK)
     pick_greedily(
-        s_ptr + pid_b * stride_s_b, order_ptr, nu, offs, place, suppression, tl.cast(stride_s_i, tl.int64), stride_s_j,
-        N, None, N, BLOCK, True, True,
+        s_ptr + pid_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
+        stride_s_j, N, None, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, True, True,
     )  # fmt: skip
     if HAS_TIER:  # K distinct tokens are due even where fewer are valid
         place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 1, BLOCK_FILL)
@@ -294,7 +366,7 @@ def greedy_select(
             greedy_select_kernel, (b,),
             s, prior, s if sbar is None else sbar, s if tier is None else tier, order, as_fp32(suppression),
             *s.stride(), *prior.stride(), *strides_of(sbar, 1), *strides_of(tier, 2), n, k,
-            BLOCK=config.block, CHUNKS=config.num_chunks(n), BLOCK_FILL=256,
+            **config.chunks, BLOCK_FILL=256,
             HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip

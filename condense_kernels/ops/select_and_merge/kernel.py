@@ -18,15 +18,13 @@ from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
 from ..greedy_select.kernel import (
-    DUPLICATE,
-    count_tokens,
-    dead,
-    died_of,
-    negated,
+    chunk_starts,
+    count_tiers,
+    negated_utilities,
     pick_greedily,
-    ranks,
-    scaled_priors,
+    prior_scaling,
     token_chunks,
+    write_kept,
 )
 from ..merge.kernel import launch_merge
 from ..similarity.kernel import (
@@ -45,13 +43,18 @@ BLOCK_S = tl.constexpr(SimilarityConfig.block)  # tokens of a tile of s
 
 
 @triton.jit
-def with_first(kept, more, limit):
-    """The kept tokens, and the first of others, as many as the limit says."""
-    rank = ranks(more)
-    both = ()
-    for c in tl.static_range(len(kept)):
-        both = both + (kept[c] | (more[c] & (rank[c] < limit)),)
-    return both
+def write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE: tl.constexpr):
+    """What one image's tokens are picked by: the scores, for anchors, and behind them g (Eq. 3), for the background."""
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        tokens = start + tl.arange(0, WIDE)
+        present = tokens < N
+        score = tl.load(scores_ptr + tokens.to(tl.int64) * stride_score_n, mask=present, other=0.0)
+        tl.store(priors_ptr + tokens, score.to(tl.float32), mask=present)
+        g = global_similarity(row_sums_ptr, tokens, present, N, num_blocks)
+        tl.store(priors_ptr + N + tokens, g, mask=present)
+        start += WIDE
+    tl.debug_barrier()  # what a thread writes, others read
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -61,25 +64,25 @@ def select_kernel(
     tier_ptr,  # [B, N]
     row_sums_ptr,  # [B, blocks, N]
     abs_sums_ptr,  # [B, tiles]
+    priors_ptr,  # [B, 2, N]: memory of this program
     where_ptr,  # [N, P] or [B, N, P]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
     suppression, background_suppression, spatial_weight,
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
-    N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, packed,
-    P: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    LOW: tl.constexpr, LONGEST: tl.constexpr,
+    N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, LOW, packed,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
+    P: tl.constexpr, AXES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, ASSIGN: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
     at_b, N = image_tokens(packed, pid_b, N)
     first_k, K, num_anchors = image_rows(packed, pid_b, N, K, num_anchors)
-    span = WIDTH if LONGEST else BLOCK * CHUNKS  # tokens of all chunks
     stored = stored_at(packed, pid_b, at_b)
     if packed is not None:
-        elsewhere = (N <= LOW) | (span < N) | (stored < 0)  # of another size or group, so of another launch
+        elsewhere = (N <= LOW) | (BLOCK * CHUNKS < N) | (stored < 0)  # of another size or group, so of another launch
         if elsewhere | (K == 0):
             return
     first = tokens_before(packed, at_b, N)
@@ -92,61 +95,37 @@ def select_kernel(
     num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
     num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
     indices_ptr += first_k
-    offs, new = token_chunks(span, BLOCK, CHUNKS)
-    tier = ()
-    valid = ()
-    u = ()
-    for c in tl.static_range(CHUNKS):
-        present = (offs[c] < N) & new[c]
-        tier = tier + (tl.load(tier_ptr + offs[c], mask=present, other=DUPLICATE),)
-        valid = valid + (tier[c] == 0,)
-        score = tl.load(scores_ptr + offs[c].to(tl.int64) * stride_score_n, mask=present, other=0.0)
-        u = u + (score.to(tl.float32),)
-    num_valid = count_tokens(valid)
-    sbar = mean_similarity(abs_sums_ptr, num_valid, num_tiles, 256)
+    priors_ptr += first * 2
+    write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE)
+    num_valid, _counted = count_tiers(tier_ptr, 1, N, True, WIDE)
+    sbar = mean_similarity(abs_sums_ptr, num_valid, num_tiles, WIDE)
 
-    # Anchors (Eq. 2)
-    u = scaled_priors(u, valid, sbar, suppression)
-    nu = ()
-    for c in tl.static_range(CHUNKS):
-        nu = nu + (tl.where(valid[c], negated(u[c]), dead(tier[c])),)
+    # Anchors (Eq. 2), then background tokens (Eq. 3, 4): the anchors are dead, but count in the mean.
     anchors = tl.minimum(num_anchors, num_valid)
-    nu = pick_greedily(
-        s_ptr, indices_ptr, nu, offs, anchors, suppression, WIDTH, 1, span, packed, N, BLOCK, False, False
-    )
-
-    # Background (Eq. 3, 4): the anchors are dead, but count in the mean.
-    g = ()
-    counted = ()
-    for c in tl.static_range(CHUNKS):
-        g = g + (global_similarity(row_sums_ptr, offs[c], (offs[c] < N) & new[c], N, num_blocks),)
-        counted = counted + ((nu[c] == nu[c]) | (died_of(nu[c], 0) & new[c]),)
-    v = scaled_priors(g, counted, sbar, background_suppression)
-    rest = ()
-    for c in tl.static_range(CHUNKS):
-        rest = rest + (tl.where(nu[c] == nu[c], negated(v[c]), nu[c]),)
     background = tl.minimum(K - num_anchors, num_valid - anchors)
-    nu = pick_greedily(
-        s_ptr, indices_ptr, rest, offs, background, background_suppression,
-        WIDTH, 1, span, packed, N, BLOCK, False, False,
-    )  # fmt: skip
-
-    # The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
-    kept = ()
-    broken = ()
-    masked = ()
+    starts = chunk_starts(WIDTH, BLOCK, CHUNKS, CHUNKS)
+    nu = ()
+    for _ in tl.static_range(CHUNKS):
+        nu = nu + (tl.zeros([BLOCK], tl.float32),)
+    loop = tl.zeros([], tl.int32)
+    while loop < 2:
+        weight = tl.where(loop == 0, suppression, background_suppression)
+        prior_ptr = priors_ptr + loop * N
+        scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, weight, N, True, WIDE)
+        utilities = negated_utilities(prior_ptr, 1, tier_ptr, 1, starts, scaling, N, True, BLOCK)
+        rest = ()
+        for c in tl.static_range(CHUNKS):
+            rest = rest + (tl.where(nu[c] == nu[c], utilities[c], nu[c]),)
+        nu = pick_greedily(
+            s_ptr, indices_ptr, rest, starts, tl.where(loop == 0, anchors, background), weight, WIDTH, 1, WIDTH,
+            packed, N, BLOCK, WHOLE, False, False,
+        )  # fmt: skip
+        loop += 1
+    offs = token_chunks(starts, BLOCK)
     for c in tl.static_range(CHUNKS):
-        kept = kept + (died_of(nu[c], 0) & new[c],)  # a pick from an overlap died in both chunks
-        broken = broken + (died_of(nu[c], 1),)
-        masked = masked + (died_of(nu[c], 2),)
-    missing = K - anchors - background
-    rank = ranks(kept)
-    if missing > 0:
-        kept = with_first(kept, broken, missing)
-        kept = with_first(kept, masked, missing - count_tokens(broken))
-        rank = ranks(kept)
-    for c in tl.static_range(CHUNKS):
-        tl.store(indices_ptr + rank[c], offs[c].to(tl.int64), mask=kept[c])
+        tl.store(priors_ptr + offs[c], nu[c], mask=offs[c] < N)
+    tl.debug_barrier()
+    write_kept(priors_ptr, indices_ptr, anchors + background, K, N, WIDE)
 
     if ASSIGN:
         tl.debug_barrier()  # the indices are read back by other threads
@@ -182,6 +161,7 @@ def pieces_of(b: int, n: int) -> Pieces:
         "tier": ((b, n), torch.int32),
         "row_sums": ((b, blocks, n), torch.int32),
         "abs_sums": ((b, tiles), torch.int64),
+        "priors": ((b, 2, n), torch.float32),
     }
 
 
@@ -203,20 +183,20 @@ def launch_select(
     """
     images, n = scores.shape if packed is None else (packed.num_segments, packed.max_seqlen)
     blocks, tiles = num_blocks_of(n)
-    axes = triton.next_power_of_2(space.axes)
-    classes = [(0, config.width)] if packed is None else SelectConfig.classes(config.width)
-    for low, span in classes:
-        select = SelectConfig.for_shape(span)
+    fused = config.assign_in_select
+    where = space if fused else Space.of(None, None, 0.0)  # else it would be compiled for each kind of place
+    axes = triton.next_power_of_2(where.axes)
+    whole = [(0, SelectConfig.for_shape(n))]
+    for low, select in whole if packed is None else SelectConfig.for_packed(n):
         launch(
             select_kernel, (images,),
-            w.s, scores, w.tier, w.row_sums, w.abs_sums, w.s if space.tensor is None else space.tensor,
+            w.s, scores, w.tier, w.row_sums, w.abs_sums, w.priors, w.s if where.tensor is None else where.tensor,
             indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
-            *strides_of(scores, 2), *space.strides,
-            n, config.width, indices.shape[-1], num_anchors, blocks, tiles, space.height, space.width, packed,
-            P=space.axes, AXES=axes, BLOCK=select.block, CHUNKS=select.num_chunks(span),
-            LOW=low, LONGEST=span == config.width,
+            *strides_of(scores, 2), *where.strides,
+            n, config.width, indices.shape[-1], num_anchors, blocks, tiles, where.height, where.width, low, packed,
+            **select.chunks, P=where.axes, AXES=axes,
             BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
-            MODE=space.mode, ASSIGN=config.assign_in_select,
+            MODE=where.mode, ASSIGN=fused,
             num_warps=select.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 

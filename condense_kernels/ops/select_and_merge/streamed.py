@@ -23,13 +23,14 @@ from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
 from ..greedy_select.kernel import (
+    count_dead,
     counted_fixed,
     counted_magnitude,
     dead,
-    died_of,
     negated,
     prior_factor,
     prior_scale,
+    write_kept,
 )
 from ..similarity.kernel import (
     blocks_of_image,
@@ -142,42 +143,12 @@ def keep_kernel(
     N, K, packed,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2."""
     pid_b = tl.program_id(0).to(tl.int64)
     at_b, N = image_tokens(packed, pid_b, N)
     first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
     nu_ptr += tokens_before(packed, at_b, N)
     indices_ptr += first_k
-    picked = tl.zeros([CHUNK], tl.int32)
-    broken = tl.zeros([CHUNK], tl.int32)
-    start = tl.zeros([], tl.int64)
-    while start < N:
-        offs_n = start + tl.arange(0, CHUNK)
-        nu = tl.load(nu_ptr + offs_n, mask=offs_n < N, other=0.0)
-        picked += died_of(nu, 0).to(tl.int32)
-        broken += died_of(nu, 1).to(tl.int32)
-        start += CHUNK
-    broken_due = K - tl.sum(picked, axis=0)
-    masked_due = broken_due - tl.sum(broken, axis=0)
-
-    place = tl.zeros([], tl.int32)
-    start = tl.zeros([], tl.int64)
-    while start < N:
-        offs_n = start + tl.arange(0, CHUNK)
-        nu = tl.load(nu_ptr + offs_n, mask=offs_n < N, other=0.0)
-        broken = died_of(nu, 1).to(tl.int32)
-        masked = died_of(nu, 2).to(tl.int32)
-        kept = died_of(nu, 0)
-        kept = kept | ((broken != 0) & (tl.cumsum(broken, axis=0) <= broken_due))
-        kept = kept | ((masked != 0) & (tl.cumsum(masked, axis=0) <= masked_due))
-        rank = tl.cumsum(kept.to(tl.int32), axis=0)
-        if packed is not None:  # where segments overlap, another one may have picked here, too
-            kept = kept & (place + rank <= K)
-        tl.store(indices_ptr + place + rank - 1, offs_n, mask=kept)
-        place += tl.sum(kept.to(tl.int32), axis=0)
-        broken_due -= tl.sum(broken, axis=0)
-        masked_due -= tl.sum(masked, axis=0)
-        start += CHUNK
+    write_kept(nu_ptr, indices_ptr, count_dead(nu_ptr, 0, N, CHUNK), K, N, CHUNK)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -31,6 +31,7 @@ def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
         "tier": ((num_tokens,), torch.int32),
         "row_sums": ((rows, blocks), torch.int32),
         "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
+        "priors": ((num_tokens, 2), torch.float32),
     }
 
 
