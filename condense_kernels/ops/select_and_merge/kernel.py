@@ -182,6 +182,7 @@ def pieces_of(b: int, n: int) -> Pieces:
         "tier": ((b, n), torch.int32),
         "row_sums": ((b, blocks, n), torch.int32),
         "abs_sums": ((b, tiles), torch.int64),
+        "members": ((b, n), torch.int32),
     }
 
 
@@ -268,5 +269,5 @@ def select_and_merge(
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
             streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
-        launch_merge(features, scores, indices, assignment, merged, mass)
+        launch_merge(features, scores, indices, assignment, w.members, merged, mass)
     return out
