@@ -142,3 +142,10 @@ def test_keys_are_loaded_16_bytes_at_a_time(rows):
     found = [row for row in rows if row["kernel"] in kernels]
     assert any("d=72" in row["call"] for row in found)
     assert found and [row for row in found if not row["loads16"]] == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_merge_loads_several_members_at_once(rows, target):
+    """Four before the loop, four in it, each with a load of 16 bytes, and the copied token."""
+    (row,) = [row for row in rows if (row["call"], row["target"]) == ("merge bf16", target)]
+    assert row["loads16"] >= 9

@@ -198,12 +198,12 @@ SOURCES = [
     if path.suffix in (".py", ".cpp", ".h")
 ]
 READS = re.compile(r"environ\b(?!ment)(?!\.pop)|getenv")
-OTHERWISE = re.compile(r"\*\*os\.environ|environ\.get\(\"(CXX|CXXFLAGS|LDFLAGS)\"")
+OTHERWISE = re.compile(r"\*\*os\.environ|environ\.get\(\"(CC|CXX|CXXFLAGS|LDFLAGS)\"|environ\[\"[A-Z_]+\"\] = ")
 OWNERS = {"condense_kernels/_dispatch/environment.py", "csrc/environment.cpp"}
 
 
 def test_one_module_reads_them():
-    """Others may hand the environment on to a process, and setup.py reads the variables that compilers have."""
+    """Others may hand the environment on to a process, set what Triton reads, and read the variables of compilers."""
     found = {}
     for path in SOURCES:
         lines = [line for line in path.read_text().splitlines() if READS.search(line) and not OTHERWISE.search(line)]

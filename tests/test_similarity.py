@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from condense_kernels import similarity
-from condense_kernels.testing import make_inputs
+from condense_kernels.testing import exact_similarity, make_inputs, similarity_bound, unit_roundoff
 
 
 def test_symmetric_to_the_bit(backend):
@@ -101,3 +101,36 @@ def test_error_is_within_twice_that_of_torch(fast):
     z = torch.nn.functional.normalize(keys, dim=-1)
     torch_error = (z @ z.transpose(1, 2) - exact).square().mean().sqrt()
     assert (similarity(keys, backend=fast)[0] - exact).square().mean().sqrt() <= 2 * torch_error
+
+
+def truncated_dots(x: torch.Tensor, guard_bits: int) -> torch.Tensor:
+    """x @ x.T as tensor cores that truncate do it: 8 products and the sum so far, cut below the last bit of the largest
+    addend and so many guard bits; the new sum is cut to fp32."""
+    total = torch.zeros(len(x), len(x), 1, dtype=torch.float64)
+    for start in range(0, x.shape[1], 8):
+        part = x[:, start : start + 8].double()
+        addends = torch.cat([part[:, None] * part[None], total], dim=2)
+        _, exponent = torch.frexp(addends.abs().amax(dim=2, keepdim=True))
+        cut = torch.ldexp(torch.ones_like(total), exponent - 24 - guard_bits)
+        total = ((addends / cut).trunc() * cut).sum(dim=2, keepdim=True)
+        _, exponent = torch.frexp(total)
+        total = torch.ldexp(torch.ldexp(total, 24 - exponent).trunc(), exponent - 24)
+    return total[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_bound_holds_for_tensor_cores_that_truncate(dtype):
+    """docs/design/numerics.md: a drift, linear in the channels, beside the walk of rounding."""
+    shares = {}
+    for channels in (64, 1024, 4096):
+        for kind in ("random", "clustered", "parallel"):
+            inputs = make_inputs(kind, batch=1, num_tokens=12, channels=channels, dtype=dtype)
+            exact, (keys,) = exact_similarity(inputs)[0][0], inputs.features
+            norms = keys.double().norm(dim=1)
+            for guard_bits in range(4):
+                cosines = truncated_dots(keys, guard_bits) / (norms[:, None] * norms)
+                error = (cosines - exact).abs().max().item()
+                shares[channels, kind, guard_bits] = error / similarity_bound(channels, torch.float32)
+    assert max(shares.values()) <= 1
+    walk = unit_roundoff(torch.float32) * (8 * 4096**0.5 + 8)  # the bound if sums were rounded
+    assert max(s for (c, *_), s in shares.items() if c == 4096) * similarity_bound(4096, torch.float32) > walk

@@ -162,6 +162,7 @@ def pieces_of(b: int, n: int) -> Pieces:
         "row_sums": ((b, blocks, n), torch.int32),
         "abs_sums": ((b, tiles), torch.int64),
         "priors": ((b, 2, n), torch.float32),
+        "members": ((b, n), torch.int32),
     }
 
 
@@ -248,5 +249,5 @@ def select_and_merge(
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
             streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
-        launch_merge(features, scores, indices, assignment, merged, mass)
+        launch_merge(features, scores, indices, assignment, w.members, merged, mass)
     return out

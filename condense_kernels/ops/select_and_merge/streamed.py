@@ -239,6 +239,7 @@ def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
         "fresh": ((images,), int32),
         "due": ((images,), int32),
         "tile": ((blocks, BLOCK, BLOCK), fp32),
+        "members": ((tokens,), int32),
     }
 
 

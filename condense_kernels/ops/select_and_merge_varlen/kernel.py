@@ -32,6 +32,7 @@ def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
         "row_sums": ((rows, blocks), torch.int32),
         "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
         "priors": ((num_tokens, 2), torch.float32),
+        "members": ((num_tokens,), torch.int32),
     }
 
 
@@ -79,5 +80,5 @@ def select_and_merge_varlen(
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
             streamed.launch_select(w, keys, scores, indices, 0, suppressions, packed)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
-        launch_merge(features, scores, indices, assignment, merged, mass, packed)
+        launch_merge(features, scores, indices, assignment, w.members, merged, mass, packed)
     return merged, indices, assignment, mass

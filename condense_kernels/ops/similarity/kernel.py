@@ -23,6 +23,7 @@ from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float
 from ..._triton.tables import SimilarityConfig
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
+TOGETHER = tl.constexpr(8)  # blocks of columns whose sums are loaded at once
 
 
 @triton.jit
@@ -279,8 +280,10 @@ def global_similarity(row_sums_ptr, offs_n, mask_n, N, num_blocks):
     total = tl.zeros(offs_n.shape, tl.int64)
     block = tl.zeros([], tl.int64)
     while block < num_blocks:
-        total += tl.load(row_sums_ptr + block * N + offs_n, mask=mask_n, other=0)
-        block += 1
+        for i in tl.static_range(TOGETHER):
+            there = tl.where(block + i < num_blocks, mask_n, False)
+            total += tl.load(row_sums_ptr + (block + i) * N + offs_n, mask=there, other=0)
+        block += TOGETHER
     return total.to(tl.float32) * (1.0 / FIXED_POINT)
 
 
