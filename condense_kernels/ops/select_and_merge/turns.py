@@ -180,8 +180,8 @@ def pick_kernel(
                 tokens.to(tl.int64), tl.where(part == 0, picks, tokens).to(tl.int64),
                 stride_key_n, stride_key_d, num_channels, DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
             )  # fmt: skip
-            if part == 0:
-                m = tl.max(tl.where((offs_c < fresh)[None, :], s, float("-inf")), axis=1)
+            to_picks = tl.where((part == 0) & (offs_c < fresh)[None, :], s, float("-inf"))
+            m = tl.maximum(m, tl.max(to_picks, axis=1))
             part += 1
 
         at = first + tokens
