@@ -64,7 +64,8 @@ fi
 pytest=("$python" -m pytest -q -p no:cacheprovider -p no:randomly --disable-warnings)
 has xdist && pytest+=(-n "$(nproc)" --maxprocesses 16)
 if [ "$gpu" = 1 ]; then
-  step 70 "tests on the GPU" "${pytest[@]}" tests/test_gpu.py tests/test_triton_varlen.py tests/test_triton_attention.py
+  step 70 "tests on the GPU" "${pytest[@]}" tests/test_gpu.py tests/test_triton_varlen.py tests/test_triton_gradients.py \
+    tests/test_triton_attention.py
 else
   left_out "tests on the GPU" "no GPU"
 fi
