@@ -22,6 +22,7 @@ from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float
 from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+WHOLE_GRID = tl.constexpr(3)  # of which no token is masked
 MASKED = tl.constexpr(2)  # the tier
 TOO_WIDE = tl.constexpr(2.0**1021 / 8)
 
@@ -38,11 +39,13 @@ class Space:
     mode: int
 
     @classmethod
-    def of(cls, grid: Sequence[int] | None, positions: torch.Tensor | None, spatial_weight: float) -> "Space":
+    def of(
+        cls, grid: Sequence[int] | None, positions: torch.Tensor | None, spatial_weight: float, *, masked: bool
+    ) -> "Space":
         if spatial_weight == 0 or (grid is None and positions is None):
             return cls(None, (0, 0, 0), 1, 1, 1, NO_DISTANCE.value)
         if grid is not None:  # an image is a video of one frame
-            return cls(None, (0, 0, 0), grid[-2], grid[-1], 3, GRID.value)
+            return cls(None, (0, 0, 0), grid[-2], grid[-1], 3, (GRID if masked else WHOLE_GRID).value)
         strides = positions.stride() if positions.dim() == 3 else (0, *positions.stride())
         return cls(positions, strides, 1, 1, positions.shape[-1], POSITIONS.value)
 
@@ -87,11 +90,10 @@ def load_coordinate(where_ptr, token, axis, origin, shrink_first, shrink, stride
 
 @triton.jit
 def all_coordinates(where_ptr, token, axes, stride_n, stride_p, HEIGHT, WIDTH, MODE: tl.constexpr):
-    """[BLOCK_N, AXES], as they are: int64, or else fp64."""
+    """[BLOCK_N, AXES], as they are: of a grid fp32, which holds them, of positions int64, or else fp64."""
     if MODE == GRID:
         t, h, w = grid_place(token, HEIGHT, WIDTH)
-        x = tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
-        return x.to(tl.float64)
+        return tl.where((axes == 0)[None, :], t[:, None], tl.where((axes == 1)[None, :], h[:, None], w[:, None]))
     else:
         pointers = where_ptr + token[:, None] * stride_n + axes[None, :].to(tl.int64) * stride_p
         x = tl.load(pointers)
@@ -106,13 +108,13 @@ def bounding_box(
     where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
     AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
-    """Lowest and highest coordinates [AXES] of the valid tokens that have a place, int64 or fp64; lowest > highest
-    without any."""
+    """Lowest and highest coordinates [AXES] of the valid tokens that have a place, as all_coordinates has them; lowest >
+    highest without any."""
     if MODE == POSITIONS and where_ptr.dtype.element_ty == tl.int64:
         low = tl.full([BLOCK_N, AXES], 0x7FFFFFFFFFFFFFFF, tl.int64)
         high = ~low
     else:
-        low = tl.full([BLOCK_N, AXES], float("inf"), tl.float64)
+        low = tl.full([BLOCK_N, AXES], float("inf"), tl.float32 if MODE == GRID else tl.float64)
         high = -low
     start = tl.zeros([], tl.int64)
     while start < N:
@@ -120,7 +122,7 @@ def bounding_box(
         token = tl.minimum(offs_n, N - 1)
         x = all_coordinates(where_ptr, token, axes, stride_where_n, stride_where_p, HEIGHT, WIDTH, MODE)
         boxed = offs_n < N
-        if x.dtype == tl.float64:
+        if x.dtype == tl.float64:  # a grid's are finite
             boxed = boxed & (tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1) != 0)
         if HAS_TIER:
             boxed = boxed & (tl.load(tier_ptr + token * stride_tier) != MASKED)
@@ -131,29 +133,47 @@ def bounding_box(
 
 
 @triton.jit
+def grid_extent(
+    tier_ptr, axes, stride_tier, N, HEIGHT, WIDTH,
+    AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
+):  # fmt: skip
+    """Extent [AXES] of the box of a grid's valid tokens."""
+    if MODE == WHOLE_GRID:
+        frames = N // (HEIGHT * WIDTH)
+        return (tl.where(axes == 0, frames, tl.where(axes == 1, HEIGHT, WIDTH)) - 1).to(tl.float32)
+    else:
+        lowest, highest = bounding_box(
+            tier_ptr, tier_ptr, axes, 0, 0, stride_tier, N, HEIGHT, WIDTH, AXES, BLOCK_N, MODE, HAS_TIER
+        )
+        return tl.where(lowest < highest, highest - lowest, 0.0)
+
+
+@triton.jit
 def distance_frame(
     where_ptr, tier_ptr, spatial_weight, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
     """Where the origin of one image's coordinates is moved to, two powers of two to scale them with, one before that
-    and one after it, and spatial_weight / dmax."""
+    and one after it, and spatial_weight / dmax. A grid's coordinates are taken as they are."""
     axes = tl.minimum(tl.arange(0, AXES), P - 1)  # padding repeats the last axis
-    lowest, highest = bounding_box(
-        where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
-        AXES, BLOCK_N, MODE, HAS_TIER,
-    )  # fmt: skip
-    origin = lowest
     shrink_first = 1.0
-    if MODE == POSITIONS and lowest.dtype == tl.float64:  # an eighth where the extent, or 2**-exponent, has no fp64
-        widest = tl.max(tl.where(lowest < highest, highest * 0.125 - lowest * 0.125, 0.0), axis=0)
-        shrink_first = tl.where(widest < TOO_WIDE, 1.0, 0.125)
-        origin = lowest * shrink_first
-    extent = tl.where(lowest < highest, apart(highest, origin, shrink_first), 0.0)
-    exponent = tl.zeros([], tl.int64)
     if MODE == POSITIONS:
-        exponent = frexp_exponent(tl.max(extent, axis=0))
-    shrink = power_of_two_fp64(-exponent)
-    box = (extent * shrink).to(tl.float32)
+        lowest, highest = bounding_box(
+            where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
+            AXES, BLOCK_N, MODE, HAS_TIER,
+        )  # fmt: skip
+        origin = lowest
+        if lowest.dtype == tl.float64:  # an eighth where the extent, or 2**-exponent, has no fp64
+            widest = tl.max(tl.where(lowest < highest, highest * 0.125 - lowest * 0.125, 0.0), axis=0)
+            shrink_first = tl.where(widest < TOO_WIDE, 1.0, 0.125)
+            origin = lowest * shrink_first
+        extent = tl.where(lowest < highest, apart(highest, origin, shrink_first), 0.0)
+        shrink = power_of_two_fp64(-frexp_exponent(tl.max(extent, axis=0)))
+        box = (extent * shrink).to(tl.float32)
+    else:
+        origin = tl.zeros([AXES], tl.float64)
+        shrink = 1.0
+        box = grid_extent(tier_ptr, axes, stride_tier, N, HEIGHT, WIDTH, AXES, BLOCK_N, MODE, HAS_TIER)
     square = 0.0
     for p in range(P):  # in order, each operation rounded alone
         side = tl.sum(tl.where(tl.arange(0, AXES) == p, box, 0.0), axis=0)
@@ -193,7 +213,7 @@ def compare_rows(
     score = s
     if MODE != NO_DISTANCE:
         square = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-        if MODE == GRID:
+        if MODE != POSITIONS:
             t, h, w = grid_place(tokens, HEIGHT, WIDTH)
             kept_t, kept_h, kept_w = grid_place(kept, HEIGHT, WIDTH)
             square = add_square(square, kept_t, t)
@@ -331,6 +351,6 @@ def assign(
     reject_float64(s=s)
     assignment = new(s, s.shape[:2], torch.int64)
     with on_device_of(s):
-        space = Space.of(grid, positions, spatial_weight)
+        space = Space.of(grid, positions, spatial_weight, masked=tier is not None)
         launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True)
     return assignment

@@ -227,7 +227,7 @@ def select_and_merge(
     k = num_anchors + num_background
     if keys is None:
         keys = features
-    space = Space.of(grid, positions, spatial_weight)
+    space = Space.of(grid, positions, spatial_weight, masked=mask is not None)
     suppressions = suppressions_of(suppression, background_suppression)
     w = carve(pieces_of(b, n), workspace, features.device)
     if out is None:
