@@ -10,8 +10,8 @@ import pytest
 from ptx import engine
 
 TESTS = pathlib.Path(__file__).parent
-# The least of those that are reached, as a share. An edge that moves by one is often none: what lies behind is masked.
-CAUGHT = {"wait": 1.0, "barrier": 0.8, "index": 0.4, "predicate": 0.4, "compare": 0.15}
+# The least of those that are reached, as a share. Of moved edges none: equality seldom occurs, or what is there is masked.
+CAUGHT = {"wait": 0.85, "barrier": 0.8, "index": 0.6, "predicate": 0.5}
 
 
 @pytest.mark.slow

@@ -60,7 +60,10 @@ def leave(text: str) -> str:
 def index(text: str) -> str | None:
     """The next element instead."""
     access = re.match(r"(?:@!?%p\d+ )?(?:ld|st)\.(?:global|shared)(?:::cta)?(?:\.v(\d))?\.[bsu](\d+)", text)
-    return access and moved(text, int(access[1] or 1) * int(access[2]) // 8)
+    copy = re.match(r"(?:@!?%p\d+ )?cp\.async\.c[ag]\S* .*\], (0x\w+)", text)
+    if access is None and copy is None:
+        return None
+    return moved(text, int(copy[1], 16) if copy else int(access[1] or 1) * int(access[2]) // 8)
 
 
 def moved(text: str, step: int = 2**28) -> str:
@@ -108,20 +111,20 @@ KINDS: dict[str, tuple[Change, Change]] = {
 def inputs_of(dtype: torch.dtype) -> Inputs:
     """Some tokens masked, the last block not full, several tiles of channels, and keys that the first image scales."""
     sizes = {"batch": 2, "num_tokens": 70, "num_anchors": 5, "num_background": 4}
-    inputs = make_inputs("magnitudes", channels=200, dtype=dtype, **sizes)
+    inputs = make_inputs("magnitudes", channels=208, dtype=dtype, **sizes)
     keys = torch.stack([inputs.keys[0], inputs.features[1]]).to(dtype)
     return dataclasses.replace(inputs, features=inputs.features[..., :24], keys=keys, mask=torch.rand(2, 70) < 0.8)
 
 
-def dense(**path) -> tuple:
-    inputs = inputs_of(torch.bfloat16)
+def dense(dtype: torch.dtype, **path) -> tuple:
+    inputs = inputs_of(dtype)
     with trying(FusedConfig, **path):
         return select_and_merge(*inputs.args, **inputs.options)
 
 
 def stages() -> tuple:
     """One by one, so that s itself is a result: a change of it seldom moves a pick."""
-    *parts, condensed = inputs_of(torch.float32).run_stages("triton")
+    *parts, condensed = inputs_of(torch.bfloat16).run_stages("triton")
     return (*parts, *condensed)
 
 
@@ -145,9 +148,9 @@ def attention() -> tuple:
 
 
 WORKLOADS: dict[str, Callable[[], tuple]] = {
-    "dense": dense,
+    "dense": lambda: dense(torch.float32),
     "stages": stages,
-    "streamed": lambda: dense(store_s=False),
+    "streamed": lambda: dense(torch.bfloat16, store_s=False),
     "packed": packed,
     "backward": backward,
     "attention": attention,

@@ -38,6 +38,7 @@ NOT_HERE = {  # tests that name Triton, and what they are about instead
 # Offsets that lead nowhere: programs may race where the caller's segments overlap, and read what nobody wrote. What is
 # asked of them is that nothing outside of the tensors is touched, and that they end.
 WRONG_ON_PURPOSE = {
+    "test_attention_scores_varlen.py::test_decreasing_offsets_do_no_harm": "segments overlap",
     "test_select_and_merge_varlen.py::test_offsets_that_decrease": "segments overlap",
     "test_triton_attention.py::test_wrong_offsets_lead_nowhere": "segments overlap, or leave tokens out",
     "test_triton_gradients.py::test_gradients_that_are_not": "rows that do not exist, or have several tokens",
