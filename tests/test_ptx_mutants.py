@@ -10,7 +10,7 @@ import pytest
 from ptx import engine
 
 TESTS = pathlib.Path(__file__).parent
-# The least of those that are reached, as a share. Of moved edges none: equality seldom occurs, or what is there is masked.
+# The least of those that are reached, as a share. Of moved edges none: what lies behind one is masked, as a rule.
 CAUGHT = {"wait": 0.85, "barrier": 0.8, "index": 0.6, "predicate": 0.5}
 
 
