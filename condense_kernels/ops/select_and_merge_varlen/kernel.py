@@ -65,7 +65,8 @@ def select_and_merge_varlen(
         return merged.zero_(), indices, assignment, mass.zero_()
     packed = Packed.of(cu_seqlens, cu_anchors, cu_background, num_tokens, total_keep, max_seqlen)
     config = FusedConfig.for_packed(num_tokens, packed.num_segments, max_seqlen)
-    space = dataclasses.replace(Space.of(None, positions, spatial_weight, masked=False), strides=strides_of(positions, 3))
+    space = Space.of(None, positions, spatial_weight, masked=False)
+    space = dataclasses.replace(space, strides=strides_of(positions, 3))
     suppressions = suppressions_of(suppression, background_suppression)
     w = carve(pieces_of(num_tokens, packed, config), None, features.device)
     with on_device_of(features):
