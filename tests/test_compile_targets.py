@@ -73,7 +73,6 @@ MAY_SPILL = [
     ("N=65536 fp32", "update_kernel", "sm_90"),
     ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("N=65536 fp32", "pick_kernel", "sm_90"),
-    ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("attention_scores rows, lse", "attention_columns_kernel", "sm_100"),  # a thread has the row of every column
 ]
 

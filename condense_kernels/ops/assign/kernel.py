@@ -108,8 +108,8 @@ def bounding_box(
     where_ptr, tier_ptr, axes, stride_where_n, stride_where_p, stride_tier, N, HEIGHT, WIDTH,
     AXES: tl.constexpr, BLOCK_N: tl.constexpr, MODE: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
-    """Lowest and highest coordinates [AXES] of the valid tokens that have a place, as all_coordinates has them; without
-    any, lowest > highest."""
+    """Lowest and highest coordinates [AXES] of the valid tokens that have a place, as all_coordinates has them; lowest
+    > highest without any."""
     if MODE == POSITIONS and where_ptr.dtype.element_ty == tl.int64:
         low = tl.full([BLOCK_N, AXES], 0x7FFFFFFFFFFFFFFF, tl.int64)
         high = ~low
