@@ -110,7 +110,8 @@ class SelectConfig:
             "BLOCK": self.block,
             "CHUNKS": -(-self.span // self.block),
             "WHOLE": self.low // self.block,  # of those, within every row
-            "WIDE": max(next_power_of_2(self.span) // 4, 128),  # tokens at a time outside of the pick loop
+            # tokens at a time outside of the pick loop: as few iterations as spill no register
+            "WIDE": 128 if self.span <= 576 else next_power_of_2(self.span) // 4,
         }
 
 

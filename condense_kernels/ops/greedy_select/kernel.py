@@ -167,7 +167,6 @@ def negated_utilities(
     nu = ()
     for c in tl.static_range(len(offs)):
         tier = tier_of(tier_ptr, stride_tier, offs[c], N, HAS_TIER)
-        tier = tl.where(offs[c] < c * BLOCK, PADDING, tier)  # in the chunk before as well
         u = prior_of(prior_ptr, stride_prior, offs[c], N)
         if scaling is not None:
             first, second, factor, positive = scaling
@@ -320,7 +319,8 @@ def greedy_select_kernel(
         scaling = prior_scaling(
             prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
         )
-    # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead, chunks overlap.
+    # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead, chunks overlap, and a
+    # token of several dies in all of them.
     starts = chunk_starts(N, BLOCK, CHUNKS, CHUNKS if WHOLE == 0 else WHOLE)
     nu = negated_utilities(prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK)
     pick_greedily(

@@ -185,7 +185,7 @@ def launch_select(
     images, n = scores.shape if packed is None else (packed.num_segments, packed.max_seqlen)
     blocks, tiles = num_blocks_of(n)
     fused = config.assign_in_select
-    where = space if fused else Space.of(None, None, 0.0, masked=False)  # else a variant for each kind
+    where = space if fused else Space.of(None, None, 0.0, masked=False)  # else compiled for each kind
     axes = triton.next_power_of_2(where.axes)
     whole = [(0, SelectConfig.for_shape(n))]
     for low, select in whole if packed is None else SelectConfig.for_packed(n):
