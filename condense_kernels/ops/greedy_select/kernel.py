@@ -319,7 +319,7 @@ def greedy_select_kernel(
         scaling = prior_scaling(
             prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
         )
-    # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead, chunks overlap, and a
+    # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead chunks overlap, and a
     # token of several dies in all of them.
     starts = chunk_starts(N, BLOCK, CHUNKS, CHUNKS if WHOLE == 0 else WHOLE)
     nu = negated_utilities(prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK)
