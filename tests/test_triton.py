@@ -87,6 +87,14 @@ def test_picks_of_chunks(n):
     assert torch.equal(greedy_select.greedy_select(s, p, 40), greedy_reference.greedy_select(s, p, 40))
 
 
+@pytest.mark.parametrize("n", [1, 63, 64, 127, 129, 300, 1025], ids=lambda n: f"N={n}")
+def test_picks_read_rows_of_s_alone(n, bounded):
+    """The last row first, behind which there is nothing."""
+    s, p = torch.zeros(1, n, n), torch.arange(float(n))[None]
+    k = min(n, 3)
+    assert greedy_select.greedy_select(s, p, k).tolist() == [list(range(n - 1, n - 1 - k, -1))]
+
+
 def test_any_strides():
     generator = torch.Generator().manual_seed(0)
     s = cosines("random", 3, 9, generator)
