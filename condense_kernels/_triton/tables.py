@@ -79,6 +79,7 @@ class SelectConfig:
     span: int  # and an image at most so many tokens
     block: int  # tokens of a chunk
     num_warps: int
+    ahead: bool = False  # load the row of the likely next pick while one is worked on
 
     # Each is compiled once, and a pick has the instructions of the whole span: 576, 729 and 2880 are sizes of images of
     # LLaVA. Packed batches, compiled apart, have fewer.
@@ -112,6 +113,7 @@ class SelectConfig:
             "WHOLE": self.low // self.block,  # of those, within every row
             # tokens at a time outside of the pick loop: as few iterations as spill no register
             "WIDE": 128 if self.span <= 576 else next_power_of_2(self.span) // 4,
+            "AHEAD": self.ahead,
         }
 
 

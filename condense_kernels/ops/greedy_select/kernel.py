@@ -217,8 +217,8 @@ def write_kept(nu_ptr, indices_ptr, picked, K, N, WIDE: tl.constexpr):
 
 
 @triton.jit
-def lowest(t, offs, packed):
-    """The token with the lowest negated score, the first of them on a tie.
+def best_keys(t, offs, packed):
+    """Of each place of the chunks the lowest negated score, as an integer that orders like it, and its token.
 
     Chunks are compared as floats within a thread, and NaN loses; only the best of each place becomes an integer key.
     Packed: behind a segment a row of s may hold anything, so a dead token's NaN may have any sign.
@@ -232,46 +232,80 @@ def lowest(t, offs, packed):
     key = order_key(best)
     if packed is not None:
         key = tl.where(best == best, key, NOWHERE)
+    return key, token
+
+
+@triton.jit
+def first_lowest(key, token):
+    """The token with the lowest key, the first of them on a tie."""
     return tl.min(tl.where(key == tl.min(key, axis=0), token, NOWHERE), axis=0)
+
+
+@triton.jit
+def row_of(
+    s_ptr, token, starts, offs, stride_s_i, stride_s_j, columns,
+    BLOCK: tl.constexpr, SURE: tl.constexpr, SANITISE: tl.constexpr,
+):  # fmt: skip
+    """A token's row of s, in chunks; it has so many columns, the first SURE chunks for sure."""
+    ptrs = s_ptr + token * stride_s_i + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
+    row = ()
+    for c in tl.static_range(len(starts)):
+        at = ptrs + starts[c].to(tl.int64) * stride_s_j
+        s = tl.load(at) if c < SURE else tl.load(at, mask=offs[c] < columns, other=0.0)
+        if SANITISE:
+            s = tl.where(tl.abs(s) < float("inf"), s, 0.0)
+        row = row + (s,)
+    return row
 
 
 @triton.jit
 def pick_greedily(
     s_ptr, order_ptr, nu, starts, count, suppression, stride_s_i, stride_s_j, columns, packed, num_tokens,
-    BLOCK: tl.constexpr, SURE: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr, SURE: tl.constexpr, AHEAD: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
     t = fl(fl(suppression * m) + nu) is the score of the contract with the opposite sign, two roundings; never -0, as
-    nu is not. m is the largest cosine to a pick so far. A row of s has so many columns, the first SURE chunks for sure.
+    nu is not. m is the largest cosine to a pick so far.
+
+    AHEAD: while a pick is worked on, the row of the best token of another place is on its way, as that is mostly the
+    next pick. Where it is not, its row is loaded when it is known, so the guess takes no part in the picks.
     """
     CHUNKS: tl.constexpr = len(nu)
     offs = token_chunks(starts, BLOCK)
     m = ()
     for _ in tl.static_range(CHUNKS):
         m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
-    first_ptrs = s_ptr + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
-    pick = lowest(nu, offs, None)  # the first pick has no suppression term
+    key, token = best_keys(nu, offs, None)  # the first pick has no suppression term
+    pick = first_lowest(key, token)
+    row = m
+    guess = tl.full([], -1, tl.int32)
     i = tl.zeros([], tl.int32)
     while i < count:
         if WRITE_ORDER:
             tl.store(order_ptr + i, pick.to(tl.int64))
         if packed is not None:  # where offsets are wrong, s may hold anything
             pick = tl.minimum(pick, num_tokens - 1)
-        row_ptrs = first_ptrs + pick * stride_s_i
+        if AHEAD == 0:
+            row = row_of(s_ptr, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
+        else:
+            if pick != guess:
+                row = row_of(s_ptr, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
+            guess = first_lowest(tl.where(token == pick, NOWHERE, key), token)
+            guess = tl.minimum(guess, num_tokens - 1)  # a dead token, or none, if there is no other place
+            ahead = row_of(s_ptr, guess, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
         remaining = ()
         similar = ()
         t = ()
         for c in tl.static_range(CHUNKS):
-            ptrs = row_ptrs + starts[c].to(tl.int64) * stride_s_j
-            s = tl.load(ptrs) if c < SURE else tl.load(ptrs, mask=offs[c] < columns, other=0.0)
-            if SANITISE:
-                s = tl.where(tl.abs(s) < float("inf"), s, 0.0)
-            similar = similar + (tl.maximum(m[c], s),)
+            similar = similar + (tl.maximum(m[c], row[c]),)
             remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
             t = t + (suppression * similar[c] + remaining[c],)
         nu, m = remaining, similar
-        pick = lowest(t, offs, packed)
+        key, token = best_keys(t, offs, packed)
+        pick = first_lowest(key, token)
+        if AHEAD:
+            row = ahead
         i += 1
     return nu
 
@@ -304,8 +338,8 @@ def greedy_select_kernel(
     stride_sbar_b,
     stride_tier_b, stride_tier_n,
     N, K,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_FILL: tl.constexpr,
-    HAS_SBAR: tl.constexpr, HAS_TIER: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_FILL: tl.constexpr, HAS_SBAR: tl.constexpr, HAS_TIER: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
     prior_ptr += pid_b * stride_prior_b
@@ -325,7 +359,7 @@ def greedy_select_kernel(
     nu = negated_utilities(prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK)
     pick_greedily(
         s_ptr + pid_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
-        stride_s_j, N, None, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, True, True,
+        stride_s_j, N, None, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True,
     )  # fmt: skip
     if HAS_TIER:  # K distinct tokens are due even where fewer are valid
         place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 1, BLOCK_FILL)

@@ -72,7 +72,7 @@ def select_kernel(
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, LOW, packed,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
     P: tl.constexpr, AXES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
     MODE: tl.constexpr, ASSIGN: tl.constexpr,
@@ -118,7 +118,7 @@ def select_kernel(
             rest = rest + (tl.where(nu[c] == nu[c], utilities[c], nu[c]),)
         nu = pick_greedily(
             s_ptr, indices_ptr, rest, starts, tl.where(loop == 0, anchors, background), weight, WIDTH, 1, WIDTH,
-            packed, N, BLOCK, WHOLE, False, False,
+            packed, N, BLOCK, WHOLE, AHEAD, False, False,
         )  # fmt: skip
         loop += 1
     offs = token_chunks(starts, BLOCK)
