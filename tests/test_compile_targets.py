@@ -70,6 +70,8 @@ MAY_SPILL = [
     ("N=16384", "select_kernel", ""),
     ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
     ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),
+    ("N=65536 fp32", "similarity_tile_kernel", "sm_80"),
+    ("N=65536 fp32", "similarity_tile_kernel", "sm_90"),
     ("N=65536 fp32", "update_kernel", "sm_90"),
     ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("N=65536 fp32", "pick_kernel", "sm_90"),
