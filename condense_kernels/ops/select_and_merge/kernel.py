@@ -122,6 +122,7 @@ def select_kernel(
         )  # fmt: skip
         loop += 1
     offs = token_chunks(starts, BLOCK)
+    tl.debug_barrier()  # other threads still read priors
     for c in tl.static_range(CHUNKS):
         tl.store(priors_ptr + offs[c], nu[c], mask=offs[c] < N)
     tl.debug_barrier()
