@@ -25,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-if "--bits" not in sys.argv:  # read when triton is imported
+if __name__ == "__main__" and "--bits" not in sys.argv:  # read when triton is imported
     os.environ.pop("TRITON_INTERPRET", None)
 
 import harness
