@@ -65,6 +65,7 @@ def variants(n: int) -> dict[str, Changes]:
         "similarity: 2 stages": [(SimilarityConfig, {"num_stages": 2})],
         "similarity: 4 stages": [(SimilarityConfig, {"num_stages": 4})],
         "select: N padded, no chunks": [(SelectConfig, {"block": padded}), (FusedConfig, {"width": padded})],
+        "select: the likely next row ahead": [(SelectConfig, {"ahead": True})],
         "assign: by the selection": [(FusedConfig, {"assign_in_select": True})],
         "assign: 16 tokens": [(AssignConfig, {"block_n": 16})],
         "assign: 64 tokens": [(AssignConfig, {"block_n": 64})],
