@@ -15,7 +15,7 @@ from condense_kernels.ops.select_and_merge.pipeline import Stages, compose
 if not backends.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
-from condense_kernels._triton.tables import FusedConfig, StreamConfig, trying
+from condense_kernels._triton.tables import FusedConfig, SelectConfig, StreamConfig, trying
 from condense_kernels.ops.assign import kernel as assign
 from condense_kernels.ops.assign import reference as assign_reference
 from condense_kernels.ops.greedy_select import kernel as greedy_select
