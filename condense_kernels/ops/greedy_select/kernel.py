@@ -243,11 +243,11 @@ def first_lowest(key, token):
 
 @triton.jit
 def row_of(
-    s_ptr, token, starts, offs, stride_s_i, stride_s_j, columns,
+    first_ptrs, token, starts, offs, stride_s_i, stride_s_j, columns,
     BLOCK: tl.constexpr, SURE: tl.constexpr, SANITISE: tl.constexpr,
 ):  # fmt: skip
-    """A token's row of s, in chunks; it has so many columns, the first SURE chunks for sure."""
-    ptrs = s_ptr + token * stride_s_i + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
+    """A token's row of s, in chunks, from where row 0 begins. It has so many columns, the first SURE chunks surely."""
+    ptrs = first_ptrs + token * stride_s_i
     row = ()
     for c in tl.static_range(len(starts)):
         at = ptrs + starts[c].to(tl.int64) * stride_s_j
@@ -278,6 +278,7 @@ def pick_greedily(
         m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
     key, token = best_keys(nu, offs, None)  # the first pick has no suppression term
     pick = first_lowest(key, token)
+    first_ptrs = s_ptr + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
     row = m
     guess = tl.full([], -1, tl.int32)
     i = tl.zeros([], tl.int32)
@@ -287,13 +288,13 @@ def pick_greedily(
         if packed is not None:  # where offsets are wrong, s may hold anything
             pick = tl.minimum(pick, num_tokens - 1)
         if AHEAD == 0:
-            row = row_of(s_ptr, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
+            row = row_of(first_ptrs, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
         else:
             if pick != guess:
-                row = row_of(s_ptr, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
+                row = row_of(first_ptrs, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
             guess = first_lowest(tl.where(token == pick, NOWHERE, key), token)
             guess = tl.minimum(guess, num_tokens - 1)  # a dead token, or none, if there is no other place
-            ahead = row_of(s_ptr, guess, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
+            ahead = row_of(first_ptrs, guess, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
         remaining = ()
         similar = ()
         t = ()
