@@ -142,12 +142,13 @@ def test_every_step_is_started_in_its_order(scripted):
 def test_its_pytest_collects():
     """With its options, and without the plugins that a machine with a GPU may lack."""
     options = re.search(r'^pytest=\("\$python" (.*)\)$', SCRIPT.read_text(), re.MULTILINE)[1].split()
-    files = re.search(r'"\$\{pytest\[@\]\}" (tests/.*)$', SCRIPT.read_text(), re.MULTILINE)[1].split()
+    script = SCRIPT.read_text().replace("\\\n", "")  # a command is a line
+    files = re.search(r'"\$\{pytest\[@\]\}" (tests/.*)$', script, re.MULTILINE)[1].split()
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, *options, "--collect-only", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "test_gpu.py::test_launches" in done.stdout and len(files) == 3
+    assert "test_gpu.py::test_launches" in done.stdout and len(files) == 4
 
 
 def test_sanitizers(scripted):
