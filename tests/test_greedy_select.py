@@ -6,11 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from condense_kernels import greedy_select
+from condense_kernels import greedy_select, select_and_merge_varlen
 from condense_kernels._dispatch import backends
+from condense_kernels._triton.tables import SelectConfig, trying
 from condense_kernels.ops.greedy_select import reference
+from condense_kernels.testing import assert_same_bits, make_inputs
 
-FAST = [b for b in ("cpp", "triton") if backends.unavailable(b, torch.device("cpu")) is None]
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(backends.unavailable("triton", CPU) is not None, reason="no Triton on CPU tensors")
+FAST = [b for b in ("cpp", "triton") if backends.unavailable(b, CPU) is None]
 
 
 def sequential_greedy(s, utility, k, suppression):
@@ -91,6 +95,42 @@ def test_anything_goes_as_the_reference_goes(backend, problem):
     }
     expected = reference.greedy_select(s[None], prior[None], k, **options)
     assert torch.equal(greedy_select(s[None], prior[None], k, **options, backend=backend), expected)
+
+
+@needs_triton
+@settings(max_examples=100)
+@given(problem=problems())
+def test_a_row_loaded_ahead_takes_no_part_in_the_picks(problem):
+    """Whether the guess of the next pick is right or not."""
+    s, prior, k, suppression = problem
+    expected = reference.greedy_select(s[None], prior[None], k, suppression=suppression)
+    with trying(SelectConfig, ahead=True):
+        order = greedy_select(s[None], prior[None], k, suppression=suppression, backend="triton")
+    assert torch.equal(order, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [20, 130])
+@pytest.mark.parametrize("kind", ["random", "masked", "nan", "duplicates"])
+def test_a_row_loaded_ahead_by_the_flagship(kind, n):
+    """In several chunks, with tokens that are dead from the start."""
+    inputs = make_inputs(kind, batch=2, num_tokens=n, channels=8, num_anchors=n // 2, num_background=n // 3)
+    expected = inputs.run("triton")
+    with trying(SelectConfig, ahead=True):
+        assert_same_bits(inputs.run("triton"), expected)
+
+
+@needs_triton
+def test_a_row_loaded_ahead_in_a_packed_batch(bounded):
+    """The last live token has no other behind it, and what is loaded then lies in the segment as well."""
+    features, scores = torch.randn(23, 6), torch.rand(23)
+    offsets = [torch.tensor(cu, dtype=torch.int32) for cu in ([0, 1, 12, 12, 23], [0, 1, 8, 8, 12], [0, 0, 4, 4, 11])]
+    call = lambda: select_and_merge_varlen(  # noqa: E731
+        features, scores, *offsets, 23, 12, spatial_weight=0.0, backend="triton"
+    )
+    expected = call()
+    with trying(SelectConfig, ahead=True):
+        assert_same_bits(call(), expected)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 64, 100, 576])

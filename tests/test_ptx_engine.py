@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from ptx import engine
+from ptx.encoding import UnknownInstruction
 from ptx.handwritten import OF_THREAD, kernel
 from ptx.program import Program
 
@@ -196,7 +197,7 @@ def test_shared_memory_is_uninitialised_in_every_cta(ptx_engine):
     ],
 )
 def test_an_unknown_instruction_is_named(ptx_engine, statement):
-    with pytest.raises(NotImplementedError, match=re.escape(f"PTX instruction '{statement[:-1]}' of example")):
+    with pytest.raises(UnknownInstruction, match=re.escape(f"PTX instruction '{statement[:-1]}' of example")):
         Program(kernel(statement))
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ptx import engine
+from ptx.encoding import UnknownInstruction
 from ptx.handwritten import HALVES, OF_THREAD, bits, load_all, numbered, quarters, store_all
 
 
@@ -174,5 +175,5 @@ def test_operands_are_left_alone_until_the_product_is_there(ptx_engine, program)
 )
 def test_other_products_are_refused(ptx_engine, change):
     body = product("bf16", 64, 64, False)
-    with pytest.raises(NotImplementedError, match="PTX instruction 'wgmma.mma_async"):
+    with pytest.raises(UnknownInstruction, match="PTX instruction 'wgmma.mma_async"):
         ptx_engine.run(body.replace(*change), *np.zeros((3, 1), np.int32))

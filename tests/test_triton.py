@@ -15,7 +15,7 @@ from condense_kernels.ops.select_and_merge.pipeline import Stages, compose
 if not backends.triton_interprets():
     pytest.skip("these run in the interpreter; tests/test_gpu.py runs the kernels on a GPU", allow_module_level=True)
 
-from condense_kernels._triton.tables import FusedConfig, SelectConfig, StreamConfig, trying
+from condense_kernels._triton.tables import FusedConfig, StreamConfig, trying
 from condense_kernels.ops.assign import kernel as assign
 from condense_kernels.ops.assign import reference as assign_reference
 from condense_kernels.ops.greedy_select import kernel as greedy_select
@@ -443,13 +443,3 @@ def test_no_rows():
     assert greedy_select.greedy_select(s, s[0, :2], 0).shape == (2, 0)
     assert assign.assign(s, none, grid=(2, 2)).eq(-1).all()
     assert merge.merge(s, s[0, :2], none, none.new_full((2, 4), -1))[0].shape == (2, 0, 4)
-
-
-@pytest.mark.parametrize("n", [20, 130])
-@pytest.mark.parametrize("kind", ["random", "masked", "nan", "duplicates"])
-def test_a_row_loaded_ahead_takes_no_part_in_the_picks(kind, n):
-    """Whether the guess of the next pick was right or not; also where the last tokens die."""
-    inputs = make_inputs(kind, batch=2, num_tokens=n, channels=8, num_anchors=n // 2, num_background=n // 3)
-    expected = inputs.run("triton")
-    with trying(SelectConfig, ahead=True):
-        assert_same_bits(inputs.run("triton"), expected)

@@ -25,9 +25,7 @@ class Derivatives:
 @dataclass(frozen=True)
 class Operator:
     name: str
-    check: Callable[
-        ..., None
-    ]  # metadata alone, and the same for all calls of such tensors; raises TypeError or ValueError
+    check: Callable[..., None]  # metadata alone, so once for all calls alike; raises TypeError or ValueError
     reference: Callable[..., Any]
     triton: Callable[..., Any]
     fake: Callable[..., Any] | None  # None: returns no tensor, so there is nothing to trace

@@ -16,9 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 MAX_STORED = 16384  # tokens of an image: above, the flagship never stores s, and the stages, which need s, refuse
-MAX_STORED_BYTES = (
-    2**31
-)  # of s in a packed batch, whose rows are all as long as the longest segment's: above, in groups
+MAX_STORED_BYTES = 2**31  # of s in a packed batch, whose rows are as long as the longest segment's: above, in groups
 MAX_GROUPS = 32  # of segments, whose selections wait for each other: above, a packed batch does not store s either
 UNIT = 64  # tokens of a block where the blocks of a packed batch are numbered, see device.first_block_of
 ALL_BLOCKS = 2**29  # instead of a group's blocks: more than there are

@@ -68,6 +68,10 @@ class Registers:
         return bool(value) if letter == "p" else value & 0xFFFF if letter == "2" else value
 
 
+class UnknownInstruction(Exception):
+    """An instruction of PTX, or a form of one, that the engine does not have: a program with it is not run."""
+
+
 @dataclass
 class Encoded:
     """An instruction: its number in the engine's table, slots of registers, and what its form needs beside them."""
@@ -107,11 +111,11 @@ class Encoder:
         for name in (mnemonic, form):
             if method := getattr(self, "_" + name.replace(".", "_"), None):
                 return method(mnemonic, operands)
-        raise NotImplementedError(mnemonic)
+        raise UnknownInstruction(mnemonic)
 
     def number(self, name: str) -> int:
         if name not in self.table:
-            raise NotImplementedError(name)
+            raise UnknownInstruction(name)
         return self.table[name][0]
 
     def by_letters(self, mnemonic: str, operands: list[str]) -> Encoded:
@@ -168,9 +172,9 @@ class Encoder:
             elif modifier in ("v2", "v4"):
                 count = int(modifier[1])
             elif not HINTS.fullmatch(modifier):
-                raise NotImplementedError(mnemonic)
+                raise UnknownInstruction(mnemonic)
         if not space:
-            raise NotImplementedError(mnemonic)
+            raise UnknownInstruction(mnemonic)
         return space, count
 
     def _red(self, mnemonic: str, operands: list[str]) -> Encoded:
@@ -189,10 +193,10 @@ class Encoder:
     def _matrix(self, mnemonic: str, values: str, place: str) -> Encoded:
         shape = re.fullmatch(r"\w+\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", mnemonic)
         if not shape:
-            raise NotImplementedError(mnemonic)
+            raise UnknownInstruction(mnemonic)
         name, count = mnemonic.split(".")[0], int(shape[1])
         if name == "stmatrix" and shape[2]:
-            raise NotImplementedError(mnemonic)
+            raise UnknownInstruction(mnemonic)
         slots = self.slots(parts_of(values), "4" * count)
         base, offset = self.address(place, "4")
         fields = {"count": count, "option": bool(shape[2]), "offset": offset}
@@ -209,7 +213,7 @@ class Encoder:
 
     def _cp(self, mnemonic: str, operands: list[str]) -> Encoded:
         if not re.fullmatch(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L\d::.*)?", mnemonic):
-            raise NotImplementedError(mnemonic)
+            raise UnknownInstruction(mnemonic)
         size = int(operands[2], 0)
         if size not in (4, 8, 16):
             raise ValueError(f"a copy of {size} bytes")
@@ -227,10 +231,10 @@ class Encoder:
     def _wgmma(self, mnemonic: str, operands: list[str]) -> Encoded:
         shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2", mnemonic)
         if not shape:
-            raise NotImplementedError(mnemonic)
+            raise UnknownInstruction(mnemonic)
         d, a, b, adds, scale_a, scale_b, *transposed = operands
         if (scale_a, scale_b, *set(transposed)) != ("1", "1", "0"):
-            raise NotImplementedError(f"{mnemonic} with negated or transposed operands")
+            raise UnknownInstruction(f"{mnemonic} with negated or transposed operands")
         columns = int(shape[1])
         results = self.slots(parts_of(d), "4" * (columns // 2))
         a_slots = self.slots(parts_of(a), "4444" if "{" in a else "8")
@@ -244,7 +248,7 @@ class Encoder:
 
     def _bar_sync(self, mnemonic: str, operands: list[str]) -> Encoded:
         if operands != ["0"]:
-            raise NotImplementedError(f"{mnemonic} of another barrier than 0, or of some of the warps")
+            raise UnknownInstruction(f"{mnemonic} of another barrier than 0, or of some of the warps")
         return Encoded(self.number(mnemonic))
 
     _barrier_sync = _bar_sync

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from . import engine
-from .encoding import SIZES, Encoder, Registers
+from .encoding import SIZES, Encoder, Registers, UnknownInstruction
 
 ENCODED = np.dtype(  # struct Encoded of warp.h
     [(name, "i4") for name in ("operation", "guard", "negated", "operands", "count")]
@@ -81,8 +81,8 @@ class Program:
         for row, text in zip(self.code, self.text, strict=True):
             try:
                 encoded = encoder.statement(text)
-            except (NotImplementedError, ValueError, KeyError) as error:
-                raise NotImplementedError(f"PTX instruction {text!r} of {self.name}: {error}") from error
+            except (UnknownInstruction, ValueError, KeyError) as error:
+                raise UnknownInstruction(f"PTX instruction {text!r} of {self.name}: {error}") from error
             row["operation"], row["operands"] = encoded.operation, len(operands)
             for name, value in encoded.fields.items():
                 row[name] = value

@@ -125,7 +125,7 @@ def on_triton(*args, **kwargs):
 
 
 def is_traced(features, *args, **options) -> bool:
-    """Not where s is not stored: a pick is two launches there."""
+    """Not where s is not stored: that is up to a hundred launches."""
     return features.shape[1] <= MAX_STORED
 
 
