@@ -161,6 +161,17 @@ def test_long_clusters_lose_little(n, fast):
     assert abs(mass.item() - scores.double().sum()) <= n * 2.0**-24 * scores.double().sum()
 
 
+def test_partial_sums_of_long_clusters_are_folded(fast):
+    """Every 32 members: of equal tokens each addition is off to the same side, in one sum by 2000 times a rounding."""
+    n, fold = 2048, 32
+    features, scores = torch.full((1, n, 3), 0.1), torch.full((1, n), 0.3)
+    rows = torch.zeros(1, n, dtype=torch.int64)
+    merged, mass = merge(features, scores, torch.tensor([[0]]), rows, backend=fast)
+    exact = n * scores[0, 0].double()
+    assert abs(mass.item() - exact) <= (fold + n / fold) * 2.0**-24 * exact
+    assert (merged.double() - features[0, 0].double()).abs().max() <= 2 * (fold + n / fold) * 2.0**-24 * 0.1
+
+
 def test_another_plane_merges_with_the_same_assignment(backend):
     features, scores = tokens()
     wide, _ = tokens(channels=80)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from condense_kernels import similarity
+from condense_kernels._dispatch import backends
 from condense_kernels.testing import exact_similarity, make_inputs, similarity_bound, unit_roundoff
 
 
@@ -30,6 +31,33 @@ def test_a_cosine_does_not_depend_on_its_place(backend):
     s, *_ = similarity(keys, backend=backend)
     moved, *_ = similarity(keys[:, order], backend=backend)
     assert torch.equal(moved[0], s[0][order][:, order])
+
+
+@pytest.mark.parametrize("n", [1, 30, 70])
+def test_means_are_those_of_s(n, backend):
+    """g and sbar are sums of 2**-24ths, so each cosine is off by one of them at most."""
+    s, sbar, g, _ = similarity(make_inputs("clustered", num_tokens=n, channels=9).features, backend=backend)
+    assert (g.double() - s.double().sum(dim=2)).abs().max() <= (n + g.abs().max()) * 2.0**-24
+    assert (sbar.double() - s.double().abs().mean(dim=(1, 2))).abs().max() <= 2 * 2.0**-24
+
+
+@pytest.mark.skipif(not backends.triton_interprets(), reason="one process runs Triton's interpreter or its compiler")
+@pytest.mark.parametrize("blocks", [1, 7, 8, 9, 17])
+def test_every_block_of_columns_counts_in_g(blocks):
+    """They are loaded eight at a time: of an image of 64 tokens for each, which the interpreter takes minutes for."""
+    from condense_kernels._triton.launcher import launch
+    from condense_kernels.ops.similarity.kernel import similarity_means_kernel
+
+    n, tiles = 5, 3
+    row_sums = torch.randint(-(2**30), 2**30, (2, blocks, n), dtype=torch.int32)
+    abs_sums, tier = torch.randint(2**40, (2, tiles)), torch.zeros(2, n, dtype=torch.int8)
+    g, sbar = torch.empty(2, n), torch.empty(2)
+    launch(
+        similarity_means_kernel, (2,), tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, 1,
+        BLOCK=16, enable_fp_fusion=False,
+    )  # fmt: skip
+    assert torch.equal(g, row_sums.sum(dim=1).float() * 2.0**-24)
+    assert torch.equal(sbar, (abs_sums.sum(dim=1).double() * 2.0**-24 / n**2).float())
 
 
 def test_power_of_two_lengths_do_not_matter(backend):
