@@ -1,7 +1,4 @@
 // Attention scores of a packed batch: every segment is an image, and runs the code of the dense operator.
-//
-// Offsets are data that nobody has checked: they are bounded before anything is read or written with them, and kept
-// from decreasing, so that no token belongs to two segments.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -10,29 +7,16 @@
 
 #include "attention_scores.h"
 #include "checks.h"
+#include "packed.h"
 
 namespace condense {
 namespace {
 
-struct Segment {
-  int64_t first, count;
-};
-
-// Those that have tokens, and at most max_seqlen, the longest first: what is left at the end, threads share evenly.
-std::vector<Segment> segments_of(const Tensor& cu_seqlens, int64_t num_tokens, int64_t max_seqlen) {
-  auto offsets = list_of<int64_t>(cu_seqlens.numel(), "for the offsets");
-  offsets.resize(cu_seqlens.numel());
-  column_of(cu_seqlens).read(cu_seqlens.numel(), offsets.data());
-  auto segments = list_of<Segment>(cu_seqlens.numel(), "for the segments");
-  int64_t first = std::clamp<int64_t>(offsets[0], 0, num_tokens);
-  for (size_t s = 1; s < offsets.size(); ++s) {
-    const int64_t next = std::clamp(offsets[s], first, num_tokens);
-    if (next > first && next - first <= max_seqlen) segments.push_back({first, next - first});
-    first = next;
-  }
-  std::stable_sort(segments.begin(), segments.end(),
-                   [](const Segment& a, const Segment& b) { return a.count > b.count; });
-  return segments;
+// The longest first: what is left at the end, threads share evenly.
+std::vector<Part> longest_first(std::vector<Part> parts) {
+  std::stable_sort(parts.begin(), parts.end(),
+                   [](const Part& a, const Part& b) { return a.num_tokens > b.num_tokens; });
+  return parts;
 }
 
 template <class T>
@@ -43,12 +27,12 @@ Tensor attention_scores_varlen_as(const Tensor& queries, const Tensor& keys, con
   const Tensor scores = empty("scores", {heads, tokens}, kScalarType<T>);
   std::fill(output<T>(scores), output<T>(scores) + heads * tokens, T{0});
   const auto outside = contiguous_as("lse", lse, kScalarType<T>);
-  const std::vector<Segment> segments = segments_of(cu_seqlens, tokens, max_seqlen);
+  const std::vector<Part> segments = longest_first(parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen));
   if (segments.empty()) return scores;
-  const auto group_of = [&](const Segment& segment, int64_t key_head) {
-    const int64_t head = key_head * shared, at = head * tokens + segment.first, n = segment.count;
+  const auto group_of = [&](const Part& segment, int64_t key_head) {
+    const int64_t head = key_head * shared, at = head * tokens + segment.first_token, n = segment.num_tokens;
     const auto part = [&](const Tensor& t, int64_t h) {
-      return rows_of_head(t, segment.first * t.stride(0) + h * t.stride(1), n, t.stride(0));
+      return rows_of_head(t, segment.first_token * t.stride(0) + h * t.stride(1), n, t.stride(0));
     };
     return HeadGroup<T>{part(keys, key_head),
                         part(queries, head),
@@ -65,8 +49,8 @@ Tensor attention_scores_varlen_as(const Tensor& queries, const Tensor& keys, con
                         tokens};
   };
   double work = 0;
-  for (const Segment& segment : segments) work += group_of(segment, 0).work();
-  const int64_t longest = segments[0].count;
+  for (const Part& segment : segments) work += group_of(segment, 0).work();
+  const int64_t longest = segments[0].num_tokens;
   const auto pieces = [&](Memory& memory, int slots) {
     return AttentionMemory<T>(memory, longest, longest, d, multiplies_in_pairs(rows_of_head(keys, 0, 0, 0)), slots);
   };
@@ -83,12 +67,7 @@ Tensor attention_scores_varlen(const Tensor& queries, const Tensor& keys, const 
   check_heads(queries, keys, "T Hq d", "T Hkv d", 3);
   const int64_t tokens = queries.size(0);
   check_shape("keys", keys, "T Hkv d", {tokens, keys.size(1), queries.size(2)});
-  check_rank("cu_seqlens", cu_seqlens, "S+1", 1);
-  check_dtype("cu_seqlens", cu_seqlens, {ScalarType::Int}, "int32");
-  check_not_empty("cu_seqlens", cu_seqlens, 0, "offset");
-  if (max_seqlen < 0 || max_seqlen > kMostTokens) {
-    fail("max_seqlen: expected 0 <= max_seqlen <= ", kMostTokens, " (tokens of one image), got ", max_seqlen, ".");
-  }
+  check_segments(cu_seqlens, max_seqlen);
   if (lse) {
     check_shape("lse", *lse, "Hq T", {queries.size(1), tokens});
     check_working("lse", *lse);

@@ -1,7 +1,4 @@
 // The flagship on a packed batch: every segment is an image, and runs the code of the dense operator.
-//
-// Offsets are data that nobody has checked. They are bounded before anything is read or written with them, and kept
-// from decreasing: no token and no row then belongs to two segments, which may run at the same time.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,6 +8,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "packed.h"
 #include "select_and_merge.h"
 
 namespace condense {
@@ -55,18 +53,6 @@ struct Packed {
     std::fill(results.assignment + first, results.assignment + end, -1);
   }
 };
-
-std::vector<int64_t> read_offsets(const Tensor& cu) {
-  auto offsets = list_of<int64_t>(cu.numel(), "for the offsets");
-  offsets.resize(cu.numel());
-  column_of(cu).read(cu.numel(), offsets.data());
-  return offsets;
-}
-
-void bound(std::vector<int64_t>& offsets, int64_t most) {
-  int64_t before = 0;
-  for (int64_t& offset : offsets) before = offset = std::clamp(offset, before, most);
-}
 
 // The segments that have a token and a row, in their order. One that is longer than max_seqlen has none.
 std::vector<Segment> segments_of(const Tensor& cu_seqlens, const Tensor& cu_anchors, const Tensor& cu_background,
@@ -184,18 +170,13 @@ void check_arguments(const Tensor& features, const Tensor& scores, const Tensor&
   const int64_t T = features.size(0);
   check_shape("scores", scores, "T", {T});
   check_floating("scores", scores);
-  check_rank("cu_seqlens", cu_seqlens, "S+1", 1);
-  check_dtype("cu_seqlens", cu_seqlens, {ScalarType::Int}, "int32");
-  check_not_empty("cu_seqlens", cu_seqlens, 0, "offset");
+  check_segments(cu_seqlens, max_seqlen);
   const std::vector<int64_t> offsets = {cu_seqlens.size(0)};
   check_shape("cu_anchors", cu_anchors, "S+1", offsets);
   check_dtype("cu_anchors", cu_anchors, {ScalarType::Int}, "int32");
   check_shape("cu_background", cu_background, "S+1", offsets);
   check_dtype("cu_background", cu_background, {ScalarType::Int}, "int32");
   check_count("total_keep", total_keep, T, "T");
-  if (max_seqlen < 0 || max_seqlen > kMostTokens) {
-    fail("max_seqlen: expected 0 <= max_seqlen <= ", kMostTokens, " (tokens of one image), got ", max_seqlen, ".");
-  }
   if (keys) {
     check_rank("keys", *keys, "T Dk", 2);
     check_shape("keys", *keys, "T Dk", {T, keys->size(1)});

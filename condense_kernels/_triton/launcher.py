@@ -115,6 +115,12 @@ class Packed(NamedTuple):
         sizes = (cu_seqlens.shape[0] - 1, num_tokens, total_keep, max_seqlen, ALL_BLOCKS, ALL_BLOCKS, 1)
         return cls(*(cu.contiguous() for cu in offsets), *(2 * size + 1 for size in sizes))
 
+    @classmethod
+    def kept(cls, cu_seqlens, cu_keep, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
+        """Of a stage, whose rows are of one kind; cu_keep None: it has none."""
+        zeros = None if cu_keep is None else new(cu_keep, cu_keep.shape, fill=0)
+        return cls.of(cu_seqlens, cu_keep, zeros, num_tokens, total_keep, max_seqlen)
+
     def groups(self, grouping: Grouping | None) -> "Iterator[Packed]":
         """The whole batch, or one group of its segments after the other."""
         if grouping is None:

@@ -1,9 +1,10 @@
 import torch
 
 from ..._dispatch import backends, debug, tracing
-from ..._dispatch.checks import MAX_TOKENS, as_count, check_count, check_not_empty, check_tensor
+from ..._dispatch.checks import as_count, check_tensor
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.packing import NO_SHARDS, REMEDY, check_segments, look_at_segments
 from ..attention_scores import forms
 from ..attention_scores.derivatives import derivatives_of
 from ..attention_scores.op import check_constant, check_heads, check_softmax
@@ -14,9 +15,7 @@ from . import gradients, reference
 
 def check(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal=False) -> None:
     sizes = check_heads(queries, "T Hq d", keys, "T Hkv d")
-    check_tensor("cu_seqlens", cu_seqlens, "S+1", sizes, (torch.int32,), queries)
-    check_not_empty("cu_seqlens", cu_seqlens, 0, "offset")
-    check_count("max_seqlen", max_seqlen, 0, MAX_TOKENS, "tokens of one image")
+    check_segments(cu_seqlens, max_seqlen, sizes, queries)
     if lse is not None:
         check_tensor("lse", lse, "Hq T", sizes, (torch.float32, torch.float64), queries)
     check_softmax(scale, causal)
@@ -47,26 +46,12 @@ def flops(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal
     return pairs(queries, max_seqlen) * (2 * queries[2] + 7)
 
 
-REMEDY = "Remedy: varlen_budget, or torch.cumsum of the lengths."
-
-
 def look(queries, keys, cu_seqlens, max_seqlen, *, lse=None, scale=None, causal=False) -> None:
-    lengths = check_offsets(cu_seqlens, queries.shape[0])
-    refuse("cu_seqlens", lengths, lengths > max_seqlen, f"at most max_seqlen = {max_seqlen}", ("image",), REMEDY)
+    look_at_segments(cu_seqlens, max_seqlen, queries.shape[0])
     check_finite("queries", queries, ("token", "head", "channel"))
     check_finite("keys", keys, ("token", "head", "channel"))
     if lse is not None:
         refuse("lse", lse, lse.isnan(), "no NaN", ("head", "token"), "Remedy: look where it was computed.")
-
-
-def check_offsets(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The segments' lengths, once the offsets are running sums from 0 to T."""
-    lengths = cu_seqlens.diff()
-    refuse("cu_seqlens", cu_seqlens[1:], lengths < 0, "running sums", (lambda s: f"offset {s + 1}",), REMEDY)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
-        ends_at = f"{cu_seqlens[0].item()} ... {cu_seqlens[-1].item()}"
-        raise ValueError(f"cu_seqlens: expected running sums from 0 up to T = {num_tokens}, got {ends_at}. {REMEDY}")
-    return lengths
 
 
 def examples(b: int) -> list[Example]:
@@ -112,7 +97,6 @@ def backward_examples(b: int) -> list[Example]:
     return found
 
 
-PACKED = "its offsets count the tokens of all images, and a shard holds only some of them"
 DERIVATIVES, DERIVATIVES_OF_BACKWARD = derivatives_of(
     "attention_scores_varlen", gradients.attention_scores_varlen_backward
 )
@@ -129,7 +113,7 @@ backends.register(
         look=look,
         derivatives=DERIVATIVES,
         looped=True,
-        no_shards=PACKED,
+        no_shards=NO_SHARDS,
         as_operator={"heads": None},
     )
 )
@@ -144,7 +128,7 @@ backends.register(
         examples=backward_examples,
         derivatives=DERIVATIVES_OF_BACKWARD,
         looped=True,
-        no_shards=PACKED,
+        no_shards=NO_SHARDS,
     )
 )
 

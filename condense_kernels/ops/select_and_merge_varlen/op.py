@@ -4,7 +4,6 @@ from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
     INTEGERS,
-    MAX_TOKENS,
     as_count,
     check_background_suppression,
     check_count,
@@ -14,6 +13,7 @@ from ..._dispatch.checks import (
 )
 from ..._dispatch.debug import check_finite, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.packing import NO_SHARDS, check_segments
 from ..merge.derivatives import OF_MERGE
 from ..select_and_merge import Condensed
 from ..select_and_merge import op as dense
@@ -41,12 +41,10 @@ def check(
     check_tensor("features", features, "T D", sizes, FLOATS)
     check_not_empty("features", features, 1, "channel")
     check_tensor("scores", scores, "T", sizes, FLOATS, features)
-    check_tensor("cu_seqlens", cu_seqlens, "S+1", sizes, (torch.int32,), features)
-    check_not_empty("cu_seqlens", cu_seqlens, 0, "offset")
+    check_segments(cu_seqlens, max_seqlen, sizes, features)
     check_tensor("cu_anchors", cu_anchors, "S+1", sizes, (torch.int32,), features)
     check_tensor("cu_background", cu_background, "S+1", sizes, (torch.int32,), features)
     check_count("total_keep", total_keep, 0, sizes["T"], f"T = {sizes['T']} tokens")
-    check_count("max_seqlen", max_seqlen, 0, MAX_TOKENS, "tokens of one image")
     if keys is not None:
         check_tensor("keys", keys, "T Dk", sizes, FLOATS, features)
         check_not_empty("keys", keys, 1, "channel")
@@ -152,7 +150,7 @@ backends.register(
         look=look,
         derivatives=OF_MERGE,
         looped=True,
-        no_shards="its offsets count the tokens of all images, and a shard holds only some of them",
+        no_shards=NO_SHARDS,
     )
 )
 
