@@ -330,7 +330,7 @@ void check_options(const Options& options, const char* image_axis, const std::ve
 }
 
 Combine combine_of(const std::string& name) {
-  if (name != "sub" && name != "mul") fail("combine: expected 'sub' or 'mul', got '", name, "'.");
+  check_choice("combine", name, {"sub", "mul"});
   return name == "sub" ? Combine::kSub : Combine::kMul;
 }
 

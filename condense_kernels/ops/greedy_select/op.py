@@ -1,7 +1,7 @@
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import FLOATS, as_count, check_count, check_flag, check_tensor, check_weight
+from ..._dispatch.checks import FLOATS, as_count, check_choice, check_count, check_flag, check_tensor, check_weight
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, always, random
 from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_rows, look_at_segments
@@ -27,8 +27,7 @@ def check_options(sbar, tier, suppression, first, candidates, combine, max_min, 
         check_tensor("first", first, tokens, sizes, (torch.int64, *FLOATS), s)
     if candidates is not None:
         check_tensor("candidates", candidates, tokens, sizes, (torch.bool,), s)
-    if combine not in COMBINE:
-        raise ValueError(f"combine: expected 'sub' or 'mul', got {combine!r}.")
+    check_choice("combine", combine, COMBINE)
     check_flag("max_min", max_min)
     if max_min and first is not None:
         raise ValueError("first, max_min: expected one of the two, got both. Remedy: leave out first.")
