@@ -41,7 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
-from condense_kernels.ops.greedy_select.kernel import greedy_select
+from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
@@ -109,6 +109,8 @@ def calls() -> dict[str, tuple]:
     for n in (576, 729, 2880, 16384):
         options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
+    options = {"candidates": empty(2, 576, dtype=torch.bool), "combine": "mul", "max_min": True}
+    cases["greedy_select, products N=576"] = (greedy_select, (empty(2, 576, 576), empty(2, 576), 64), options)
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},
@@ -138,6 +140,10 @@ def calls() -> dict[str, tuple]:
     for n, kept in ((576, 500), (2880, 500), (65536, 2)):  # of the longest of 9 segments, and of all
         tokens = max(n, 20000)
         packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3
+        if n < 65536:
+            packed_s = empty(tokens, n), empty(tokens), *[empty(10, dtype=torch.int32)] * 2, kept, n
+            options = {"tier": empty(tokens, dtype=torch.int8), "first": empty(9, dtype=int64)}
+            cases[f"greedy_select_varlen N={n}"] = (greedy_select_varlen, packed_s, options)
         options = {"positions": empty(tokens, 2)}
         cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
     return cases | attention_calls()

@@ -49,6 +49,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "attention_columns_kernel",
         "similarity_tile_kernel",
         "similarity_means_kernel",
+        "nearest_kernel",
         "greedy_select_kernel",
         "select_kernel",
         "assign_kernel",

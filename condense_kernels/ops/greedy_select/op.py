@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 
 from ..._dispatch import backends, tracing
@@ -8,7 +10,6 @@ from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_
 from . import reference
 
 COMBINE = ("sub", "mul")
-DEFAULTS = {"first": None, "candidates": None, "combine": "sub", "max_min": False}
 
 
 def check_options(sbar, tier, suppression, first, candidates, combine, max_min, sizes, axes, s) -> None:
@@ -16,21 +17,22 @@ def check_options(sbar, tier, suppression, first, candidates, combine, max_min, 
     images, tokens = axes
     if sbar is not None:
         check_tensor("sbar", sbar, images, sizes, (torch.float32, torch.float64), s)
-    if isinstance(tier, torch.Tensor) and tier.dtype == torch.bool:
-        raise TypeError("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.")
     if tier is not None:
+        if getattr(tier, "dtype", None) == torch.bool:
+            raise TypeError("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.")
         check_tensor("tier", tier, tokens, sizes, (torch.int8,), s)
     check_weight("suppression", suppression)
-    if isinstance(first, torch.Tensor) and not first.is_floating_point():
-        check_tensor("first", first, images, sizes, (torch.int64, *FLOATS), s)
-    elif first is not None:
-        check_tensor("first", first, tokens, sizes, (torch.int64, *FLOATS), s)
+    if first is not None:
+        is_index = isinstance(first, torch.Tensor) and not first.is_floating_point()
+        check_tensor("first", first, images if is_index else tokens, sizes, (torch.int64, *FLOATS), s)
+        if max_min:
+            raise ValueError("first, max_min: expected one of the two, got both. Remedy: leave out first.")
     if candidates is not None:
         check_tensor("candidates", candidates, tokens, sizes, (torch.bool,), s)
-    check_choice("combine", combine, COMBINE)
-    check_flag("max_min", max_min)
-    if max_min and first is not None:
-        raise ValueError("first, max_min: expected one of the two, got both. Remedy: leave out first.")
+    if combine != "sub":
+        check_choice("combine", combine, COMBINE)
+    if max_min is not False:
+        check_flag("max_min", max_min)
 
 
 def check(
@@ -214,13 +216,22 @@ backends.register(
 )
 
 
-def as_rule(first: object, max_min: object) -> tuple:
-    """(first, max_min) as the operator takes them, of the name of a rule."""
-    if not isinstance(first, str):
-        return first, max_min
-    if first not in ("prior", "max_min"):
-        raise ValueError(f"first: expected 'prior', 'max_min' or a tensor, got {first!r}.")
-    return None, max_min or first == "max_min"
+def options_of(sbar, tier, suppression, first, candidates, combine, max_min) -> dict[str, Any]:
+    """As the operators take them; those that came later are left out of most calls, as each costs a little time."""
+    options = {"sbar": sbar, "tier": tier, "suppression": suppression}
+    if isinstance(first, str):
+        if first not in ("prior", "max_min"):
+            raise ValueError(f"first: expected 'prior', 'max_min' or a tensor, got {first!r}.")
+        first, max_min = None, max_min or first == "max_min"
+    if first is not None:
+        options["first"] = first
+    if candidates is not None:
+        options["candidates"] = candidates
+    if combine != "sub":
+        options["combine"] = combine
+    if max_min is not False:
+        options["max_min"] = max_min
+    return options
 
 
 @tracing.leaf()
@@ -277,10 +288,7 @@ def greedy_select(
         RuntimeError: on CPU, an index first that is not in [-1, N).
     """
     k = as_count("k", k)
-    first, max_min = as_rule(first, max_min)
-    options = {"sbar": sbar, "tier": tier, "suppression": suppression}
-    rest = {"first": first, "candidates": candidates, "combine": combine, "max_min": max_min}
-    options |= {name: value for name, value in rest.items() if value is not DEFAULTS[name]}  # each costs a little time
+    options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
     tracing.checked(check, s, prior, k, **options)
     return backends.run("greedy_select", backend, (s, prior, k), options)
 
@@ -329,9 +337,7 @@ def greedy_select_varlen(
         RuntimeError: on CPU, an index first that is not in its segment, nor -1.
     """
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
-    first, max_min = as_rule(first, max_min)
-    options = {"sbar": sbar, "tier": tier, "suppression": suppression, "first": first, "candidates": candidates}
-    options |= {"combine": combine, "max_min": max_min}
+    options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
     args = (s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen)
     tracing.checked(check_varlen, *args, **options)
     return backends.run("greedy_select_varlen", backend, args, options)
