@@ -35,6 +35,8 @@ def check_tensor(
     if value.dim() != len(axes):
         missing = f"{name}[None], the batch axis" if axes[0] == "B" else f"{name}[:, None], the coordinates' axis"
         hint = f" Remedy: add {missing}." if value.dim() == len(axes) - 1 else ""
+        if value.dim() == len(axes) + 1 and value.shape[-1] == 1:
+            hint = f" Remedy: {name}.squeeze(-1)."
         raise ValueError(f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}")
     known = {axis: size for axis, size in sizes.items() if axis in axes}
     if any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, value.shape, strict=True)):
