@@ -168,7 +168,9 @@ def distances(s, tier, candidates, packed=None) -> torch.Tensor:
 def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, candidates, combine, max_min, packed):
     """One launch, or one for each class of segments: `configs` are (more than so many tokens, config)."""
     images, n = s.shape[:2] if packed is None else (packed.num_segments, packed.max_seqlen)
-    sbar = None if prior is None else sbar  # of zeros there is nothing to scale
+    products = combine == "mul"
+    if prior is None:  # nothing to scale; and where it is multiplied, all scores are 0
+        sbar, suppression, products = None, 0.0 if products else suppression, False
     if max_min:
         first = distances(s, tier, candidates, packed)
     for low, config in configs:
@@ -178,7 +180,7 @@ def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, c
             as_fp32(suppression), *strides_of(s, 3), *strides_of(prior, 2), *strides_of(sbar, 1), *strides_of(tier, 2),
             *strides_of(first, 2), *strides_of(candidates, 2), n, order.shape[-1], low, packed,
             **config.chunks, BLOCK_FILL=256, HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
-            MUL=combine == "mul", num_warps=config.num_warps, enable_fp_fusion=False,
+            MUL=products, num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
