@@ -270,6 +270,15 @@ def test_the_nearest_neighbour_is_the_one_whose_row_says_so(backend):
     assert greedy_select(s, None, 3, first="max_min", candidates=one, backend=backend).tolist() == [[1, -1, -1]]
 
 
+def test_a_neighbour_at_no_distance_counts_as_0(backend):
+    """NaN and infinities in a column, as everywhere in s."""
+    s = torch.tensor([[[9.0, torch.inf, 0.2], [-torch.inf, 9.0, torch.nan], [0.3, -1.0, 9.0]]])
+    assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 1  # 0.3, 0, 0.2
+    for value in (-torch.inf, torch.nan):
+        s = torch.tensor([[[9.0, -0.5, -0.2], [value, 9.0, -0.2], [-1.0, -0.5, 9.0]]])
+        assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 1  # 0, -0.5, -0.2
+
+
 def test_a_row_is_what_a_pick_has_in_common_with_others(backend):
     """s[pick, i], where s is not symmetric."""
     s = torch.zeros(1, 3, 3)
