@@ -19,9 +19,7 @@ from .loop import (
 
 
 @triton.jit
-def fill_by_index(
-    order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr
-):
+def fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr):
     """Write the tokens of a tier, lowest index first, from `place` on; return the next free place."""
     start = tl.zeros([], tl.int32)
     while (start < N) & (place < K):
@@ -117,7 +115,7 @@ def greedy_select_kernel(
     if HAS_SBAR:
         sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
         scaling = prior_scaling(
-            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
+            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression == 0, N, HAS_TIER, WIDE
         )
     # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead chunks overlap, and a
     # token of several dies in all of them.
