@@ -16,6 +16,7 @@ from .assign import assign as assign
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
 from .greedy_select import greedy_select as greedy_select
+from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
 from .select_and_merge import Condensed as Condensed
 from .select_and_merge import select_and_merge as select_and_merge

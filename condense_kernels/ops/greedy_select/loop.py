@@ -294,13 +294,10 @@ def row_of(
 
 
 @triton.jit
-def negated_score(similar, nu, suppression, MUL: tl.constexpr):
-    """The score of the contract with the opposite sign, every operation rounded; never -0, which a key tells from 0."""
-    if MUL:  # nu * (1 - suppression * m) with a finite factor, as 0 times infinity would be no score
-        factor = tl.minimum(tl.maximum(1.0 - suppression * similar, -FLOAT32_MAX), FLOAT32_MAX)
-        return nu * factor + 0.0
-    else:
-        return suppression * similar + nu  # nu is not -0
+def negated_product(nu, similar, suppression):
+    """nu * (1 - suppression * m): the factor is finite, as 0 times infinity would be no score."""
+    factor = tl.minimum(tl.maximum(1.0 - suppression * similar, -FLOAT32_MAX), FLOAT32_MAX)
+    return nu * factor + 0.0  # not -0, which a key tells from 0
 
 
 @triton.jit
@@ -311,8 +308,8 @@ def pick_greedily(
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
-    m is a token's largest similarity to a pick so far. The first pick has none, and goes by the chunks `first` if there
-    are some.
+    t is the score of the contract with the opposite sign, every operation rounded; never -0, as nu is not. m is the
+    largest similarity to a pick so far: the first pick has none, and goes by the chunks `first` where there are some.
 
     AHEAD: while a pick is worked on, the row of the best token of another place is on its way, as that is mostly the
     next pick. Where it is not, its row is loaded when it is known, so the guess takes no part in the picks.
@@ -347,7 +344,10 @@ def pick_greedily(
         for c in tl.static_range(CHUNKS):
             similar = similar + (tl.maximum(m[c], row[c]),)
             remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
-            t = t + (negated_score(similar[c], remaining[c], suppression, MUL),)
+            if MUL:
+                t = t + (negated_product(remaining[c], similar[c], suppression),)
+            else:
+                t = t + (suppression * similar[c] + remaining[c],)
         nu, m = remaining, similar
         key, token = best_keys(t, offs, packed)
         pick = first_lowest(key, token)
