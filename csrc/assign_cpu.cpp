@@ -121,15 +121,24 @@ CONDENSE_INSTANTIATE(double)
 
 namespace {
 
+// Who may not be merged, and is not kept, goes nowhere.
+void leave_alone(const uint8_t* sources, const int64_t* indices, int64_t n, int64_t* assignment) {
+  if (!sources) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (sources[i] == 0 && assignment[i] >= 0 && indices[assignment[i]] != i) assignment[i] = -1;
+  }
+}
+
 template <class T>
 Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Tensor>& tier,
                  const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
-                 double spatial_weight) {
+                 double spatial_weight, const std::optional<Tensor>& sources) {
   const int64_t B = s.size(0), N = s.size(1), K = indices.size(1);
   const Matrices matrices(s);
   const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
+  const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) {
@@ -143,13 +152,16 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
     for (int64_t row = 0; row < K; ++row) {
       memory.s_rows[row] = matrices.at<T>(b) + std::max<int64_t>(image_kept[row], 0) * matrices.ld;
     }
-    assign_image<T>(image_kept, image_tier, where.layout, N, K, crew, memory, output<int64_t>(assignment) + b * N);
+    int64_t* rows = output<int64_t>(assignment) + b * N;
+    assign_image<T>(image_kept, image_tier, where.layout, N, K, crew, memory, rows);
+    leave_alone(row_of<uint8_t>(may_merge, b, N), image_kept, N, rows);
   });
   return assignment;
 }
 
 Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier,
-              std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions, double spatial_weight) {
+              std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions, double spatial_weight,
+              std::optional<Tensor> sources) {
   check_rank("s", s, "B N N", 3);
   check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
   check_working("s", s);
@@ -162,8 +174,12 @@ Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier
   }
   check_weight("spatial_weight", spatial_weight);
   check_where(grid, positions, spatial_weight, s.size(0), s.size(1));
-  return is_double(s) ? assign_as<double>(s, indices, tier, grid, positions, spatial_weight)
-                      : assign_as<float>(s, indices, tier, grid, positions, spatial_weight);
+  if (sources) {
+    check_shape("sources", *sources, "B N", {s.size(0), s.size(1)});
+    check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
+  }
+  return is_double(s) ? assign_as<double>(s, indices, tier, grid, positions, spatial_weight, sources)
+                      : assign_as<float>(s, indices, tier, grid, positions, spatial_weight, sources);
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condense_kernels import assign
+from condense_kernels import assign, debug
 from condense_kernels._dispatch import backends
 from condense_kernels.ops.assign import reference
 
@@ -36,6 +37,95 @@ def test_similarity_alone_with_ties(backend, problem):
     s, kept, tier = problem
     expected = reference.assign(s, kept, tier=tier, spatial_weight=0.0)
     assert torch.equal(assign(s, kept, tier=tier, spatial_weight=0.0, backend=backend), expected)
+
+
+def by_hand(s, kept, tier, sources):
+    """One image without distances, a token after the other: from the definition alone."""
+    n, assignment = len(s), []
+    takes = [j >= 0 and (tier is None or tier[j] != 2) for j in kept]
+    for i in range(n):
+        own = [row for row, j in enumerate(kept) if j == i and takes[row]]
+        if tier is not None and tier[i] == 2:
+            assignment.append(-1)
+        elif own:
+            assignment.append(own[0])
+        elif sources is not None and not sources[i]:
+            assignment.append(-1)
+        else:
+            scores = [s[j, i] if takes[row] else -np.inf for row, j in enumerate(kept)]
+            assignment.append(int(np.argmax(scores)) if any(takes) else -1)  # the first of equal ones
+    return assignment
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@settings(max_examples=60)
+@given(problem=problems(), seed=st.integers(0, 2**31), with_sources=st.booleans())
+def test_by_the_definition(backend, problem, seed, with_sources):
+    """Any order of the kept tokens, rows of none among them, an s that is not symmetric, and who may be merged."""
+    s, kept, tier = problem
+    n, generator = s.shape[1], torch.Generator().manual_seed(seed)
+    s = torch.randint(-4, 5, (1, n, n), generator=generator) / 4.0
+    kept = kept[:, torch.randperm(kept.shape[1], generator=generator)]
+    kept = torch.where(torch.rand(kept.shape, generator=generator) < 0.1, -1, kept)
+    sources = torch.rand(1, n, generator=generator) < 0.5 if with_sources else None
+    arrays = (None if t is None else t[0].numpy() for t in (s, kept, tier, sources))
+    got = assign(s, kept, tier=tier, sources=sources, spatial_weight=0.0, backend=backend)
+    assert got[0].tolist() == by_hand(*arrays)
+
+
+def test_sources(backend):
+    """A token that is none stays out unless it is kept, whose row goes on taking others."""
+    s, kept = torch.ones(1, 6, 6), torch.tensor([[5, 0]])
+    sources = torch.tensor([[False, True, False, True, False, False]])
+    options = {"grid": (1, 6), "backend": backend}
+    assert assign(s, kept, sources=sources, **options).tolist() == [[1, 1, -1, 0, -1, 0]]
+    assert assign(s, kept, sources=~sources, **options).tolist() == [[1, -1, 1, -1, 0, 0]]
+    tier = torch.tensor([[2, 0, 0, 0, 0, 0]], dtype=torch.int8)  # nor does a masked token become a source, or kept
+    assert assign(s, kept, sources=sources, tier=tier, **options).tolist() == [[-1, 0, -1, 0, -1, 0]]
+    with_all = assign(s, kept, sources=torch.ones(1, 6, dtype=torch.bool), **options)
+    assert torch.equal(with_all, assign(s, kept, **options))
+
+
+def test_sources_of_any_layout_and_of_each_image(fast):
+    s, kept = symmetric(40, batch=3), torch.tensor([[3, 17, 30]] * 3)
+    sources = torch.rand(3, 40) < 0.5
+    expected = assign(s, kept, sources=sources, spatial_weight=0.0, backend=fast)
+    assert torch.equal(expected, reference.assign(s, kept, sources=sources, spatial_weight=0.0))
+    for view in (sources.T.contiguous().T, torch.stack([sources, ~sources], dim=-1)[..., 0]):
+        assert torch.equal(assign(s, kept, sources=view, spatial_weight=0.0, backend=fast), expected)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = assign(s[one], kept[one], sources=sources[one], spatial_weight=0.0, backend=fast)
+        assert torch.equal(alone, expected[one])
+
+
+def test_the_row_of_the_kept_token_is_read(backend):
+    """s[kept, token]: an s that is not symmetric is legal, and what debug() would ask about."""
+    s = torch.zeros(1, 3, 3)
+    s[0, 2, 1], s[0, 1, 0] = 0.5, 1.0  # of token 1, as kept token 2 has it; and as s[token, kept] would
+    kept = torch.tensor([[0, 2]])
+    assert assign(s, kept, spatial_weight=0.0, backend=backend).tolist() == [[0, 1, 1]]
+    assert assign(s.mT, kept, spatial_weight=0.0, backend=backend).tolist() == [[0, 0, 1]]
+    message = r"^s: expected rows of kept tokens that are as their columns, got 0\.0 at image 0, row 0, token 1 and 1 more"
+    with debug(), pytest.raises(ValueError, match=message):
+        assign(s, kept, spatial_weight=0.0, backend=backend)
+    s[0, 0, 1] = s[0, 1, 0]
+    s[0, 1, 2] = s[0, 2, 1]
+    s[0, 1, 1] = 7.0
+    with debug():  # what is not of a kept token does not matter
+        assign(s * 1e6, kept, spatial_weight=0.0, backend=backend)
+
+
+def test_debug_refuses_repeated_indices(backend):
+    with debug(), pytest.raises(ValueError, match=r"^indices: expected distinct tokens, got token 2 again .* row 1"):
+        assign(symmetric(4), torch.tensor([[2, 2]]), spatial_weight=0.0, backend=backend)
+
+
+def test_a_mask_is_no_tier():
+    """True as int8 would be tier 1, and padding tier 0: the remedy for other dtypes would be none."""
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"^tier: expected dtype int8, got bool. Remedy: torch.where\(mask, 0, 2\)"):
+        assign(symmetric(4), torch.tensor([[0]]), tier=mask, spatial_weight=0.0)
 
 
 @pytest.mark.parametrize("backend", FAST)
