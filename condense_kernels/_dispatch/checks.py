@@ -114,7 +114,7 @@ def check_tier(tier: Any, shape: str, sizes: dict[str, int], like: torch.Tensor)
     """Of a mask, whose True says what tier 0 says, tier.to(torch.int8) would be the wrong remedy."""
     if isinstance(tier, torch.Tensor) and tier.dtype == torch.bool:
         raise TypeError(
-            "tier: expected dtype int8, got bool. Remedy: torch.where(mask, 0, 2).to(torch.int8) of a mask of the valid "
+            "tier: expected dtype int8, got bool. Remedy: torch.where(mask, 0, 2).to(torch.int8) of a mask of valid "
             "tokens."
         )
     if tier is not None:

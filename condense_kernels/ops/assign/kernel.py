@@ -1,7 +1,7 @@
 """Every token to the kept token that is most similar and near (Eq. 6, 7), a block of tokens per program."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from ..._triton.device import (
     stored_at,
     tokens_before,
 )
-from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -367,4 +367,34 @@ def assign(
     with on_device_of(s):
         space = Space.of(grid, positions, spatial_weight, masked=tier is not None)
         launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True, sources=sources)
+    return assignment
+
+
+def assign_varlen(
+    s: torch.Tensor,  # [T, >= max_seqlen]
+    indices: torch.Tensor,  # [total_keep] int64
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    max_seqlen: int,
+    *,
+    tier: torch.Tensor | None = None,  # [T] int8
+    positions: torch.Tensor | None = None,  # [T, P]
+    spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [T] bool
+) -> torch.Tensor:
+    """Return assignment [T] int64."""
+    reject_float64(s=s)
+    (num_tokens, _), (total_keep,) = s.shape, indices.shape
+    max_seqlen = min(max_seqlen, num_tokens)
+    assignment = new(s, (num_tokens,), torch.int64, fill=-1)  # and -1 it stays in segments without rows
+    if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
+        return assignment
+    space = replace(
+        Space.of(None, positions, spatial_weight, masked=tier is not None), strides=strides_of(positions, 3)
+    )
+    with on_device_of(s):
+        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        launch_assign(
+            s, indices, tier, space, spatial_weight, assignment, sanitise=True, sources=sources, packed=packed
+        )
     return assignment

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,18 +45,19 @@ def flops(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.
 
 
 def look(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None) -> None:
-    check_finite("s", s, ("image", "token", "token"))
-    check_indices("indices", indices, -1, s.shape[1])
     check_positions(positions, None if tier is None else tier != 2)
-    look_at_kept_rows(s, indices)
+    look_at_similarities(s, indices)
 
 
-def look_at_kept_rows(s: torch.Tensor, indices: torch.Tensor) -> None:
-    """An s that was filled the other way around gives another assignment in silence."""
+def look_at_similarities(s: torch.Tensor, indices: torch.Tensor, of_image: Callable = "image {}".format) -> None:
+    """What is not finite, names no token or two rows; and an s that was filled the other way around, which would give
+    another assignment in silence."""
+    check_finite("s", s, (of_image, "token", "token"))
+    check_indices("indices", indices, -1, s.shape[1], of_image)
     rows, columns = take_rows(s, indices), take_rows(s.mT, indices)
     apart = (rows - columns).abs() > 1e-3 * torch.maximum(rows.abs(), columns.abs()).clamp(min=1)
-    remedy = "Remedy: s.mT if s[i, j] is of token i and kept token j; condense_kernels.debug(False) for a call that means it."
-    refuse("s", rows, apart, "rows of kept tokens that are as their columns", ("image", "row", "token"), remedy)
+    remedy = "Remedy: s.mT if s[i, j] is of token i and kept j; condense_kernels.debug(False) for a call that means it."
+    refuse("s", rows, apart, "rows of kept tokens that are as their columns", (of_image, "row", "token"), remedy)
 
 
 def examples(b: int) -> list[Example]:
