@@ -186,14 +186,7 @@ void check_arguments(const Tensor& features, const Tensor& scores, const Tensor&
   check_weight("suppression", suppression);
   check_weight("spatial_weight", spatial_weight);
   check_weight("background_suppression", background_suppression);
-  if (positions) {
-    check_rank("positions", *positions, "T P", 2);
-    check_positions(*positions, "T P", {T, positions->size(1)});
-  } else if (spatial_weight != 0) {
-    fail(
-        "positions: expected a tensor [T, P], as spatial_weight is not 0, got None. Remedy: spatial_weight=0 for "
-        "assignment by similarity alone.");
-  }
+  check_packed_positions(positions, spatial_weight, T);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(

@@ -3,7 +3,6 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
-    INTEGERS,
     as_count,
     check_background_suppression,
     check_count,
@@ -14,7 +13,7 @@ from ..._dispatch.checks import (
 )
 from ..._dispatch.debug import check_finite, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, random
-from ..._dispatch.packing import NO_SHARDS, check_segments
+from ..._dispatch.packing import NO_SHARDS, check_places, check_segments
 from ..merge.derivatives import OF_MERGE
 from ..select_and_merge import Condensed
 from ..select_and_merge import op as dense
@@ -54,14 +53,7 @@ def check(
     check_weight("spatial_weight", spatial_weight)
     check_background_suppression(background_suppression)
     check_flag("scale_prior", scale_prior)
-    if positions is not None:
-        check_tensor("positions", positions, "T P", sizes, FLOATS + INTEGERS, features)
-        check_not_empty("positions", positions, 1, "coordinate")
-    elif spatial_weight != 0:
-        raise ValueError(
-            "positions: expected a tensor [T, P], as spatial_weight is not 0, got None. Remedy: "
-            "spatial_weight=0 for assignment by similarity alone."
-        )
+    check_places(positions, spatial_weight, sizes, features)
 
 
 def fake(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, **_):
