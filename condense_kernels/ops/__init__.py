@@ -13,6 +13,7 @@ kernels are in csrc/, under the same names.
 """
 
 from .assign import assign as assign
+from .assign import assign_varlen as assign_varlen
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
 from .greedy_select import greedy_select as greedy_select
