@@ -19,6 +19,21 @@ constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyo
 // u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
 enum class Combine { kSub, kMul };
 
+constexpr int kFactorBlock = 64;  // tokens whose columns of a Cholesky factor lie together: [rows, kFactorBlock]
+constexpr int kFactorRows = 4;    // rows that are made at once, so that those before them are read once for all
+
+// Rows [done, done + count) of a Cholesky factor, one for each pick, of one block of tokens.
+template <class T>
+struct FactorRows {
+  int64_t done;
+  int count;                   // 1 to kFactorRows
+  const T* rows[kFactorRows];  // each pick's similarities to the block's tokens; one that is not finite counts as 0
+  const T* quality;            // of those tokens; null: the kernel is the similarity itself
+  T picked_quality[kFactorRows];
+  const T* picked[kFactorRows];  // [done + r] the rows before, at the pick itself
+  T root[kFactorRows];           // of its gain
+};
+
 // T is the working type: float, or double where an input is fp64.
 template <class T>
 struct RowOps {
@@ -64,6 +79,11 @@ struct RowOps {
   void (*raise_row)(const T* row, int64_t n, T* m);
   // t of every token
   void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);
+
+  // Writes the rows into factor [>= done + count, kFactorBlock], and takes their squares from gain [kFactorBlock].
+  void (*factor_rows)(const FactorRows<T>& task, T* factor, T* gain);
+  // The token with the largest gain of those above floor, lowest index first; NaN never wins; -1 where there is none.
+  int64_t (*best_gain)(const T* gain, const T* floor, int64_t n);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

@@ -563,6 +563,7 @@ void divide_row(T* x, T divisor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
+#include "rowops_factor.h"
 #include "rowops_softmax.h"
 
 template <class T>
@@ -612,6 +613,8 @@ constexpr RowOps<T> table() {
   ops.next_pick = next_pick<T>;
   ops.raise_row = raise_row<T>;
   ops.score_row = score_row<T>;
+  ops.factor_rows = factor_rows<T>;
+  ops.best_gain = best_gain<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

@@ -88,7 +88,17 @@ template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier);
 
-// square [count, count]: the similarities among some tokens, after similarity_image; its bits.
+// tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
+template <class T>
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier);
+
+// diagonal [n]: of each token with itself, after measure_keys.
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal);
+
+// square [count, count]: the similarities among some tokens, or all where tokens is null, after measure_keys; the bits
+// of similarity_image.
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
