@@ -15,6 +15,10 @@ constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple o
 constexpr int kChunk = 128;  // channels, or pairs, summed in registers before a partial dot product is stored
 constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyond the last: a multiple of every vector
 
+// How a token's score comes from its utility u and m, its largest similarity to a pick: u - suppression * m, or
+// u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
+enum class Combine { kSub, kMul };
+
 // T is the working type: float, or double where an input is fp64.
 template <class T>
 struct RowOps {
@@ -50,15 +54,16 @@ struct RowOps {
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
   int64_t (*sum_tile)(const T* t, int64_t* g_i, int64_t* g_j);
 
+  // Scores are negated, t, as utilities are, nu: the best is the smallest, and NaN is no candidate.
   // The smallest of nu[0, n), lowest index first; NaN never wins; -1 where all are NaN.
   int64_t (*first_pick)(const T* nu, int64_t n);
-  // m = max(m, row); the smallest of suppression * m + nu, as above. A row value that is not finite counts as 0.
-  int64_t (*next_pick)(const T* row, const T* nu, T suppression, int64_t n, T* m);
+  // m = max(m, row); the smallest t, as above. A row value that is not finite counts as 0.
+  int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
-  // m = max(m, row); row is finite.
+  // m = max(m, row); a row value that is not finite counts as 0.
   void (*raise_row)(const T* row, int64_t n, T* m);
-  // t = suppression * m + nu
-  void (*score_row)(const T* m, const T* nu, T suppression, int64_t n, T* t);
+  // t of every token
+  void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

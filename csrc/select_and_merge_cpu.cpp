@@ -73,15 +73,24 @@ struct ImageMemory {
 template <class S, class M>
 void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
   const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
+  const auto selection_of = [&](const S* prior, const int8_t* tier, S suppression) {
+    Selection<S> selection;
+    selection.prior = prior;
+    selection.sbar = &sbar;
+    selection.tier = tier;
+    selection.suppression = suppression;
+    return selection;
+  };
   const auto select_stored = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
-    greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
+    greedy_select_image<S>(memory.s, N, selection_of(prior, tier, suppression), false, N, k, crew, memory.greedy,
+                           order);
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
   };
   const auto select_streamed = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     S* rows = memory.rows + first * width;
-    const int64_t picks = greedy_select_streamed<S>(image.keys, prior, &sbar, tier, k, suppression, crew,
+    const int64_t picks = greedy_select_streamed<S>(image.keys, selection_of(prior, tier, suppression), k, crew,
                                                     memory.similarity, memory.streamed_greedy, order, rows);
     std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};

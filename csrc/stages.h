@@ -105,10 +105,28 @@ struct GreedyMemory {
   T *nu, *m;
 };
 
-// order [k]. s has rows of ld. sbar null: prior is the utility; tier null: all tokens are valid.
+// What greedy_select goes by beside s; the defaults are those of the operator. The first pick is the one of highest
+// utility, unless another rule is given; where a rule finds no candidate, it is that one again.
 template <class T>
-void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
-                         int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order);
+struct Selection {
+  const T* prior = nullptr;             // [n] null: 0 for every token
+  const T* sbar = nullptr;              // null: the prior is the utility
+  const int8_t* tier = nullptr;         // [n] null: all tokens are valid
+  const uint8_t* candidates = nullptr;  // [n] 0: never picked. null: all are candidates
+  const T* first_utilities = nullptr;   // [n] what the first pick alone goes by
+  int64_t first = -1;                   // the first pick, below n; -1: by utility
+  T suppression = 1;
+  Combine combine = Combine::kSub;
+
+  bool may_be_picked(int64_t i) const { return !candidates || candidates[i]; }
+  bool is_candidate(int64_t i) const { return (!tier || tier[i] == kValid) && may_be_picked(i); }
+};
+
+// order [k]. s has rows of ld. With max_min the first pick is the candidate whose nearest other candidate is farthest,
+// whatever `selection` says of it.
+template <class T>
+void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
+                         Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
 template <class T>
 struct StreamedGreedyMemory {
@@ -121,9 +139,9 @@ struct StreamedGreedyMemory {
 // The same picks without s, whose rows are computed once they are needed: rows [picks, width_of(n)] are those of the
 // picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities.
 template <class T>
-int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
-                               T suppression, Crew& crew, SimilarityMemory<T>& similarity,
-                               const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows);
+int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
+                               SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
+                               T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>

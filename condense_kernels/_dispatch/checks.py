@@ -182,6 +182,12 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}: {value!r}. Remedy: bool({name}).")
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        allowed = " or ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}.")
+
+
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:
     check_count("num_anchors", num_anchors, 0, num_tokens, f"N = {num_tokens} tokens")
     check_count("num_background", num_background, 0, num_tokens, f"N = {num_tokens} tokens")

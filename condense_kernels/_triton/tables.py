@@ -116,6 +116,19 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class NearestConfig:
+    """Of the launch that finds how far each token's nearest neighbour is."""
+
+    block_n: int = 32  # tokens of a program, 128 bytes of a row: N = 576 then has 18 programs
+    block_j: int = 64  # rows at a time, so that their loads overlap: 16 numbers a thread; counted, no spill
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls) -> "NearestConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
 class AssignConfig:
     block_k: int  # rows looked at together, so that their loads overlap
     block_n: int = 32  # tokens of a program

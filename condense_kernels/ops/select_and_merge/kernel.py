@@ -17,7 +17,7 @@ from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, rej
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
-from ..greedy_select.kernel import (
+from ..greedy_select.loop import (
     chunk_starts,
     count_tiers,
     negated_utilities,

@@ -22,7 +22,7 @@ from ..._triton.launcher import VARYING, as_fp32, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
-from ..greedy_select.kernel import (
+from ..greedy_select.loop import (
     count_dead,
     counted_fixed,
     counted_magnitude,
