@@ -17,6 +17,7 @@ from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
 from .greedy_select import greedy_select as greedy_select
 from .merge import merge as merge
+from .merge import merge_varlen as merge_varlen
 from .select_and_merge import Condensed as Condensed
 from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes
