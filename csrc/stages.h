@@ -188,6 +188,19 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
 // Sorts the tokens by row: those of row r become members[first[r], first[r + 1]), in token order. first is [k + 2].
 void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members);
 
+// What a row becomes of its tokens: their weighted mean, their weighted sum, or the mean blended with the kept token.
+enum class MergeMode { kMean, kSum, kLerp };
+
+struct Merging {
+  MergeMode mode = MergeMode::kMean;
+  double centre_weight = 0;  // of a kLerp
+
+  template <class T>
+  T of_centre() const {
+    return static_cast<T>(centre_weight);
+  }
+};
+
 template <class T>
 struct MergeMemory {
   MergeMemory(Memory& memory, int64_t n, int64_t d, int64_t k, int slots)
@@ -196,9 +209,10 @@ struct MergeMemory {
   T* rows;  // [slots, 3, d]
 };
 
-// merged [k, d] contiguous in the dtype of features, mass [k]. indices in [-1, n), assignment in [-1, k).
+// merged [k, d] contiguous in the dtype of features, mass [k]. scores may be null: 1 each. indices in [-1, n),
+// assignment in [-1, k).
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
-                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass);
+                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass, const Merging& merging = {});
 
 }  // namespace condense

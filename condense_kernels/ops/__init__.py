@@ -21,6 +21,7 @@ from .dpp_select import dpp_select_varlen as dpp_select_varlen
 from .greedy_select import greedy_select as greedy_select
 from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
+from .merge import merge_varlen as merge_varlen
 from .select_and_merge import Condensed as Condensed
 from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes
