@@ -76,6 +76,14 @@ struct RowOps {
   int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
   // m = max(m, row); a row value that is not finite counts as 0.
+  // Appends to found those of row[from, n) above bar, each cut to its cap and 0 where it is not finite, and stops when
+  // there are more than room: where it did is returned. found holds a vector more.
+  int64_t (*collect_above)(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                           int64_t* count);
+  // The largest of row[0, n) whose key is above bar, cut to 0 and 0 where it is not finite; -infinity of none.
+  T (*max_where)(const T* row, const T* key, T bar, int64_t n);
+
+  // m = max(m, row); row is finite.
   void (*raise_row)(const T* row, int64_t n, T* m);
   // t of every token
   void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);

@@ -477,6 +477,72 @@ int64_t next_pick(const T* row, const T* nu, T suppression, Combine combine, int
   return pick >= 0 ? pick : first_candidate(nu, n);
 }
 
+// Bit i of the result is lane i of a comparison.
+template <class I>
+inline unsigned lanes_of(I compared) {
+#if CONDENSE_ISA_BYTES == 64
+  if constexpr (sizeof(compared[0]) == 4)
+    return _mm512_movepi32_mask((__m512i)compared);
+  else
+    return _mm512_movepi64_mask((__m512i)compared);
+#elif CONDENSE_ISA_BYTES == 32
+  if constexpr (sizeof(compared[0]) == 4)
+    return _mm256_movemask_ps((__m256)compared);
+  else
+    return _mm256_movemask_pd((__m256d)compared);
+#else
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < sizeof(I) / sizeof(compared[0]); ++i) lanes |= static_cast<unsigned>(compared[i] & 1) << i;
+  return lanes;
+#endif
+}
+
+template <class T>
+int64_t collect_above(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                      int64_t* count) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t i = from, c = *count;
+  for (; i + kLanes <= n && c <= room; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    const V most = load<V>(cap + i);
+    x = x < most ? x : most;
+    for (unsigned lanes = lanes_of(x > bar); lanes; lanes &= lanes - 1) found[c++] = x[__builtin_ctz(lanes)];
+  }
+  if (i + kLanes > n) {
+    for (; i < n; ++i) {
+      T x = row[i] - row[i] == 0 ? row[i] : T{};
+      x = x < cap[i] ? x : cap[i];
+      if (x > bar) found[c++] = x;
+    }
+  }
+  *count = c;
+  return i;
+}
+
+template <class T>
+T max_where(const T* row, const T* key, T bar, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const T nothing = -static_cast<T>(__builtin_inf());
+  V most = nothing - V{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    x = load<V>(key + i) > bar ? x : nothing - V{};
+    most = x > most ? x : most;
+  }
+  T best = nothing;
+  for (int lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+  for (; i < n; ++i) {
+    const T x = row[i] - row[i] == 0 ? row[i] : T{};
+    if (key[i] > bar && x > best) best = x;
+  }
+  return best < 0 ? best : T{};
+}
+
 template <class T>
 void raise_row(const T* row, int64_t n, T* m) {
   for (int64_t i = 0; i < n; ++i) {
@@ -611,6 +677,8 @@ constexpr RowOps<T> table() {
   ops.sum_tile = sum_tile<T>;
   ops.first_pick = first_pick<T>;
   ops.next_pick = next_pick<T>;
+  ops.collect_above = collect_above<T>;
+  ops.max_where = max_where<T>;
   ops.raise_row = raise_row<T>;
   ops.score_row = score_row<T>;
   ops.factor_rows = factor_rows<T>;

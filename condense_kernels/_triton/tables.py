@@ -173,6 +173,17 @@ class AssignConfig:
 
 
 @dataclass(frozen=True)
+class DpcConfig:
+    block_n: int  # columns of s at a time
+    block_m: int = 4  # rows of a program
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, n: int) -> "DpcConfig":
+        return _chosen(cls(block_n=max(next_power_of_2(n, 1024), 64)))
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     block_d: int  # channels at a time: all of them up to 4096, so that a row's tokens are listed once
     num_warps: int

@@ -18,6 +18,9 @@ from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
 from .dpp_select import dpp_select as dpp_select
 from .dpp_select import dpp_select_varlen as dpp_select_varlen
+from .dpc_knn import DensityPeaks as DensityPeaks
+from .dpc_knn import dpc_knn as dpc_knn
+from .dpc_knn import dpc_knn_varlen as dpc_knn_varlen
 from .greedy_select import greedy_select as greedy_select
 from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
