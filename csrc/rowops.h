@@ -19,6 +19,8 @@ constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyo
 // u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
 enum class Combine { kSub, kMul };
 
+constexpr int kGainLanes = 128;  // partial sums of a gain in coverage_select
+
 // T is the working type: float, or double where an input is fp64.
 template <class T>
 struct RowOps {
@@ -64,6 +66,10 @@ struct RowOps {
   void (*raise_row)(const T* row, int64_t n, T* m);
   // t of every token
   void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);
+
+  // The sum of max(0, column - covered) over n rows, a multiple of kGainLanes: row i is added to lane i % kGainLanes,
+  // then neighbouring lanes to each other, and so on.
+  T (*coverage_gain)(const T* column, const T* covered, int64_t n);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

@@ -15,6 +15,8 @@ kernels are in csrc/, under the same names.
 from .assign import assign as assign
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
+from .coverage_select import coverage_select as coverage_select
+from .coverage_select import coverage_select_varlen as coverage_select_varlen
 from .greedy_select import greedy_select as greedy_select
 from .merge import merge as merge
 from .select_and_merge import Condensed as Condensed
