@@ -561,6 +561,26 @@ void score_row(const T* m, const T* nu, T suppression, Combine combine, int64_t 
 }
 
 template <class T>
+T coverage_gain(const T* column, const T* covered, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kGainLanes / kLanes;
+  V part[kVectors] = {};
+  for (int64_t i = 0; i < n; i += kGainLanes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V more = load<V>(column + i + v * kLanes) - load<V>(covered + i + v * kLanes);
+      part[v] = part[v] + (more > 0 ? more : V{});
+    }
+  }
+  T lane[kGainLanes];
+  for (int v = 0; v < kVectors; ++v) store(lane + v * kLanes, part[v]);
+  for (int left = kGainLanes / 2; left > 0; left /= 2) {
+    for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
+  }
+  return lane[0];
+}
+
+template <class T>
 struct RowDistance {
   const T* positions;
   int64_t n, num_axes, kept;
@@ -683,6 +703,7 @@ constexpr RowOps<T> table() {
   ops.score_row = score_row<T>;
   ops.factor_rows = factor_rows<T>;
   ops.best_gain = best_gain<T>;
+  ops.coverage_gain = coverage_gain<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

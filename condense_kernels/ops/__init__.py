@@ -21,6 +21,8 @@ from .dpp_select import dpp_select_varlen as dpp_select_varlen
 from .dpc_knn import DensityPeaks as DensityPeaks
 from .dpc_knn import dpc_knn as dpc_knn
 from .dpc_knn import dpc_knn_varlen as dpc_knn_varlen
+from .coverage_select import coverage_select as coverage_select
+from .coverage_select import coverage_select_varlen as coverage_select_varlen
 from .greedy_select import greedy_select as greedy_select
 from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
