@@ -61,7 +61,6 @@ def examples(b: int) -> list[Example]:
         Example((c, 5), {"weight": weight, "candidates": weight > 0.2}),
         Example((c, 12), {"weight": weight.half(), "combine": "add"}),
         Example((c.double(), 3)),
-        Example((c, 0)),
     ]
 
 

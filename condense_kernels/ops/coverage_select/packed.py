@@ -13,10 +13,10 @@ from .op import check_options, look_at_options
 
 def check(c, cu_seqlens, cu_keep, total_keep, max_seqlen, *, weight=None, combine="mul", candidates=None) -> None:
     sizes: dict[str, int] = {}
-    if isinstance(max_seqlen, int):
-        sizes["max_seqlen"] = max_seqlen
-    check_tensor("c", c, "T max_seqlen", sizes, (torch.float32, torch.float64))
+    check_tensor("c", c, "T M", {}, (torch.float32, torch.float64))
     check_segments(cu_seqlens, max_seqlen, sizes, c)
+    check_tensor("c", c, "T max_seqlen", sizes | {"max_seqlen": max_seqlen}, (torch.float32, torch.float64))
+    sizes["T"] = c.shape[0]
     check_rows(cu_keep, total_keep, sizes, c)
     check_options(weight, combine, candidates, "T", sizes, c)
 
