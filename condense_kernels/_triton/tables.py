@@ -70,6 +70,21 @@ class SimilarityConfig:
 
 
 @dataclass(frozen=True)
+class DistanceConfig:
+    """Of metric "neg_l2". The order of the channels, and so the bits, depend on block_d alone."""
+
+    block: int = 32  # tokens a side of a tile
+    block_d: int = 8  # channels a step, a sector of 32 bytes of an fp32 row: 64 accumulators a thread
+    num_warps: int = 4
+    block_rows: int = 16  # rows of s that a program adds up,
+    block_columns: int = 64  # so many columns at a time
+
+    @classmethod
+    def for_shape(cls) -> "DistanceConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """An image's tokens in chunks of one size; one program an image. All images of a span are launched alike."""
 

@@ -32,3 +32,4 @@ from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes
 from .select_and_merge_varlen import select_and_merge_varlen as select_and_merge_varlen
 from .similarity import similarity as similarity
+from .similarity import similarity_varlen as similarity_varlen
