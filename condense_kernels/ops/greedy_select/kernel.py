@@ -116,7 +116,7 @@ def greedy_select_kernel(
     if HAS_SBAR:
         sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
         scaling = prior_scaling(
-            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
+            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression == 0, N, HAS_TIER, WIDE
         )
     # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead chunks overlap, and a
     # token of several dies in all of them.
