@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "memory.h"
@@ -88,7 +89,12 @@ template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier);
 
-// square [count, count]: the similarities among some tokens, after similarity_image; its bits.
+// tier [n] alone, and what the next two need of every key.
+template <class T>
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier);
+
+// square [count, count]: the similarities among some tokens, after similarity_image or measure_keys; its bits.
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
@@ -128,6 +134,13 @@ template <class T>
 void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
                          Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
+// The same from `made` picks on, 1 or more, that greedy_select_streamed has left in memory.
+template <class T>
+void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t k,
+                           const GreedyMemory<T>& memory, int64_t* order);
+
+constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed: 1 MB of similarities among them
+
 template <class T>
 struct StreamedGreedyMemory {
   StreamedGreedyMemory(Memory& memory, int64_t n);
@@ -137,11 +150,18 @@ struct StreamedGreedyMemory {
 };
 
 // The same picks without s, whose rows are computed once they are needed: rows [picks, width_of(n)] are those of the
-// picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities.
+// picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities. Without
+// keeps_rows, rows are those of one round, at most kPool. It ends after most_rounds, be the picks complete or not.
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows);
+                               T* rows, bool keeps_rows = true,
+                               int64_t most_rounds = std::numeric_limits<int64_t>::max());
+
+// The first pick by max_min, -1 where there is no candidate; rows [kTile, width_of(n)] are scratch.
+template <class T>
+int64_t pick_farthest_streamed(const Rows& keys, const Selection<T>& selection, Crew& crew,
+                               SimilarityMemory<T>& similarity, const GreedyMemory<T>& memory, T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>
