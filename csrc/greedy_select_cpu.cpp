@@ -195,12 +195,12 @@ struct Pool {
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isnan(memory.t[i])) tokens[live++] = i;
     }
-    size = std::min(live, kPool);
+    size = std::min(live, memory.most);
     bound_token = -1;
-    if (live > kPool) {
-      std::nth_element(tokens, tokens + kPool, tokens + live,
+    if (live > size) {
+      std::nth_element(tokens, tokens + size, tokens + live,
                        [&](int64_t i, int64_t j) { return before(memory.t[i], i, memory.t[j], j); });
-      bound_token = tokens[kPool];
+      bound_token = tokens[size];
       bound = memory.t[bound_token];
     }
     std::sort(tokens, tokens + size);
@@ -232,18 +232,19 @@ struct Pool {
 }  // namespace
 
 template <class T>
-StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n)
-    : all(memory, n),
-      pool(memory, std::min(n, kPool)),
+StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n, int64_t most)
+    : most(std::min(n, most)),
+      all(memory, n),
+      pool(memory, this->most),
       t(memory.take<T>(n)),
-      pool_t(memory.take<T>(std::min(n, kPool))),
-      square(memory.take<T>(std::min(n, kPool) * std::min(n, kPool))),
+      pool_t(memory.take<T>(this->most)),
+      square(memory.take<T>(this->most, this->most)),
       tokens(memory.take<int64_t>(n)) {}
 
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows, bool keeps_rows, int64_t most_rounds) {
+                               T* rows, Rounds rounds) {
   const RowOps<T>& ops = row_ops<T>();
   const T suppression = selection.suppression;
   const Combine combine = selection.combine;
@@ -253,7 +254,7 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
 
   // Brings all scores up to date with the picks [from, to).
   const auto update = [&](int64_t from, int64_t to) {
-    T* fresh = rows + (keeps_rows ? from * width : 0);
+    T* fresh = rows + (rounds.keep_rows ? from * width : 0);
     similarity_rows(keys, order + from, to - from, crew, similarity, fresh);
     crew.run([&](int slot) {
       const Share share(n, slot, crew.size());
@@ -270,7 +271,7 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
   }
   Pool<T> pool{memory.all, memory};
   for (int64_t step = 1; step < picks;) {
-    if (most_rounds-- == 0) return step;
+    if (rounds.most-- == 0) return step;
     pool.fill(n);
     similarity_among(keys, memory.tokens, pool.size, crew, similarity, memory.square);
     const int64_t more = pool.pick(suppression, combine, picks - step, order + step);
@@ -305,7 +306,7 @@ int64_t pick_farthest_streamed(const Rows& keys, const Selection<T>& selection, 
   template void greedy_select_resumed<T>(const T*, int64_t, const Selection<T>&, int64_t, int64_t, int64_t,          \
                                          const GreedyMemory<T>&, int64_t*);                                          \
   template int64_t greedy_select_streamed<T>(const Rows&, const Selection<T>&, int64_t, Crew&, SimilarityMemory<T>&, \
-                                             const StreamedGreedyMemory<T>&, int64_t*, T*, bool, int64_t);           \
+                                             const StreamedGreedyMemory<T>&, int64_t*, T*, Rounds);                  \
   template int64_t pick_farthest_streamed<T>(const Rows&, const Selection<T>&, Crew&, SimilarityMemory<T>&,          \
                                              const GreedyMemory<T>&, T*);
 CONDENSE_INSTANTIATE(float)

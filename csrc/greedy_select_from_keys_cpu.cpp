@@ -26,34 +26,46 @@ enum class Way {
 
 struct Plan {
   Plan(int64_t n, int64_t k, bool has_prior, bool suppresses, bool scale_prior, bool max_min)
-      : n(n), k(k), max_min(max_min), needs_mean(suppresses && scale_prior && has_prior) {
-    const bool fits = n <= stored_tokens();
+      : n(n),
+        k(k),
+        pool(std::min({n, kPool, width_of(k) + kTile})),
+        max_min(max_min),
+        needs_mean(suppresses && scale_prior && has_prior) {
     if (!suppresses && !max_min) {
       way = Way::kTopK;
-    } else if (fits && (needs_mean || max_min || most_rounds() < 0)) {
+    } else if (n <= stored_tokens() && (needs_mean || max_min || rounds_cost(kExpectedRounds) > 0.9 * stored_cost())) {
       way = Way::kStored;
     } else {
       way = Way::kLazy;
     }
   }
 
-  // Rounds that take as long, with the rows of the picks, as all of s does. A bound, not a forecast: tokens in many
-  // copies may end a round with every pick, and then it is s that is computed after all. Below 0: s is cheaper.
-  int64_t most_rounds() const {
-    if (n > stored_tokens()) return std::numeric_limits<int64_t>::max();
-    const int64_t pool = std::min(n, kPool);
-    const int64_t rounds = (n * n - 2 * k * n) / (pool * pool);
-    return rounds < 2 + k / kExpectedPicks ? -1 : rounds;
+  // In products of two keys. A round has those of its pool, and of a packing of all keys: as long as 16 rows take.
+  double stored_cost() const { return 0.5 * static_cast<double>(n) * static_cast<double>(n); }
+  double round_cost() const { return 16.0 * static_cast<double>(n) + 0.5 * static_cast<double>(pool * pool); }
+  double rounds_cost(double rounds) const {
+    return static_cast<double>(n) * static_cast<double>(k) + rounds * round_cost();
+  }
+
+  // Tokens in many copies may end a round with every pick. Once the rounds have cost as much as s, it is s that is
+  // computed after all.
+  Rounds rounds() const {
+    Rounds found;
+    found.keep_rows = false;
+    if (n <= stored_tokens()) found.most = static_cast<int64_t>((stored_cost() - rounds_cost(0)) / round_cost());
+    return found;
   }
 
   // Multiply-adds of an image, more or less.
   double work(int64_t channels) const {
-    const auto pairs = way == Way::kTopK ? 1.0 : way == Way::kStored || needs_mean ? n : std::max(k, kPool);
-    return pairs * static_cast<double>(n) * static_cast<double>(channels);
+    const double pairs = way == Way::kTopK                  ? static_cast<double>(n)
+                         : way == Way::kLazy && !needs_mean ? rounds_cost(1)
+                                                            : stored_cost();
+    return pairs * static_cast<double>(channels);
   }
 
-  static constexpr int64_t kExpectedPicks = 64;  // of a round
-  int64_t n, k;
+  static constexpr double kExpectedRounds = 4;  // 2 to 5 were seen where half of the tokens or fewer are copies
+  int64_t n, k, pool;
   bool max_min, needs_mean;
   Way way = Way::kStored;
 };
@@ -68,9 +80,9 @@ struct ImageMemory {
                          : way == Way::kTopK ? 1
                                              : 0,
                          plan.n)),
-        rows(memory.take<T>(way == Way::kLazy ? std::min(plan.k, kPool) + kTile : 0, width_of(plan.n))),
+        rows(memory.take<T>(way == Way::kLazy ? std::min(plan.k, plan.pool) + kTile : 0, width_of(plan.n))),
         greedy(memory, way == Way::kLazy ? 0 : plan.n),
-        lazy(memory, way == Way::kLazy ? plan.n : 0),
+        lazy(memory, way == Way::kLazy ? plan.n : 0, plan.pool),
         similarity(memory, plan.n, slots, way != Way::kLazy || !plan.needs_mean) {}
   int8_t* tier;
   T *g, *s, *rows;  // s [n, n], or [n] of zeros
@@ -99,7 +111,7 @@ void pick_lazily(const Rows& keys, const uint8_t* mask, const Plan& plan, Select
     selection.first = pick_farthest_streamed<T>(keys, selection, crew, memory.similarity, all, memory.rows);
   }
   const int64_t made = greedy_select_streamed<T>(keys, selection, plan.k, crew, memory.similarity, memory.lazy, order,
-                                                 memory.rows, false, plan.most_rounds());
+                                                 memory.rows, plan.rounds());
   const bool is_done = made == plan.k || std::all_of(all.nu, all.nu + plan.n, [](T nu) { return std::isnan(nu); });
   if (!is_done) finish_on_stored<T>(keys, mask, plan, selection, made, crew, memory, order);
 }

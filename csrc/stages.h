@@ -141,22 +141,26 @@ void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection
 
 constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed: 1 MB of similarities among them
 
+struct Rounds {
+  int64_t most = std::numeric_limits<int64_t>::max();  // after these it ends, be the picks complete or not
+  bool keep_rows = true;                               // else `rows` are those of one round
+};
+
 template <class T>
 struct StreamedGreedyMemory {
-  StreamedGreedyMemory(Memory& memory, int64_t n);
+  StreamedGreedyMemory(Memory& memory, int64_t n, int64_t most = kPool);
+  int64_t most;  // tokens of a round
   GreedyMemory<T> all, pool;
   T *t, *pool_t, *square;
   int64_t* tokens;
 };
 
 // The same picks without s, whose rows are computed once they are needed: rows [picks, width_of(n)] are those of the
-// picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities. Without
-// keeps_rows, rows are those of one round, at most kPool. It ends after most_rounds, be the picks complete or not.
+// picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities.
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows, bool keeps_rows = true,
-                               int64_t most_rounds = std::numeric_limits<int64_t>::max());
+                               T* rows, Rounds rounds = {});
 
 // The first pick by max_min, -1 where there is no candidate; rows [kTile, width_of(n)] are scratch.
 template <class T>
