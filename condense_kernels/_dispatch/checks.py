@@ -190,6 +190,22 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected {allowed}, got {value!r}.")
 
 
+def check_s_or_keys(s: Any, keys: Any, of_s: dict[str, Any], of_keys: dict[str, tuple[Any, Any]]) -> None:
+    """Exactly one of the two, and nothing that goes with the other: of_s are to be None, of_keys (value, default)."""
+    if (s is None) == (keys is None):
+        got = "neither" if s is None else "both"
+        raise ValueError(
+            f"s, keys: expected one of the two, got {got}. Remedy: s of similarity, or the keys that it would "
+            "be computed from."
+        )
+    beside = "s, which has no need of it" if keys is None else "keys, from which it follows"
+    given = of_keys if keys is None else {name: (value, None) for name, value in of_s.items()}
+    for name, (value, default) in given.items():
+        if isinstance(value, torch.Tensor) or value != default:
+            got = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {default!r} beside {beside}, got {got}. Remedy: leave out {name}.")
+
+
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:
     check_count("num_anchors", num_anchors, 0, num_tokens, f"N = {num_tokens} tokens")
     check_count("num_background", num_background, 0, num_tokens, f"N = {num_tokens} tokens")

@@ -33,6 +33,19 @@ def fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIE
 
 
 @triton.jit
+def fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, HAS_TIER: tl.constexpr, BLOCK: tl.constexpr):
+    """What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as nothing is left to pick."""
+    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 1, BLOCK)
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 2, BLOCK)
+    if HAS_TIER or candidates is not None:
+        while place < K:
+            late = place + tl.arange(0, BLOCK)
+            tl.store(order_ptr + late, tl.full([BLOCK], -1, tl.int64), mask=late < K)
+            place += BLOCK
+
+
+@triton.jit
 def candidates_of(candidates_ptr, stride_b, stride_n, at_b):
     """Of an image, a pointer and a stride; None where all tokens are candidates."""
     if candidates_ptr is None:
@@ -131,14 +144,7 @@ def greedy_select_kernel(
         s_ptr + at_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
         stride_s_j, columns, packed, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True, MUL, first,
     )  # fmt: skip
-    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 1, BLOCK_FILL)
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 2, BLOCK_FILL)
-    if HAS_TIER or candidates_ptr is not None:
-        while place < K:  # nothing is left that may be picked
-            late = place + tl.arange(0, BLOCK_FILL)
-            tl.store(order_ptr + late, tl.full([BLOCK_FILL], -1, tl.int64), mask=late < K)
-            place += BLOCK_FILL
+    fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, HAS_TIER, BLOCK_FILL)
 
 
 def check_is_stored(n: int) -> None:

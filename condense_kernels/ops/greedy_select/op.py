@@ -3,9 +3,18 @@ from typing import Any
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import FLOATS, as_count, check_choice, check_count, check_flag, check_tensor, check_weight
+from ..._dispatch.checks import (
+    FLOATS,
+    as_count,
+    check_choice,
+    check_count,
+    check_flag,
+    check_s_or_keys,
+    check_tensor,
+    check_weight,
+)
 from ..._dispatch.debug import check_finite, refuse
-from ..._dispatch.declaration import Example, Operator, always, random
+from ..._dispatch.declaration import OPERATORS, Example, Operator, always, random
 from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_rows, look_at_segments
 from . import reference
 
@@ -103,10 +112,15 @@ def look(
 ) -> None:
     refuse("s", s, ~s.isfinite(), "finite numbers", ("image", "token", "token"), REMEDY)
     look_at_options(prior, sbar, tier, first, candidates, combine, ("image", "token"))
+    look_at_indices(first, tier, candidates, s[:, 0])
+
+
+def look_at_indices(first, tier, candidates, tokens) -> None:
+    """A first pick of each image by index; tokens is anything [B, N]."""
     if first is not None and not first.is_floating_point():
-        b, n = s.shape[:2]
-        starts = n * torch.arange(b, device=s.device)
-        look_at_first(first, torch.full_like(starts, n), starts, is_candidate(tier, candidates, s[:, 0]).flatten())
+        b, n = tokens.shape
+        starts = n * torch.arange(b, device=tokens.device)
+        look_at_first(first, torch.full_like(starts, n), starts, is_candidate(tier, candidates, tokens).flatten())
 
 
 def examples(b: int) -> list[Example]:
@@ -236,9 +250,9 @@ def options_of(sbar, tier, suppression, first, candidates, combine, max_min) -> 
 
 @tracing.leaf()
 def greedy_select(
-    s: torch.Tensor,  # [B, N, N]
-    prior: torch.Tensor | None,  # [B, N]
-    k: int,
+    s: torch.Tensor | None = None,  # [B, N, N]
+    prior: torch.Tensor | None = None,  # [B, N]
+    k: int | None = None,
     *,
     sbar: torch.Tensor | None = None,  # [B]
     tier: torch.Tensor | None = None,  # [B, N]
@@ -247,6 +261,10 @@ def greedy_select(
     candidates: torch.Tensor | None = None,  # [B, N]
     combine: str = "sub",
     max_min: bool = False,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    mask: torch.Tensor | None = None,  # [B, N]
+    scale_prior: bool = True,
+    metric: str = "cosine",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Greedy selection of k tokens that suppresses what is similar to those already picked (Eq. 2 and 4).
@@ -274,6 +292,12 @@ def greedy_select(
         candidates: [B, N] bool; a token that is False is never picked. In tier 0, it counts in mean|prior|.
         combine: "sub", or "mul", where a negative utility counts as 0.
         max_min: True is the same as first="max_min", by which the raw operator knows it.
+        keys: [B, N, Dk] floating, instead of s: the picks are those on the s, sbar and tier of
+            :func:`similarity(keys, prior, mask)`, which are not returned, and of s only what is needed is computed. The
+            raw operator is greedy_select_from_keys.
+        mask: [B, N] bool, False = padding; with keys.
+        scale_prior: with keys, whether sbar scales the prior; False: the prior is the utility.
+        metric: of keys, "cosine".
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
@@ -288,9 +312,16 @@ def greedy_select(
         RuntimeError: on CPU, an index first that is not in [-1, N).
     """
     k = as_count("k", k)
+    of_keys = {"mask": (mask, None), "scale_prior": (scale_prior, True), "metric": (metric, "cosine")}
+    check_s_or_keys(s, keys, {"sbar": sbar, "tier": tier}, of_keys)
     options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
-    tracing.checked(check, s, prior, k, **options)
-    return backends.run("greedy_select", backend, (s, prior, k), options)
+    op, on = "greedy_select", s
+    if keys is not None:
+        op, on = "greedy_select_from_keys", keys
+        del options["sbar"], options["tier"]
+        options |= {"mask": mask, "scale_prior": scale_prior, "metric": metric}
+    tracing.checked(OPERATORS[op].check, on, prior, k, **options)
+    return backends.run(op, backend, (on, prior, k), options)
 
 
 @tracing.leaf()
