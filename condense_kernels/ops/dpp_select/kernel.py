@@ -188,7 +188,8 @@ def dpp_select_kernel(
     floor_ptr += first
     first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
     if packed is not None:
-        if (N <= LOW) | (BLOCK * CHUNKS < N) | (K == 0):  # of another size, so of another launch
+        elsewhere = (N <= LOW) | (BLOCK * CHUNKS < N)  # of another size, so of another launch
+        if elsewhere | (K == 0):
             return
     s_ptr += at_b * stride_s_b
     if quality_ptr is not None:
