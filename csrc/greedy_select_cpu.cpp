@@ -6,8 +6,10 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "checks.h"
+#include "packed.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -311,13 +313,13 @@ void check_options(const Options& options, const char* image_axis, const std::ve
   if (options.first && options.max_min) {
     fail("first, max_min: expected one of the two, got both. Remedy: leave out first.");
   }
-  if (options.first && options.first->scalar_type() == ScalarType::Long) {
-    check_shape("first", *options.first, image_axis, images);
-    check_cpu("first", *options.first);
-  } else if (options.first) {
-    check_shape("first", *options.first, token_axes, tokens);
+  if (options.first) {
+    const ScalarType dtype = options.first->scalar_type();
+    const bool is_utility = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                            dtype == ScalarType::Double;
+    check_shape("first", *options.first, is_utility ? token_axes : image_axis, is_utility ? tokens : images);
     check_dtype("first", *options.first,
-                {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double},
+                {ScalarType::Long, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double},
                 "int64, float32, float16, bfloat16, float64");
   }
   if (options.candidates) {
@@ -366,8 +368,63 @@ Tensor greedy_select(const Tensor& s, std::optional<Tensor> prior, int64_t k, st
   return wide ? greedy_select_as<double>(s, prior, k, options) : greedy_select_as<float>(s, prior, k, options);
 }
 
+template <class T>
+Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& prior, const Tensor& cu_seqlens,
+                               const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, const Options& options) {
+  const bool fits = s.scalar_type() == kScalarType<T> && (s.stride(1) == 1 || s.size(1) == 1);
+  const Tensor rows = fits ? s : contiguous_as("s", s, kScalarType<T>);
+  const Arguments<T> arguments(prior, options);
+  const Tensor order = empty("order", {total_keep}, ScalarType::Long);
+  auto* picks = output<int64_t>(order);
+  std::fill(picks, picks + total_keep, -1);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, s.size(0), total_keep, max_seqlen);
+  double work = 0;
+  for (const Part& part : parts) {
+    const int64_t n = part.num_tokens;
+    work += static_cast<double>(n) * static_cast<double>(options.max_min ? part.num_rows + n : part.num_rows);
+    if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, n);
+  }
+  const auto count = static_cast<int64_t>(parts.size());
+  const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, longest(parts)); };
+  for_each_image(
+      count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces, [&](int64_t i, auto& memory, Crew& crew) {
+        const Part& part = parts[i];
+        const int64_t first = part.first_token, ld = rows.stride(0);
+        greedy_select_image<T>(data_of<T>(rows) + first * ld, ld, arguments.image(part.number, first), options.max_min,
+                               part.num_tokens, part.num_rows, crew, memory, picks + part.first_row);
+      });
+  return order;
+}
+
+Tensor greedy_select_varlen(const Tensor& s, std::optional<Tensor> prior, const Tensor& cu_seqlens,
+                            const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> sbar,
+                            std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
+                            std::optional<Tensor> candidates, std::string combine, bool max_min) {
+  check_rank("s", s, "T max_seqlen", 2);
+  check_working("s", s);
+  check_segments(cu_seqlens, max_seqlen);
+  const std::vector<int64_t> tokens = {s.size(0)}, segments = {cu_seqlens.size(0) - 1};
+  if (s.size(1) != max_seqlen) {
+    fail("s: expected shape [T max_seqlen] = ", shape_text({s.size(0), max_seqlen}), ", got ", shape_text(shape_of(s)),
+         ".");
+  }
+  if (prior) {
+    check_shape("prior", *prior, "T", tokens);
+    check_floating("prior", *prior);
+  }
+  check_rows(cu_keep, cu_seqlens, total_keep, s.size(0));
+  const Options options{sbar, tier, first, candidates, suppression, combine_of(combine), max_min};
+  check_options(options, "S", segments, "T", tokens);
+  const bool wide = is_double(s) || (prior && is_double(*prior));
+  const auto run = wide ? greedy_select_varlen_as<double> : greedy_select_varlen_as<float>;
+  return run(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, options);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("greedy_select", TORCH_BOX(&greedy_select)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("greedy_select", TORCH_BOX(&greedy_select));
+  m.impl("greedy_select_varlen", TORCH_BOX(&greedy_select_varlen));
+}
 
 }  // namespace condense

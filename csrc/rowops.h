@@ -34,6 +34,8 @@ struct FactorRows {
   T root[kFactorRows];           // of its gain
 };
 
+constexpr int kGainLanes = 128;  // partial sums of a gain in coverage_select
+
 // T is the working type: float, or double where an input is fp64.
 template <class T>
 struct RowOps {
@@ -64,6 +66,12 @@ struct RowOps {
   int64_t pairs_panel;
   // As multiply_tile, over depth words.
   void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // As multiply_tile, of squares of differences instead of products.
+  void (*distance_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // t = -sqrt(t) * unscale, at most the largest number in magnitude; never -0.
+  void (*negate_root_tile)(T* t, T unscale);
+  // most_i = max(most_i, rows of t + penalty_j), and unless it is null most_j = max(most_j, columns of t + penalty_i).
+  void (*nearest_tile)(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j);
   // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
   void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
@@ -75,6 +83,13 @@ struct RowOps {
   // m = max(m, row); the smallest t, as above. A row value that is not finite counts as 0.
   int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
+  // Appends to found those of row[from, n) above bar, each cut to its cap and 0 where it is not finite, and stops when
+  // there are more than room: where it did is returned. found holds a vector more.
+  int64_t (*collect_above)(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                           int64_t* count);
+  // The largest of row[0, n) whose key is above bar, cut to 0 and 0 where it is not finite; -infinity of none.
+  T (*max_where)(const T* row, const T* key, T bar, int64_t n);
+
   // m = max(m, row); a row value that is not finite counts as 0.
   void (*raise_row)(const T* row, int64_t n, T* m);
   // t of every token
@@ -84,6 +99,10 @@ struct RowOps {
   void (*factor_rows)(const FactorRows<T>& task, T* factor, T* gain);
   // The token with the largest gain of those above floor, lowest index first; NaN never wins; -1 where there is none.
   int64_t (*best_gain)(const T* gain, const T* floor, int64_t n);
+
+  // The sum of max(0, column - covered) over n rows, a multiple of kGainLanes: row i is added to lane i % kGainLanes,
+  // then neighbouring lanes to each other, and so on.
+  T (*coverage_gain)(const T* column, const T* covered, int64_t n);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

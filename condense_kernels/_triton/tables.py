@@ -163,6 +163,19 @@ class NearestConfig:
 
 
 @dataclass(frozen=True)
+class CoverageConfig:
+    block_n: int  # all tokens of an image, whose scores stay in registers
+    num_warps: int
+    block_gains: int = 16  # tokens of a program of the first launch: 16 numbers a thread of 128 rows at a time
+    rows: int = 8  # times 128 rows of a column that are loaded at once: 1024, so that N = 576 waits once
+
+    @classmethod
+    def for_shape(cls, n: int) -> "CoverageConfig":
+        block_n = max(next_power_of_2(n), 64)
+        return _chosen(cls(block_n, 4 if block_n <= 4096 else 16))
+
+
+@dataclass(frozen=True)
 class AssignConfig:
     block_k: int  # rows looked at together, so that their loads overlap
     block_n: int = 32  # tokens of a program
@@ -171,6 +184,17 @@ class AssignConfig:
     @classmethod
     def for_shape(cls, k: int) -> "AssignConfig":
         return _chosen(cls(block_k=next_power_of_2(k, 32)))  # counted: no spill with positions either
+
+
+@dataclass(frozen=True)
+class DpcConfig:
+    block_n: int  # columns of s at a time
+    block_m: int = 4  # rows of a program
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, n: int) -> "DpcConfig":
+        return _chosen(cls(block_n=max(next_power_of_2(n, 1024), 64)))
 
 
 @dataclass(frozen=True)
