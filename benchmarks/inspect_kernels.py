@@ -41,6 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
+from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -99,6 +100,16 @@ def attention_calls() -> dict[str, tuple]:
     return cases
 
 
+def dpp_calls() -> dict[str, tuple]:
+    cases = {}
+    for n in (576, 2880, 16384):
+        options = {"tier": empty(2, n, dtype=torch.int8), "eps": 1e-5, "damping": 0.0}
+        cases[f"dpp_select N={n}"] = (dpp_select, (empty(2, n, n), empty(2, n), 64), options)
+    packed = empty(20000, 2880), empty(20000), *[empty(10, dtype=torch.int32)] * 2, 500, 2880
+    cases["dpp_select_varlen"] = (dpp_select_varlen, packed, {"eps": 1e-5, "damping": 0.0})
+    return cases
+
+
 def calls() -> dict[str, tuple]:
     """Label -> (launcher, positional arguments, keyword arguments)."""
     bf16, int64 = torch.bfloat16, torch.int64
@@ -111,6 +122,7 @@ def calls() -> dict[str, tuple]:
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
     options = {"candidates": empty(2, 576, dtype=torch.bool), "combine": "mul", "max_min": True}
     cases["greedy_select, products N=576"] = (greedy_select, (empty(2, 576, 576), empty(2, 576), 64), options)
+    cases |= dpp_calls()
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},

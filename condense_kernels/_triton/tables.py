@@ -132,13 +132,13 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class DppConfig:
-    """An image's tokens in chunks, one program an image, as of SelectConfig; but a pick works on all picks before it."""
+    """As SelectConfig, but with more warps: a pick has work with all picks before it."""
 
     low: int
     span: int
     block: int  # tokens of a chunk
     num_warps: int
-    unroll: int = 4  # earlier picks whose loads overlap
+    unroll: int = 2  # earlier picks whose loads overlap
 
     SPANS: ClassVar = (256, 640, 1024, 2048, 3072, 4096, 8192, MAX_STORED)
     CLASSES: ClassVar = (1024, 4096)  # tokens up to which the segments of a packed batch share a launch
@@ -146,6 +146,7 @@ class DppConfig:
     @classmethod
     def for_shape(cls, n: int) -> "DppConfig":
         low, span = next((low, span) for low, span in itertools.pairwise((0, *cls.SPANS)) if n <= span)
+        # Counted: no spill with a number a thread and chunk. Above 4096 tokens there are four, and 128 registers.
         if span <= 1024:
             return _chosen(cls(low, span, block=128, num_warps=4))
         if span <= 4096:
