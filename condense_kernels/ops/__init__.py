@@ -16,6 +16,7 @@ from .assign import assign as assign
 from .assign import assign_varlen as assign_varlen
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
+from .gather_merge import gather_merge as gather_merge
 from .greedy_select import greedy_select as greedy_select
 from .merge import merge as merge
 from .select_and_merge import Condensed as Condensed
