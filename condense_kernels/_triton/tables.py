@@ -239,6 +239,42 @@ class MergeBackwardConfig:
         return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
 
 
+@dataclass(frozen=True)
+class GatherMergeConfig:
+    block_d: int  # channels of a program: K rows alone would not fill a GPU
+    num_warps: int
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeConfig":
+        # 8 numbers of a token a thread, as in MergeConfig
+        block_d = next_power_of_2(d, 512)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeBackwardConfig:
+    block_d: int  # channels at a time: all of them up to 4096, so that a token's places are listed once
+    num_warps: int
+    block: int = 1024  # places looked at together
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeBackwardConfig":
+        block_d = next_power_of_2(d, 4096)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeWeightsConfig:
+    block_m: int  # neighbours of a program
+    block_d: int  # channels at a time
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeWeightsConfig":
+        block_d = next_power_of_2(d, 256)
+        return _chosen(cls(block_m=min(1024 // block_d, 32), block_d=block_d))
+
+
 class Grouping(NamedTuple):
     """Which segments of a packed batch have their s stored together: those whose first block has one of so many
     numbers. The host knows no length, but from one number to the next it is UNIT tokens at most."""
