@@ -348,3 +348,22 @@ def test_tome(backend):
     new_size = one_hot @ size.float()
     torch.testing.assert_close(mass[..., None], new_size)
     torch.testing.assert_close(merged, one_hot @ (x * size) / new_size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_a_compiled_graph(mode, cpp):
+    """One graph, gradients included; of planes and of sizes as well."""
+    torch._dynamo.reset()
+    planes, sizes = torch.randn(1, 2, 6, 4), torch.tensor([[1, 2, 0, 3, 1, 1]])
+
+    def call(x):
+        merged, mass = merge(x, sizes, KEPT, ROWS, mode=mode, centre_weight=0.3)
+        return merged.square().sum() + mass.sum(), merged
+
+    x, again = (planes.clone().requires_grad_() for _ in range(2))
+    loss, merged = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    expected = call(again)
+    assert_same_bits((loss, merged), expected)
+    loss.backward()
+    expected[0].backward()
+    assert_same_bits([x.grad], [again.grad])
