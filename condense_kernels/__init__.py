@@ -12,8 +12,12 @@ from .budget import VarlenBudget as VarlenBudget
 from .budget import condense as condense
 from .budget import split_budget as split_budget
 from .budget import varlen_budget as varlen_budget
+from .matching import bipartite_match as bipartite_match
 from .modules import Condense as Condense
 from .ops import *  # noqa: F403  each by the line that registers it there
+from .segments import allocate_budget as allocate_budget
+from .segments import segment_topk as segment_topk
+from .segments import segment_topk_indices as segment_topk_indices
 from .tokens import gather_tokens as gather_tokens
 from .tokens import sizes as sizes
 from .tokens import unmerge as unmerge

@@ -117,6 +117,15 @@ inline void check_weight(const char* name, std::optional<double> value) {
   if (value) check_weight(name, *value);
 }
 
+inline void check_choice(const char* name, const std::string& value, std::initializer_list<const char*> choices) {
+  std::string allowed;
+  for (const char* choice : choices) {
+    if (value == choice) return;
+    allowed += std::string(allowed.empty() ? "'" : " or '") + choice + "'";
+  }
+  fail(name, ": expected ", allowed, ", got '", value, "'.");
+}
+
 constexpr int64_t kMostTokens = int64_t{1} << 19;  // the fixed-point sum of |s| over all pairs then stays below 2^63
 
 inline void check_num_tokens(const char* name, const Tensor& t) {

@@ -266,6 +266,17 @@ struct Channel {
   static inline V add(V a, V b, V sum) { return fma(a, b, sum); }
 };
 
+// What it adds to a squared distance: no product cancels, so that tokens close to each other keep their distance.
+template <class T>
+struct Difference {
+  typedef typename Simd<T>::V V;
+  static inline V broadcast(const T* p) { return *p - V{}; }
+  static inline V add(V a, V b, V sum) {
+    const V apart = a - b;
+    return fma(apart, apart, sum);
+  }
+};
+
 #if CONDENSE_ISA_PAIRS
 struct Pair {
   static inline VecF broadcast(const float* word) { return (VecF)_mm512_set1_epi32(load<int32_t>(word)); }
@@ -328,6 +339,49 @@ void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* 
   if (n % 2) to[n] = 0.0f;
 }
 #endif
+
+template <class T>
+void negate_root_tile(T* t, T unscale) {
+  typedef typename Simd<T>::V V;
+  for (int64_t i = 0; i < kTile * kTile; i += Simd<T>::kLanes) {
+    const V distance = sqrt(load<V>(t + i)) * unscale;
+    store(t + i, V{} - (distance < Simd<T>::kMax ? distance : Simd<T>::kMax - V{}));
+  }
+}
+
+template <class T>
+void nearest_tile(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kTile / kLanes;
+  const V lowest = -static_cast<T>(__builtin_inf()) - V{};
+  V columns[kVectors];
+  for (V& column : columns) column = lowest;
+  for (int i0 = 0; i0 < kTile; i0 += kLanes) {
+    T rows[kLanes * kLanes], across[kLanes * kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      V row = lowest;
+#pragma GCC unroll 12
+      for (int v = 0; v < kVectors; ++v) {
+        const V x = load<V>(t + (i0 + r) * kTile + v * kLanes);
+        const V of_row = x + load<V>(penalty_j + v * kLanes), of_column = x + penalty_i[i0 + r];
+        row = of_row > row ? of_row : row;
+        columns[v] = of_column > columns[v] ? of_column : columns[v];
+      }
+      store(rows + r * kLanes, row);
+    }
+    transpose_block(rows, kLanes, across, kLanes);
+    V most = load<V>(most_i + i0);
+    for (int r = 0; r < kLanes; ++r) {
+      const V other = load<V>(across + r * kLanes);
+      most = other > most ? other : most;
+    }
+    store(most_i + i0, most);
+  }
+  for (int v = 0; most_j && v < kVectors; ++v) {
+    const V before = load<V>(most_j + v * kLanes);
+    store(most_j + v * kLanes, columns[v] > before ? columns[v] : before);
+  }
+}
 
 template <class T>
 void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
@@ -435,37 +489,149 @@ int64_t first_pick(const T* nu, int64_t n) {
   return pick >= 0 ? pick : first_candidate(nu, n);
 }
 
-template <class T>
+template <class T, Combine kCombine>
+struct Score {
+  T suppression;
+  // t, for vectors and for single values.
+  template <class V>
+  inline V operator()(V m, V nu) const {
+    if constexpr (kCombine == Combine::kSub) return suppression * m + nu;
+    V factor = 1 - suppression * m;  // finite, as 0 times infinity would be no score
+    factor = factor > -Simd<T>::kMax ? factor : -Simd<T>::kMax - V{};
+    factor = factor < Simd<T>::kMax ? factor : Simd<T>::kMax - V{};
+    return nu * factor;
+  }
+};
+
+template <class V>
+inline V finite_or_0(V s) {
+  return s - s == 0 ? s : V{};  // infinity minus itself is NaN
+}
+
+template <class T, Combine kCombine>
 struct NextScore {
   const T* row;
   const T* nu;
-  T suppression;
+  Score<T, kCombine> score;
   T* m;
   template <class V>
   inline V operator()(int64_t i, V) const {
-    V s = load<V>(row + i);
-    s = s - s == 0 ? s : V{};  // infinity minus itself is NaN
+    const V s = finite_or_0(load<V>(row + i));
     const V before = load<V>(m + i);
     const V most = s > before ? s : before;
     store(m + i, most);
-    return suppression * most + load<V>(nu + i);
+    return score(most, load<V>(nu + i));
   }
 };
 
 template <class T>
-int64_t next_pick(const T* row, const T* nu, T suppression, int64_t n, T* m) {
-  const int64_t pick = lowest<T>(n, NextScore<T>{row, nu, suppression, m});
+int64_t next_pick(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m) {
+  const int64_t pick = combine == Combine::kSub ? lowest<T>(n, NextScore<T, Combine::kSub>{row, nu, {suppression}, m})
+                                                : lowest<T>(n, NextScore<T, Combine::kMul>{row, nu, {suppression}, m});
   return pick >= 0 ? pick : first_candidate(nu, n);
+}
+
+// Bit i of the result is lane i of a comparison.
+template <class I>
+inline unsigned lanes_of(I compared) {
+#if CONDENSE_ISA_BYTES == 64
+  if constexpr (sizeof(compared[0]) == 4)
+    return _mm512_movepi32_mask((__m512i)compared);
+  else
+    return _mm512_movepi64_mask((__m512i)compared);
+#elif CONDENSE_ISA_BYTES == 32
+  if constexpr (sizeof(compared[0]) == 4)
+    return _mm256_movemask_ps((__m256)compared);
+  else
+    return _mm256_movemask_pd((__m256d)compared);
+#else
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < sizeof(I) / sizeof(compared[0]); ++i) lanes |= static_cast<unsigned>(compared[i] & 1) << i;
+  return lanes;
+#endif
+}
+
+template <class T>
+int64_t collect_above(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                      int64_t* count) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t i = from, c = *count;
+  for (; i + kLanes <= n && c <= room; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    const V most = load<V>(cap + i);
+    x = x < most ? x : most;
+    for (unsigned lanes = lanes_of(x > bar); lanes; lanes &= lanes - 1) found[c++] = x[__builtin_ctz(lanes)];
+  }
+  if (i + kLanes > n) {
+    for (; i < n; ++i) {
+      T x = row[i] - row[i] == 0 ? row[i] : T{};
+      x = x < cap[i] ? x : cap[i];
+      if (x > bar) found[c++] = x;
+    }
+  }
+  *count = c;
+  return i;
+}
+
+template <class T>
+T max_where(const T* row, const T* key, T bar, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const T nothing = -static_cast<T>(__builtin_inf());
+  V most = nothing - V{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    x = load<V>(key + i) > bar ? x : nothing - V{};
+    most = x > most ? x : most;
+  }
+  T best = nothing;
+  for (int lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+  for (; i < n; ++i) {
+    const T x = row[i] - row[i] == 0 ? row[i] : T{};
+    if (key[i] > bar && x > best) best = x;
+  }
+  return best < 0 ? best : T{};
 }
 
 template <class T>
 void raise_row(const T* row, int64_t n, T* m) {
-  for (int64_t i = 0; i < n; ++i) m[i] = row[i] > m[i] ? row[i] : m[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const T s = finite_or_0(row[i]);
+    m[i] = s > m[i] ? s : m[i];
+  }
 }
 
 template <class T>
-void score_row(const T* m, const T* nu, T suppression, int64_t n, T* t) {
-  for (int64_t i = 0; i < n; ++i) t[i] = suppression * m[i] + nu[i];
+void score_row(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t) {
+  if (combine == Combine::kSub) {
+    for (int64_t i = 0; i < n; ++i) t[i] = Score<T, Combine::kSub>{suppression}(m[i], nu[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) t[i] = Score<T, Combine::kMul>{suppression}(m[i], nu[i]);
+  }
+}
+
+template <class T>
+T coverage_gain(const T* column, const T* covered, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kGainLanes / kLanes;
+  V part[kVectors] = {};
+  for (int64_t i = 0; i < n; i += kGainLanes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V more = load<V>(column + i + v * kLanes) - load<V>(covered + i + v * kLanes);
+      part[v] = part[v] + (more > 0 ? more : V{});
+    }
+  }
+  T lane[kGainLanes];
+  for (int v = 0; v < kVectors; ++v) store(lane + v * kLanes, part[v]);
+  for (int left = kGainLanes / 2; left > 0; left /= 2) {
+    for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
+  }
+  return lane[0];
 }
 
 template <class T>
@@ -537,6 +703,7 @@ void divide_row(T* x, T divisor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
+#include "rowops_factor.h"
 #include "rowops_softmax.h"
 
 template <class T>
@@ -580,12 +747,20 @@ constexpr RowOps<T> table() {
   ops.sum_of_squares = sum_of_squares<T>;
   ops.pack_panel = pack_panel<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
+  ops.distance_tile = multiply_tile<T, Difference<T>>;
+  ops.negate_root_tile = negate_root_tile<T>;
+  ops.nearest_tile = nearest_tile<T>;
   ops.scale_tile = scale_tile<T>;
   ops.sum_tile = sum_tile<T>;
   ops.first_pick = first_pick<T>;
   ops.next_pick = next_pick<T>;
+  ops.collect_above = collect_above<T>;
+  ops.max_where = max_where<T>;
   ops.raise_row = raise_row<T>;
   ops.score_row = score_row<T>;
+  ops.factor_rows = factor_rows<T>;
+  ops.best_gain = best_gain<T>;
+  ops.coverage_gain = coverage_gain<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

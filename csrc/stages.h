@@ -52,43 +52,64 @@ struct Shrink {
   T first, second;
 };
 
+// What a similarity is: a cosine, or a Euclidean distance, negated.
+enum class Metric { kCosine, kNegL2 };
+
 // A key as the similarities use it.
 template <class T>
 struct KeyFactors {
   KeyFactors(Memory& memory, int64_t n) : scale(memory.take<T>(n)), inv(memory.take<T>(n)) {}
-  T* scale;  // [n] power of two, exact
-  T* inv;    // [n] 1 / norm of the scaled key, 0 for a token without similarities
+  T* scale;  // [n] power of two, exact; of distances the same for all tokens
+  T* inv;    // [n] 1 / norm of the scaled key, of distances 1; 0 for a token without similarities
 };
 
 // What one thread multiplies tiles in.
 template <class T>
 struct TileMemory {
-  TileMemory(Memory& memory, int64_t n, bool stored);
+  TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest);
   T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
+  T* nearest;  // [n padded]
   int64_t magnitudes;
 };
 
 template <class T>
 struct SimilarityMemory {
-  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored);
+  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric = Metric::kCosine,
+                   bool with_nearest = false);
+  bool sums_are_plain() const { return sizeof(T) == 8 || metric != Metric::kCosine; }
+
+  Metric metric;
   KeyFactors<T> factors;
+  T unscale = 1;  // of distances
   TileMemory<T>* of_slot;
   int slots;
-  double* sums;  // [n] fp64 alone
-  T* strip;      // [kTile, width_of(n)] fp64 alone, where s is not stored
+  double* sums;  // [n] plain sums alone
+  T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
+  T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
 };
 
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
-// scores may be null, and so may mask.
+// scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
+// lowest number where there is none.
 template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier);
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr);
 
-// square [count, count]: the similarities among some tokens, after similarity_image; its bits.
+// tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
+template <class T>
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier);
+
+// diagonal [n]: of each token with itself, after measure_keys.
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal);
+
+// square [count, count]: the similarities among some tokens, or all where tokens is null, after measure_keys; the bits
+// of similarity_image.
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
@@ -105,10 +126,28 @@ struct GreedyMemory {
   T *nu, *m;
 };
 
-// order [k]. s has rows of ld. sbar null: prior is the utility; tier null: all tokens are valid.
+// What greedy_select goes by beside s; the defaults are those of the operator. The first pick is the one of highest
+// utility, unless another rule is given; where a rule finds no candidate, it is that one again.
 template <class T>
-void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
-                         int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order);
+struct Selection {
+  const T* prior = nullptr;             // [n] null: 0 for every token
+  const T* sbar = nullptr;              // null: the prior is the utility
+  const int8_t* tier = nullptr;         // [n] null: all tokens are valid
+  const uint8_t* candidates = nullptr;  // [n] 0: never picked. null: all are candidates
+  const T* first_utilities = nullptr;   // [n] what the first pick alone goes by
+  int64_t first = -1;                   // the first pick, below n; -1: by utility
+  T suppression = 1;
+  Combine combine = Combine::kSub;
+
+  bool may_be_picked(int64_t i) const { return !candidates || candidates[i]; }
+  bool is_candidate(int64_t i) const { return (!tier || tier[i] == kValid) && may_be_picked(i); }
+};
+
+// order [k]. s has rows of ld. With max_min the first pick is the candidate whose nearest other candidate is farthest,
+// whatever `selection` says of it.
+template <class T>
+void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
+                         Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
 template <class T>
 struct StreamedGreedyMemory {
@@ -121,9 +160,9 @@ struct StreamedGreedyMemory {
 // The same picks without s, whose rows are computed once they are needed: rows [picks, width_of(n)] are those of the
 // picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities.
 template <class T>
-int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
-                               T suppression, Crew& crew, SimilarityMemory<T>& similarity,
-                               const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows);
+int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
+                               SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
+                               T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>
