@@ -171,14 +171,17 @@ def check_assignment(assignment, s_kept, indices, grid, bound: float) -> None:  
     hold("assignment", gap, 2 * (bound + 16 * EPS))
 
 
-def check_merged(merged, mass, features, scores, indices, assignment) -> None:  # of one image
-    """Eq. 8: products, additions and a quotient relative to the sum of magnitudes, then one rounding."""
+def check_merged(merged, mass, features, scores, indices, assignment, **mode) -> None:  # of one image
+    """Eq. 8: products, additions and a quotient relative to the sum of magnitudes, then one rounding. A blend has three
+    operations more."""
     args = indices.cpu()[None], assignment.cpu()[None]
     x, a = features.cpu().double()[None], scores.cpu().double()[None]
-    expected, expected_mass = merge(x, a, *args)
-    magnitude, _ = merge(x.abs(), a, *args)
+    expected, expected_mass = merge(x, a, *args, **mode)
+    magnitude, _ = merge(x.abs(), a, *args, **mode)
     members = assignment.cpu().bincount(minlength=len(indices)).double()
-    bound = (2 * members + 4)[:, None] * EPS * magnitude[0] + unit_roundoff(features.dtype) * expected[0].abs()
+    bound = (2 * members + (7 if mode else 4))[:, None] * EPS * magnitude[0] + unit_roundoff(features.dtype) * expected[
+        0
+    ].abs()
     hold("mass", (mass.cpu() - expected_mass[0]).abs(), (members + 1) * EPS * expected_mass[0])
     hold("merged", (merged.cpu() - expected[0]).abs(), bound)
 

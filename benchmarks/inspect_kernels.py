@@ -43,7 +43,7 @@ from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
 from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
-from condense_kernels.ops.merge.kernel import merge, merge_backward
+from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.ops.similarity.kernel import similarity
@@ -144,6 +144,22 @@ def calls() -> dict[str, tuple]:
         cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
         of_features = (merged, mass, None, tensors[0], None, mass, *tensors[1:])
         cases[f"merge_backward of features {TYPES[dtype]}"] = (merge_backward, of_features, {})
+        for mode in ("sum", "lerp"):
+            cases[f"merge {mode} {TYPES[dtype]}"] = merge, (arguments[2], *tensors), {"mode": mode}
+            cases[f"merge_backward {mode} {TYPES[dtype]}"] = merge_backward, arguments, {"mode": mode}
+    image, kept = empty(2, 576, 1024, dtype=bf16), tensors[1:]
+    for label, sizes in (
+        ("no scores", None),
+        ("sizes", empty(2, 576, dtype=int64)),
+        ("bools", empty(2, 576, dtype=torch.bool)),
+    ):
+        cases[f"merge {label}"] = merge, (image, sizes, *kept), {"mode": "sum"}
+    arguments = merged, mass, None, None, None, mass, *kept
+    cases["merge_backward no scores"] = merge_backward, arguments, {"mode": "lerp"}
+    packed = empty(20000, 1024, dtype=bf16), None, empty(500, dtype=int64), empty(20000, dtype=int64)
+    offsets = *[empty(10, dtype=torch.int32)] * 2, 2880
+    for mode in ("mean", "lerp"):
+        cases[f"merge_varlen {mode}"] = merge_varlen, (*packed, *offsets), {"mode": mode}
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
