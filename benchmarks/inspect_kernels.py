@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from condense_kernels._triton.tables import FusedConfig, trying
-from condense_kernels.ops.assign.kernel import assign
+from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select
@@ -117,6 +117,11 @@ def calls() -> dict[str, tuple]:
     for label, where in places.items():
         options = {"tier": empty(2, 576, dtype=torch.int8), **where}
         cases[f"assign {label}"] = (assign, (empty(2, 576, 576), empty(2, 64, dtype=int64)), options)
+    options = {"sources": empty(2, 576, dtype=torch.bool), "spatial_weight": 0.0}
+    cases["assign sources"] = (assign, (empty(2, 576, 576), empty(2, 64, dtype=int64)), options)
+    offsets = [empty(10, dtype=torch.int32)] * 2
+    options = {"tier": empty(20000, dtype=torch.int8), "positions": empty(20000, 2)}
+    cases["assign_varlen"] = (assign_varlen, (empty(20000, 2880), empty(500, dtype=int64), *offsets, 2880), options)
     for dtype in (bf16, torch.float32):
         tensors = (empty(2, 576), empty(2, 64, dtype=int64), empty(2, 576, dtype=int64))
         cases[f"merge {TYPES[dtype]}"] = (merge, (empty(2, 576, 1024, dtype=dtype), *tensors), {})

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "packed.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -121,15 +122,24 @@ CONDENSE_INSTANTIATE(double)
 
 namespace {
 
+// Who may not be merged, and is not kept, goes nowhere.
+void leave_alone(const uint8_t* sources, const int64_t* indices, int64_t n, int64_t* assignment) {
+  if (!sources) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (sources[i] == 0 && assignment[i] >= 0 && indices[assignment[i]] != i) assignment[i] = -1;
+  }
+}
+
 template <class T>
 Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Tensor>& tier,
                  const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
-                 double spatial_weight) {
+                 double spatial_weight, const std::optional<Tensor>& sources) {
   const int64_t B = s.size(0), N = s.size(1), K = indices.size(1);
   const Matrices matrices(s);
   const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
   const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
+  const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) {
@@ -143,13 +153,16 @@ Tensor assign_as(const Tensor& s, const Tensor& indices, const std::optional<Ten
     for (int64_t row = 0; row < K; ++row) {
       memory.s_rows[row] = matrices.at<T>(b) + std::max<int64_t>(image_kept[row], 0) * matrices.ld;
     }
-    assign_image<T>(image_kept, image_tier, where.layout, N, K, crew, memory, output<int64_t>(assignment) + b * N);
+    int64_t* rows = output<int64_t>(assignment) + b * N;
+    assign_image<T>(image_kept, image_tier, where.layout, N, K, crew, memory, rows);
+    leave_alone(row_of<uint8_t>(may_merge, b, N), image_kept, N, rows);
   });
   return assignment;
 }
 
 Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier,
-              std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions, double spatial_weight) {
+              std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions, double spatial_weight,
+              std::optional<Tensor> sources) {
   check_rank("s", s, "B N N", 3);
   check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
   check_working("s", s);
@@ -162,12 +175,87 @@ Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier
   }
   check_weight("spatial_weight", spatial_weight);
   check_where(grid, positions, spatial_weight, s.size(0), s.size(1));
-  return is_double(s) ? assign_as<double>(s, indices, tier, grid, positions, spatial_weight)
-                      : assign_as<float>(s, indices, tier, grid, positions, spatial_weight);
+  if (sources) {
+    check_shape("sources", *sources, "B N", {s.size(0), s.size(1)});
+    check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
+  }
+  return is_double(s) ? assign_as<double>(s, indices, tier, grid, positions, spatial_weight, sources)
+                      : assign_as<float>(s, indices, tier, grid, positions, spatial_weight, sources);
+}
+
+template <class T>
+Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_keep,
+                        int64_t max_seqlen, const std::optional<Tensor>& tier, const std::optional<Tensor>& positions,
+                        double spatial_weight, const std::optional<Tensor>& sources) {
+  const int64_t num_tokens = s.size(0), total_keep = indices.size(0);
+  const Tensor rows_of_s = s.stride(1) == 1 || s.size(1) <= 1 ? s : contiguous_as("s", s, s.scalar_type());
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
+  const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
+  const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
+  const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
+  std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen);
+  double work = 0;
+  for (const Part& part : parts) {
+    check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
+    work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_rows);
+  }
+  const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
+  const auto count = static_cast<int64_t>(parts.size()), n = longest(parts), k = most_rows(parts);
+  const auto pieces = [&](Memory& memory, int) {
+    return std::pair{SpaceMemory<T>(memory, space, n), AssignMemory<T>(memory, n, k)};
+  };
+  for_each_image(count, work / std::max(static_cast<double>(count), 1.0), pieces,
+                 [&](int64_t p, auto& taken, Crew& crew) {
+                   auto& [where, memory] = taken;
+                   const Part& part = parts[p];
+                   const int64_t first = part.first_token;
+                   const int8_t* own_tier = row_of<int8_t>(tiers, first, 1);
+                   const int64_t* own_kept = data_of<int64_t>(kept) + part.first_row;
+                   where.fill(space.from(first), part.num_tokens, own_tier);
+                   for (int64_t row = 0; row < part.num_rows; ++row) {
+                     const int64_t token = first + std::max<int64_t>(own_kept[row], 0);
+                     memory.s_rows[row] = data_of<T>(rows_of_s) + token * rows_of_s.stride(0);
+                   }
+                   int64_t* to = output<int64_t>(assignment) + first;
+                   assign_image<T>(own_kept, own_tier, where.layout, part.num_tokens, part.num_rows, crew, memory, to);
+                   leave_alone(row_of<uint8_t>(may_merge, first, 1), own_kept, part.num_tokens, to);
+                 });
+  return assignment;
+}
+
+Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_keep,
+                     int64_t max_seqlen, std::optional<Tensor> tier, std::optional<Tensor> positions,
+                     double spatial_weight, std::optional<Tensor> sources) {
+  check_rank("s", s, "T M", 2);
+  check_working("s", s);
+  const int64_t T = s.size(0);
+  check_rank("indices", indices, "total_keep", 1);
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  check_segments(cu_seqlens, max_seqlen);
+  check_rows(cu_keep, cu_seqlens, indices.size(0), T);
+  if (s.size(1) < max_seqlen) {
+    fail("s: expected rows of at least max_seqlen = ", max_seqlen, " similarities, got ", shape_text(shape_of(s)), ".");
+  }
+  if (tier) {
+    check_shape("tier", *tier, "T", {T});
+    check_dtype("tier", *tier, {ScalarType::Char}, "int8");
+  }
+  check_weight("spatial_weight", spatial_weight);
+  check_packed_positions(positions, spatial_weight, T);
+  if (sources) {
+    check_shape("sources", *sources, "T", {T});
+    check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
+  }
+  const auto run = is_double(s) ? assign_varlen_as<double> : assign_varlen_as<float>;
+  return run(s, indices, cu_seqlens, cu_keep, max_seqlen, tier, positions, spatial_weight, sources);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("assign", TORCH_BOX(&assign)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("assign", TORCH_BOX(&assign));
+  m.impl("assign_varlen", TORCH_BOX(&assign_varlen));
+}
 
 }  // namespace condense

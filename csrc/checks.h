@@ -117,6 +117,15 @@ inline void check_weight(const char* name, std::optional<double> value) {
   if (value) check_weight(name, *value);
 }
 
+inline void check_choice(const char* name, const std::string& value, std::initializer_list<const char*> choices) {
+  std::string allowed;
+  for (const char* choice : choices) {
+    if (value == choice) return;
+    allowed += std::string(allowed.empty() ? "'" : " or '") + choice + "'";
+  }
+  fail(name, ": expected ", allowed, ", got '", value, "'.");
+}
+
 constexpr int64_t kMostTokens = int64_t{1} << 19;  // the fixed-point sum of |s| over all pairs then stays below 2^63
 
 inline void check_num_tokens(const char* name, const Tensor& t) {
@@ -208,25 +217,6 @@ inline void check_apart(std::initializer_list<Span> spans, size_t num_written) {
       }
     }
   }
-}
-
-// What the merge and its gradient are given.
-inline void check_channels(const char* name, const Tensor& t, const char* axes) {
-  check_rank(name, t, axes, 3);
-  check_floating(name, t);
-  check_not_empty(name, t, 2, "channel");
-}
-
-inline void check_clusters(int64_t batch, int64_t num_tokens, const Tensor& scores, const Tensor& indices,
-                           const Tensor& assignment) {
-  const std::vector<int64_t> tokens = {batch, num_tokens};
-  check_shape("scores", scores, "B N", tokens);
-  check_floating("scores", scores);
-  check_rank("indices", indices, "B K", 2);
-  check_shape("indices", indices, "B K", {batch, indices.size(1)});
-  check_dtype("indices", indices, {ScalarType::Long}, "int64");
-  check_shape("assignment", assignment, "B N", tokens);
-  check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
 }
 
 // Kernels read indices without looking; a value out of range must not get there.

@@ -5,8 +5,11 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "checks.h"
+#include "packed.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -15,8 +18,11 @@ namespace {
 
 // nu = -u with u = E|S| / E|prior| * prior; the mean over tiers 0 and 3 as a sum of integers, so its order is free.
 template <class T>
-void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
-  const auto counted = [&](int64_t i) { return !tier || tier[i] == kValid || tier[i] == kTaken; };
+void scale_prior(const Selection<T>& selection, int64_t n, T* nu) {
+  const T* prior = selection.prior;
+  const auto counted = [&](int64_t i) {
+    return !selection.tier || selection.tier[i] == kValid || selection.tier[i] == kTaken;
+  };
   T magnitude = 0;
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -33,38 +39,78 @@ void scale_prior(const T* prior, T sbar, const int8_t* tier, int64_t n, T* nu) {
   }
   if (sum == 0) return std::fill(nu, nu + n, T{0});
   const double mean = static_cast<double>(sum) / static_cast<double>(count) / 1099511627776.0;
-  const T ratio = static_cast<T>(static_cast<double>(sbar) / mean);
+  const T ratio = static_cast<T>(static_cast<double>(*selection.sbar) / mean);
   for (int64_t i = 0; i < n; ++i) nu[i] = 0 - ratio * nu[i];
+}
+
+// A negated utility as it is compared: the lowest one for NaN, and finite.
+template <class T>
+T clamped(T nu) {
+  constexpr T kMax = std::numeric_limits<T>::max();
+  return std::isnan(nu) ? kMax : std::clamp(nu, -kMax, kMax);
 }
 
 // nu of every token, NaN where it is no candidate; returns how many are. Where nothing is suppressed there is nothing
 // to scale for: sbar may be 0, and a rounded u would tie what the prior does not.
 template <class T>
-int64_t negate_utility(const T* prior, const T* sbar, const int8_t* tier, T suppression, int64_t n, T* nu) {
-  constexpr T kMax = std::numeric_limits<T>::max();
-  if (sbar && suppression != 0) {
-    scale_prior(prior, *sbar, tier, n, nu);
+int64_t negate_utility(const Selection<T>& selection, int64_t n, T* nu) {
+  if (!selection.prior) {
+    std::fill(nu, nu + n, T{0});
+  } else if (selection.sbar && selection.suppression != 0) {
+    scale_prior(selection, n, nu);
   } else {
-    for (int64_t i = 0; i < n; ++i) nu[i] = 0 - prior[i];
+    for (int64_t i = 0; i < n; ++i) nu[i] = 0 - selection.prior[i];
   }
   int64_t candidates = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (tier && tier[i] != kValid) {
+    if (!selection.is_candidate(i)) {
       nu[i] = std::numeric_limits<T>::quiet_NaN();
     } else {
-      nu[i] = std::isnan(nu[i]) ? kMax : std::clamp(nu[i], -kMax, kMax);
+      nu[i] = clamped(nu[i]);
+      if (selection.combine == Combine::kMul) nu[i] = std::min(nu[i], T{0});  // else a score could rise
       ++candidates;
     }
   }
   return candidates;
 }
 
+// The first pick among the candidates that nu tells, of which there is one.
+template <class T>
+int64_t pick_first(const Selection<T>& selection, const T* nu, int64_t n, T* scratch) {
+  const RowOps<T>& ops = row_ops<T>();
+  if (selection.first >= 0 && !std::isnan(nu[selection.first])) return selection.first;
+  if (!selection.first_utilities) return ops.first_pick(nu, n);
+  for (int64_t i = 0; i < n; ++i) scratch[i] = std::isnan(nu[i]) ? nu[i] : clamped(0 - selection.first_utilities[i]);
+  return ops.first_pick(scratch, n);
+}
+
+// The candidate whose nearest other candidate is farthest: the rows of the others have the least for it.
+template <class T>
+int64_t pick_farthest(const T* s, int64_t ld, const T* nu, int64_t n, Crew& crew, T* nearest) {
+  const RowOps<T>& ops = row_ops<T>();
+  crew.run([&](int slot) {
+    const auto [lo, hi] = Share(n, slot, crew.size());
+    std::fill(nearest + lo, nearest + hi, -std::numeric_limits<T>::infinity());
+    for (int64_t j = 0; j < n; ++j) {
+      if (std::isnan(nu[j])) continue;
+      const int64_t before = std::clamp(j, lo, hi), after = std::clamp(j + 1, lo, hi);  // less the token itself
+      ops.raise_row(s + j * ld + lo, before - lo, nearest + lo);
+      ops.raise_row(s + j * ld + after, hi - after, nearest + after);
+    }
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    if (std::isnan(nu[i])) nearest[i] = nu[i];
+  }
+  return ops.first_pick(nearest, n);
+}
+
 // What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as only tier 3 is left.
-void fill_by_index(const int8_t* tier, int64_t n, int64_t picks, int64_t k, int64_t* order) {
+template <class T>
+void fill_by_index(const Selection<T>& selection, int64_t n, int64_t picks, int64_t k, int64_t* order) {
   int64_t step = picks;
   for (const int8_t leftover : {kNonFinite, kMasked}) {
-    for (int64_t i = 0; tier && i < n && step < k; ++i) {
-      if (tier[i] == leftover) order[step++] = i;
+    for (int64_t i = 0; selection.tier && i < n && step < k; ++i) {
+      if (selection.tier[i] == leftover && selection.may_be_picked(i)) order[step++] = i;
     }
   }
   std::fill(order + step, order + k, -1);
@@ -73,19 +119,20 @@ void fill_by_index(const int8_t* tier, int64_t n, int64_t picks, int64_t k, int6
 }  // namespace
 
 template <class T>
-void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
-                         int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order) {
+void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
+                         Crew& crew, const GreedyMemory<T>& memory, int64_t* order) {
   const RowOps<T>& ops = row_ops<T>();
   const auto [nu, m] = memory;
-  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, suppression, n, nu));
+  const int64_t picks = std::min(k, negate_utility(selection, n, nu));
+  int64_t pick = -1;
+  if (picks > 0) pick = max_min ? pick_farthest(s, ld, nu, n, crew, m) : pick_first(selection, nu, n, m);
   std::fill(m, m + n, -std::numeric_limits<T>::infinity());
   for (int64_t step = 0; step < picks; ++step) {
-    const int64_t pick =
-        step == 0 ? ops.first_pick(nu, n) : ops.next_pick(s + order[step - 1] * ld, nu, suppression, n, m);
+    if (step > 0) pick = ops.next_pick(s + pick * ld, nu, selection.suppression, selection.combine, n, m);
     order[step] = pick;
     nu[pick] = std::numeric_limits<T>::quiet_NaN();
   }
-  fill_by_index(tier, n, picks, k, order);
+  fill_by_index(selection, n, picks, k, order);
 }
 
 // Exact lazy batching. Once the first pick is made scores only fall (t only rises), so an old t is a bound: as long as
@@ -130,7 +177,7 @@ struct Pool {
   }
 
   // Picks at most `most` tokens; the first of a round always comes before the bound.
-  int64_t pick(T suppression, int64_t most, int64_t* order) {
+  int64_t pick(T suppression, Combine combine, int64_t most, int64_t* order) {
     const RowOps<T>& ops = row_ops<T>();
     const auto [nu, m] = memory.pool;
     int64_t best = ops.first_pick(memory.pool_t, size), picks = 0;
@@ -141,8 +188,8 @@ struct Pool {
       order[picks++] = token;
       nu[best] = all.nu[token] = std::numeric_limits<T>::quiet_NaN();
       if (picks == most || picks == size) return picks;
-      best = ops.next_pick(memory.square + best * size, nu, suppression, size, m);
-      t = suppression * m[best] + nu[best];
+      best = ops.next_pick(memory.square + best * size, nu, suppression, combine, size, m);
+      ops.score_row(m + best, nu + best, suppression, combine, 1, &t);
     }
   }
 };
@@ -159,14 +206,15 @@ StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n)
       tokens(memory.take<int64_t>(n)) {}
 
 template <class T>
-int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
-                               T suppression, Crew& crew, SimilarityMemory<T>& similarity,
-                               const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows) {
+int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
+                               SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
+                               T* rows) {
   const RowOps<T>& ops = row_ops<T>();
+  const T suppression = selection.suppression;
+  const Combine combine = selection.combine;
   const int64_t n = keys.n, width = width_of(n);
   T *nu = memory.all.nu, *m = memory.all.m;
-  const int64_t picks = std::min(k, negate_utility(prior, sbar, tier, suppression, n, nu));
-  std::fill(m, m + n, -std::numeric_limits<T>::infinity());
+  const int64_t picks = std::min(k, negate_utility(selection, n, nu));
 
   // Brings all scores up to date with the picks [from, to).
   const auto update = [&](int64_t from, int64_t to) {
@@ -175,11 +223,12 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
       const Share share(n, slot, crew.size());
       const int64_t lo = share.lo, length = share.hi - lo;
       for (int64_t step = from; step < to; ++step) ops.raise_row(rows + step * width + lo, length, m + lo);
-      ops.score_row(m + lo, nu + lo, suppression, length, memory.t + lo);
+      ops.score_row(m + lo, nu + lo, suppression, combine, length, memory.t + lo);
     });
   };
   if (picks > 0) {  // alone: without it m is nothing, and a negative cosine would raise a score
-    order[0] = ops.first_pick(nu, n);
+    order[0] = pick_first(selection, nu, n, m);
+    std::fill(m, m + n, -std::numeric_limits<T>::infinity());
     nu[order[0]] = std::numeric_limits<T>::quiet_NaN();
     update(0, 1);
   }
@@ -187,70 +236,195 @@ int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, 
   for (int64_t step = 1; step < picks;) {
     pool.fill(n);
     similarity_among(keys, memory.tokens, pool.size, crew, similarity, memory.square);
-    const int64_t more = pool.pick(suppression, picks - step, order + step);
+    const int64_t more = pool.pick(suppression, combine, picks - step, order + step);
     update(step, step + more);
     step += more;
   }
-  fill_by_index(tier, n, picks, k, order);
+  fill_by_index(selection, n, picks, k, order);
   return picks;
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                                   \
-  template struct StreamedGreedyMemory<T>;                                                                        \
-  template void greedy_select_image<T>(const T*, int64_t, const T*, const T*, const int8_t*, int64_t, int64_t, T, \
-                                       const GreedyMemory<T>&, int64_t*);                                         \
-  template int64_t greedy_select_streamed<T>(const Rows&, const T*, const T*, const int8_t*, int64_t, T, Crew&,   \
-                                             SimilarityMemory<T>&, const StreamedGreedyMemory<T>&, int64_t*, T*);
+#define CONDENSE_INSTANTIATE(T)                                                                                      \
+  template struct StreamedGreedyMemory<T>;                                                                           \
+  template void greedy_select_image<T>(const T*, int64_t, const Selection<T>&, bool, int64_t, int64_t, Crew&,        \
+                                       const GreedyMemory<T>&, int64_t*);                                            \
+  template int64_t greedy_select_streamed<T>(const Rows&, const Selection<T>&, int64_t, Crew&, SimilarityMemory<T>&, \
+                                             const StreamedGreedyMemory<T>&, int64_t*, T*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE
 
 namespace {
 
+// The optional arguments, which the dense and the packed operator share.
+struct Options {
+  std::optional<Tensor> sbar, tier, first, candidates;
+  double suppression;
+  Combine combine;
+  bool max_min;
+};
+
+// Of an operator's arguments in the working type: each image's part of them.
 template <class T>
-Tensor greedy_select_as(const Tensor& s, const Tensor& prior, int64_t k, const std::optional<Tensor>& sbar,
-                        const std::optional<Tensor>& tier, double suppression) {
+struct Arguments {
+  Arguments(const std::optional<Tensor>& prior, const Options& options)
+      : prior(contiguous_as("prior", prior, kScalarType<T>)),
+        sbar(contiguous_as("sbar", options.sbar, kScalarType<T>)),
+        tier(contiguous_as("tier", options.tier, ScalarType::Char)),
+        candidates(contiguous_as("candidates", options.candidates, ScalarType::Bool)),
+        has_index(options.first && options.first->scalar_type() == ScalarType::Long),
+        first(contiguous_as("first", options.first, has_index ? ScalarType::Long : kScalarType<T>)),
+        suppression(static_cast<T>(options.suppression)),
+        combine(options.combine) {}
+
+  // Of image b, whose tokens are from `token` on.
+  Selection<T> image(int64_t b, int64_t token) const {
+    return {row_of<T>(prior, token, 1),
+            row_of<T>(sbar, b, 1),
+            row_of<int8_t>(tier, token, 1),
+            row_of<uint8_t>(candidates, token, 1),
+            has_index ? nullptr : row_of<T>(first, token, 1),
+            has_index ? *row_of<int64_t>(first, b, 1) : -1,
+            suppression,
+            combine};
+  }
+
+  std::optional<Tensor> prior, sbar, tier, candidates;
+  bool has_index;
+  std::optional<Tensor> first;
+  T suppression;
+  Combine combine;
+};
+
+// Images, tokens: what the axes of the arguments beside s are named and sized.
+void check_options(const Options& options, const char* image_axis, const std::vector<int64_t>& images,
+                   const char* token_axes, const std::vector<int64_t>& tokens) {
+  if (options.sbar) {
+    check_shape("sbar", *options.sbar, image_axis, images);
+    check_working("sbar", *options.sbar);
+  }
+  if (options.tier) {
+    check_shape("tier", *options.tier, token_axes, tokens);
+    if (options.tier->scalar_type() == ScalarType::Bool) {
+      fail("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.");
+    }
+    check_dtype("tier", *options.tier, {ScalarType::Char}, "int8");
+  }
+  if (options.first && options.max_min) {
+    fail("first, max_min: expected one of the two, got both. Remedy: leave out first.");
+  }
+  if (options.first) {
+    const ScalarType dtype = options.first->scalar_type();
+    const bool is_utility = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                            dtype == ScalarType::Double;
+    check_shape("first", *options.first, is_utility ? token_axes : image_axis, is_utility ? tokens : images);
+    check_dtype("first", *options.first,
+                {ScalarType::Long, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double},
+                "int64, float32, float16, bfloat16, float64");
+  }
+  if (options.candidates) {
+    check_shape("candidates", *options.candidates, token_axes, tokens);
+    check_dtype("candidates", *options.candidates, {ScalarType::Bool}, "bool");
+  }
+  check_weight("suppression", options.suppression);
+}
+
+Combine combine_of(const std::string& name) {
+  check_choice("combine", name, {"sub", "mul"});
+  return name == "sub" ? Combine::kSub : Combine::kMul;
+}
+
+template <class T>
+Tensor greedy_select_as(const Tensor& s, const std::optional<Tensor>& prior, int64_t k, const Options& options) {
   const int64_t B = s.size(0), N = s.size(1);
   const Matrices matrices(s.scalar_type() == kScalarType<T> ? s : contiguous_as("s", s, kScalarType<T>));
-  const Tensor a = contiguous_as("prior", prior, kScalarType<T>);
-  const auto mean = contiguous_as("sbar", sbar, kScalarType<T>);
-  const auto tiers = contiguous_as("tier", tier, ScalarType::Char);
+  const Arguments<T> arguments(prior, options);
+  if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first), B, -1, N);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, N); };
-  for_each_image(B, N * k, pieces, [&](int64_t b, auto& memory, Crew&) {
-    greedy_select_image<T>(matrices.at<T>(b), matrices.ld, data_of<T>(a) + b * N, row_of<T>(mean, b, 1),
-                           row_of<int8_t>(tiers, b, N), N, k, static_cast<T>(suppression), memory,
-                           output<int64_t>(order) + b * k);
+  for_each_image(B, N * (options.max_min ? k + N : k), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+    greedy_select_image<T>(matrices.at<T>(b), matrices.ld, arguments.image(b, b * N), options.max_min, N, k, crew,
+                           memory, output<int64_t>(order) + b * k);
   });
   return order;
 }
 
-Tensor greedy_select(const Tensor& s, const Tensor& prior, int64_t k, std::optional<Tensor> sbar,
-                     std::optional<Tensor> tier, double suppression) {
+Tensor greedy_select(const Tensor& s, std::optional<Tensor> prior, int64_t k, std::optional<Tensor> sbar,
+                     std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
+                     std::optional<Tensor> candidates, std::string combine, bool max_min) {
   check_rank("s", s, "B N N", 3);
   check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
   check_working("s", s);
   check_num_tokens("s", s);
   const std::vector<int64_t> tokens = {s.size(0), s.size(1)};
-  check_shape("prior", prior, "B N", tokens);
-  check_floating("prior", prior);
+  if (prior) {
+    check_shape("prior", *prior, "B N", tokens);
+    check_floating("prior", *prior);
+  }
   check_count("k", k, s.size(1));
-  if (sbar) {
-    check_shape("sbar", *sbar, "B", {s.size(0)});
-    check_working("sbar", *sbar);
+  const Options options{sbar, tier, first, candidates, suppression, combine_of(combine), max_min};
+  check_options(options, "B", {s.size(0)}, "B N", tokens);
+  const bool wide = is_double(s) || (prior && is_double(*prior));
+  return wide ? greedy_select_as<double>(s, prior, k, options) : greedy_select_as<float>(s, prior, k, options);
+}
+
+template <class T>
+Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& prior, const Tensor& cu_seqlens,
+                               const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, const Options& options) {
+  const bool fits = s.scalar_type() == kScalarType<T> && (s.stride(1) == 1 || s.size(1) == 1);
+  const Tensor rows = fits ? s : contiguous_as("s", s, kScalarType<T>);
+  const Arguments<T> arguments(prior, options);
+  const Tensor order = empty("order", {total_keep}, ScalarType::Long);
+  auto* picks = output<int64_t>(order);
+  std::fill(picks, picks + total_keep, -1);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, s.size(0), total_keep, max_seqlen);
+  double work = 0;
+  for (const Part& part : parts) {
+    const int64_t n = part.num_tokens;
+    work += static_cast<double>(n) * static_cast<double>(options.max_min ? part.num_rows + n : part.num_rows);
+    if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, n);
   }
-  if (tier) {
-    check_shape("tier", *tier, "B N", tokens);
-    check_dtype("tier", *tier, {ScalarType::Char}, "int8");
+  const auto count = static_cast<int64_t>(parts.size());
+  const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, longest(parts)); };
+  for_each_image(
+      count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces, [&](int64_t i, auto& memory, Crew& crew) {
+        const Part& part = parts[i];
+        const int64_t first = part.first_token, ld = rows.stride(0);
+        greedy_select_image<T>(data_of<T>(rows) + first * ld, ld, arguments.image(part.number, first), options.max_min,
+                               part.num_tokens, part.num_rows, crew, memory, picks + part.first_row);
+      });
+  return order;
+}
+
+Tensor greedy_select_varlen(const Tensor& s, std::optional<Tensor> prior, const Tensor& cu_seqlens,
+                            const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> sbar,
+                            std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
+                            std::optional<Tensor> candidates, std::string combine, bool max_min) {
+  check_rank("s", s, "T max_seqlen", 2);
+  check_working("s", s);
+  check_segments(cu_seqlens, max_seqlen);
+  const std::vector<int64_t> tokens = {s.size(0)}, segments = {cu_seqlens.size(0) - 1};
+  if (s.size(1) != max_seqlen) {
+    fail("s: expected shape [T max_seqlen] = ", shape_text({s.size(0), max_seqlen}), ", got ", shape_text(shape_of(s)),
+         ".");
   }
-  check_weight("suppression", suppression);
-  const bool wide = is_double(s) || is_double(prior);
-  return wide ? greedy_select_as<double>(s, prior, k, sbar, tier, suppression)
-              : greedy_select_as<float>(s, prior, k, sbar, tier, suppression);
+  if (prior) {
+    check_shape("prior", *prior, "T", tokens);
+    check_floating("prior", *prior);
+  }
+  check_rows(cu_keep, cu_seqlens, total_keep, s.size(0));
+  const Options options{sbar, tier, first, candidates, suppression, combine_of(combine), max_min};
+  check_options(options, "S", segments, "T", tokens);
+  const bool wide = is_double(s) || (prior && is_double(*prior));
+  const auto run = wide ? greedy_select_varlen_as<double> : greedy_select_varlen_as<float>;
+  return run(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, options);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("greedy_select", TORCH_BOX(&greedy_select)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("greedy_select", TORCH_BOX(&greedy_select));
+  m.impl("greedy_select_varlen", TORCH_BOX(&greedy_select_varlen));
+}
 
 }  // namespace condense

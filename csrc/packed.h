@@ -77,4 +77,15 @@ inline void check_rows(const Tensor& cu_keep, const Tensor& cu_seqlens, int64_t 
   check_count("total_keep", total_keep, num_tokens, "T");
 }
 
+inline void check_packed_positions(const std::optional<Tensor>& positions, double spatial_weight, int64_t num_tokens) {
+  if (positions) {
+    check_rank("positions", *positions, "T P", 2);
+    check_positions(*positions, "T P", {num_tokens, positions->size(1)});
+  } else if (spatial_weight != 0) {
+    fail(
+        "positions: expected a tensor [T, P], as spatial_weight is not 0, got None. Remedy: spatial_weight=0 for "
+        "assignment by similarity alone.");
+  }
+}
+
 }  // namespace condense

@@ -17,6 +17,27 @@ constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyo
 
 constexpr int kColumns = 64;  // of column_maxima: a multiple of every vector
 
+// How a token's score comes from its utility u and m, its largest similarity to a pick: u - suppression * m, or
+// u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
+enum class Combine { kSub, kMul };
+
+constexpr int kFactorBlock = 64;  // tokens whose columns of a Cholesky factor lie together: [rows, kFactorBlock]
+constexpr int kFactorRows = 4;    // rows that are made at once, so that those before them are read once for all
+
+// Rows [done, done + count) of a Cholesky factor, one for each pick, of one block of tokens.
+template <class T>
+struct FactorRows {
+  int64_t done;
+  int count;                   // 1 to kFactorRows
+  const T* rows[kFactorRows];  // each pick's similarities to the block's tokens; one that is not finite counts as 0
+  const T* quality;            // of those tokens; null: the kernel is the similarity itself
+  T picked_quality[kFactorRows];
+  const T* picked[kFactorRows];  // [done + r] the rows before, at the pick itself
+  T root[kFactorRows];           // of its gain
+};
+
+constexpr int kGainLanes = 128;  // partial sums of a gain in coverage_select
+
 // T is the working type: float, or double where an input is fp64.
 template <class T>
 struct RowOps {
@@ -52,10 +73,11 @@ struct RowOps {
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
   int64_t (*sum_tile)(const T* t, int64_t* g_i, int64_t* g_j);
 
+  // Scores are negated, t, as utilities are, nu: the best is the smallest, and NaN is no candidate.
   // The smallest of nu[0, n), lowest index first; NaN never wins; -1 where all are NaN.
   int64_t (*first_pick)(const T* nu, int64_t n);
-  // m = max(m, row); the smallest of suppression * m + nu, as above. A row value that is not finite counts as 0.
-  int64_t (*next_pick)(const T* row, const T* nu, T suppression, int64_t n, T* m);
+  // m = max(m, row); the smallest t, as above. A row value that is not finite counts as 0.
+  int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
   // maxima[c] = the largest of row[c], row[c + kColumns], ..., each cut to its cap and 0 where it is not finite.
   void (*column_maxima)(const T* row, const T* cap, int64_t n, T* maxima);
@@ -66,10 +88,19 @@ struct RowOps {
   // The largest of row[0, n) whose key is above bar, cut to 0 and 0 where it is not finite; -infinity of none.
   T (*max_where)(const T* row, const T* key, T bar, int64_t n);
 
-  // m = max(m, row); row is finite.
+  // m = max(m, row); a row value that is not finite counts as 0.
   void (*raise_row)(const T* row, int64_t n, T* m);
-  // t = suppression * m + nu
-  void (*score_row)(const T* m, const T* nu, T suppression, int64_t n, T* t);
+  // t of every token
+  void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);
+
+  // Writes the rows into factor [>= done + count, kFactorBlock], and takes their squares from gain [kFactorBlock].
+  void (*factor_rows)(const FactorRows<T>& task, T* factor, T* gain);
+  // The token with the largest gain of those above floor, lowest index first; NaN never wins; -1 where there is none.
+  int64_t (*best_gain)(const T* gain, const T* floor, int64_t n);
+
+  // The sum of max(0, column - covered) over n rows, a multiple of kGainLanes: row i is added to lane i % kGainLanes,
+  // then neighbouring lanes to each other, and so on.
+  T (*coverage_gain)(const T* column, const T* covered, int64_t n);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

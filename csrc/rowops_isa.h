@@ -435,26 +435,45 @@ int64_t first_pick(const T* nu, int64_t n) {
   return pick >= 0 ? pick : first_candidate(nu, n);
 }
 
-template <class T>
+template <class T, Combine kCombine>
+struct Score {
+  T suppression;
+  // t, for vectors and for single values.
+  template <class V>
+  inline V operator()(V m, V nu) const {
+    if constexpr (kCombine == Combine::kSub) return suppression * m + nu;
+    V factor = 1 - suppression * m;  // finite, as 0 times infinity would be no score
+    factor = factor > -Simd<T>::kMax ? factor : -Simd<T>::kMax - V{};
+    factor = factor < Simd<T>::kMax ? factor : Simd<T>::kMax - V{};
+    return nu * factor;
+  }
+};
+
+template <class V>
+inline V finite_or_0(V s) {
+  return s - s == 0 ? s : V{};  // infinity minus itself is NaN
+}
+
+template <class T, Combine kCombine>
 struct NextScore {
   const T* row;
   const T* nu;
-  T suppression;
+  Score<T, kCombine> score;
   T* m;
   template <class V>
   inline V operator()(int64_t i, V) const {
-    V s = load<V>(row + i);
-    s = s - s == 0 ? s : V{};  // infinity minus itself is NaN
+    const V s = finite_or_0(load<V>(row + i));
     const V before = load<V>(m + i);
     const V most = s > before ? s : before;
     store(m + i, most);
-    return suppression * most + load<V>(nu + i);
+    return score(most, load<V>(nu + i));
   }
 };
 
 template <class T>
-int64_t next_pick(const T* row, const T* nu, T suppression, int64_t n, T* m) {
-  const int64_t pick = lowest<T>(n, NextScore<T>{row, nu, suppression, m});
+int64_t next_pick(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m) {
+  const int64_t pick = combine == Combine::kSub ? lowest<T>(n, NextScore<T, Combine::kSub>{row, nu, {suppression}, m})
+                                                : lowest<T>(n, NextScore<T, Combine::kMul>{row, nu, {suppression}, m});
   return pick >= 0 ? pick : first_candidate(nu, n);
 }
 
@@ -562,12 +581,39 @@ T max_where(const T* row, const T* key, T bar, int64_t n) {
 
 template <class T>
 void raise_row(const T* row, int64_t n, T* m) {
-  for (int64_t i = 0; i < n; ++i) m[i] = row[i] > m[i] ? row[i] : m[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const T s = finite_or_0(row[i]);
+    m[i] = s > m[i] ? s : m[i];
+  }
 }
 
 template <class T>
-void score_row(const T* m, const T* nu, T suppression, int64_t n, T* t) {
-  for (int64_t i = 0; i < n; ++i) t[i] = suppression * m[i] + nu[i];
+void score_row(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t) {
+  if (combine == Combine::kSub) {
+    for (int64_t i = 0; i < n; ++i) t[i] = Score<T, Combine::kSub>{suppression}(m[i], nu[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) t[i] = Score<T, Combine::kMul>{suppression}(m[i], nu[i]);
+  }
+}
+
+template <class T>
+T coverage_gain(const T* column, const T* covered, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kGainLanes / kLanes;
+  V part[kVectors] = {};
+  for (int64_t i = 0; i < n; i += kGainLanes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V more = load<V>(column + i + v * kLanes) - load<V>(covered + i + v * kLanes);
+      part[v] = part[v] + (more > 0 ? more : V{});
+    }
+  }
+  T lane[kGainLanes];
+  for (int v = 0; v < kVectors; ++v) store(lane + v * kLanes, part[v]);
+  for (int left = kGainLanes / 2; left > 0; left /= 2) {
+    for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
+  }
+  return lane[0];
 }
 
 template <class T>
@@ -639,6 +685,7 @@ void divide_row(T* x, T divisor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
+#include "rowops_factor.h"
 #include "rowops_softmax.h"
 
 template <class T>
@@ -691,6 +738,9 @@ constexpr RowOps<T> table() {
   ops.max_where = max_where<T>;
   ops.raise_row = raise_row<T>;
   ops.score_row = score_row<T>;
+  ops.factor_rows = factor_rows<T>;
+  ops.best_gain = best_gain<T>;
+  ops.coverage_gain = coverage_gain<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

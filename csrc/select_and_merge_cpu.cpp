@@ -73,15 +73,24 @@ struct ImageMemory {
 template <class S, class M>
 void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
   const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
+  const auto selection_of = [&](const S* prior, const int8_t* tier, S suppression) {
+    Selection<S> selection;
+    selection.prior = prior;
+    selection.sbar = image.scale_prior ? &sbar : nullptr;
+    selection.tier = tier;
+    selection.suppression = suppression;
+    return selection;
+  };
   const auto select_stored = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
-    greedy_select_image<S>(memory.s, N, prior, &sbar, tier, N, k, suppression, memory.greedy, order);
+    greedy_select_image<S>(memory.s, N, selection_of(prior, tier, suppression), false, N, k, crew, memory.greedy,
+                           order);
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
   };
   const auto select_streamed = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
     int64_t* order = memory.order + first;
     S* rows = memory.rows + first * width;
-    const int64_t picks = greedy_select_streamed<S>(image.keys, prior, &sbar, tier, k, suppression, crew,
+    const int64_t picks = greedy_select_streamed<S>(image.keys, selection_of(prior, tier, suppression), k, crew,
                                                     memory.similarity, memory.streamed_greedy, order, rows);
     std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
     for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};
@@ -153,6 +162,7 @@ struct Arguments {
   const std::optional<Tensor>&positions, &mask;
   int64_t num_anchors, num_background;
   double suppression, spatial_weight, background_suppression;
+  bool scale_prior;
 
   int64_t B() const { return features.size(0); }
   int64_t N() const { return features.size(1); }
@@ -167,7 +177,8 @@ struct Arguments {
             num_anchors,
             num_background,
             suppression,
-            background_suppression};
+            background_suppression,
+            scale_prior};
   }
 };
 
@@ -208,7 +219,7 @@ struct Call {
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
                   const std::optional<Tensor>& positions, const std::optional<Tensor>& mask, double suppression,
-                  double spatial_weight, std::optional<double> background_suppression) {
+                  double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
@@ -242,7 +253,8 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
           num_background,
           suppression,
           spatial_weight,
-          background_suppression.value_or(suppression)};
+          background_suppression.value_or(suppression),
+          scale_prior};
 }
 
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
@@ -266,15 +278,13 @@ Workspace workspace_in(const Tensor& bytes, int64_t needed) {
   return {reinterpret_cast<void*>(start), needed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& features, const Tensor& scores,
-                                                            int64_t num_anchors, int64_t num_background,
-                                                            std::optional<Tensor> keys,
-                                                            std::optional<std::vector<int64_t>> grid,
-                                                            std::optional<Tensor> positions, std::optional<Tensor> mask,
-                                                            double suppression, double spatial_weight,
-                                                            std::optional<double> background_suppression) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(
+    const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
+    std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions,
+    std::optional<Tensor> mask, double suppression, double spatial_weight, std::optional<double> background_suppression,
+    bool scale_prior) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
                     empty("indices", {a.B(), a.K()}, ScalarType::Long),
                     empty("assignment", {a.B(), a.N()}, ScalarType::Long),
@@ -287,11 +297,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
 void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                           std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                           std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                          double spatial_weight, std::optional<double> background_suppression,
+                          double spatial_weight, std::optional<double> background_suppression, bool scale_prior,
                           std::optional<Tensor> workspace, const Tensor& merged, const Tensor& indices,
                           const Tensor& assignment, const Tensor& mass) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
@@ -314,9 +324,9 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
 int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                         std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                         std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                        double spatial_weight, std::optional<double> background_suppression) {
+                        double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   return Memory::kLine + Call(a).bytes();
 }
 

@@ -284,18 +284,24 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
 }
 
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier) {
-  const int64_t n = keys.n;
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier) {
   crew.run([&](int slot) {
     TileMemory<T>& mine = memory.of_slot[slot];
-    std::fill(mine.g, mine.g + width_of(n), 0);
-    const Share share(n, slot, crew.size());
+    std::fill(mine.g, mine.g + width_of(keys.n), 0);
+    const Share share(keys.n, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       const bool finite_score = !scores || std::isfinite(scores[i]);
       measure_token(keys, i, finite_score, mask, mine.run, tier + i, memory.factors.scale + i, memory.factors.inv + i);
     }
   });
+}
+
+template <class T>
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                      T* s, T* sbar, T* g, int8_t* tier) {
+  const int64_t n = keys.n;
+  measure_keys(keys, scores, mask, crew, memory, tier);
   double magnitude = 0;
   if constexpr (sizeof(T) == 4) {
     run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, kSummed, {s, n, false}}, crew, memory);
@@ -307,6 +313,25 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
   }
   const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
   *sbar = valid > 0 ? static_cast<T>(magnitude / (valid * valid)) : T{0};
+}
+
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal) {
+  crew.run([&](int slot) {
+    T square[kTile * kTile];
+    const Share share(panels_of(keys.n), slot, crew.size());
+    for (int64_t panel = share.lo; panel < share.hi; ++panel) {
+      const int64_t first = panel * kTile;
+      const Side side{std::min<int64_t>(kTile, keys.n - first)};
+      const Rows some = keys.part(first, side.count);
+      KeyFactors<T> factors = memory.factors;
+      factors.scale += first;
+      factors.inv += first;
+      CosineTiles<T>{row_ops<T>(), some, factors, side, side, kSymmetric, !kSummed, {square, kTile, true}}.run(
+          0, 1, memory.of_slot[slot]);
+      for (int64_t i = 0; i < side.count; ++i) diagonal[first + i] = square[i * (kTile + 1)];
+    }
+  });
 }
 
 template <class T>
@@ -328,8 +353,10 @@ void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Cre
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
   template struct TileMemory<T>;                                                                                    \
   template struct SimilarityMemory<T>;                                                                              \
+  template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
                                     int8_t*);                                                                       \
+  template void similarity_diagonal<T>(const Rows&, Crew&, SimilarityMemory<T>&, T*);                                 \
   template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
   template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);
 CONDENSE_INSTANTIATE(float)

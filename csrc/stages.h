@@ -88,7 +88,17 @@ template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier);
 
-// square [count, count]: the similarities among some tokens, after similarity_image; its bits.
+// tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
+template <class T>
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier);
+
+// diagonal [n]: of each token with itself, after measure_keys.
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal);
+
+// square [count, count]: the similarities among some tokens, or all where tokens is null, after measure_keys; the bits
+// of similarity_image.
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
@@ -105,10 +115,28 @@ struct GreedyMemory {
   T *nu, *m;
 };
 
-// order [k]. s has rows of ld. sbar null: prior is the utility; tier null: all tokens are valid.
+// What greedy_select goes by beside s; the defaults are those of the operator. The first pick is the one of highest
+// utility, unless another rule is given; where a rule finds no candidate, it is that one again.
 template <class T>
-void greedy_select_image(const T* s, int64_t ld, const T* prior, const T* sbar, const int8_t* tier, int64_t n,
-                         int64_t k, T suppression, const GreedyMemory<T>& memory, int64_t* order);
+struct Selection {
+  const T* prior = nullptr;             // [n] null: 0 for every token
+  const T* sbar = nullptr;              // null: the prior is the utility
+  const int8_t* tier = nullptr;         // [n] null: all tokens are valid
+  const uint8_t* candidates = nullptr;  // [n] 0: never picked. null: all are candidates
+  const T* first_utilities = nullptr;   // [n] what the first pick alone goes by
+  int64_t first = -1;                   // the first pick, below n; -1: by utility
+  T suppression = 1;
+  Combine combine = Combine::kSub;
+
+  bool may_be_picked(int64_t i) const { return !candidates || candidates[i]; }
+  bool is_candidate(int64_t i) const { return (!tier || tier[i] == kValid) && may_be_picked(i); }
+};
+
+// order [k]. s has rows of ld. With max_min the first pick is the candidate whose nearest other candidate is farthest,
+// whatever `selection` says of it.
+template <class T>
+void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
+                         Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
 template <class T>
 struct StreamedGreedyMemory {
@@ -121,9 +149,9 @@ struct StreamedGreedyMemory {
 // The same picks without s, whose rows are computed once they are needed: rows [picks, width_of(n)] are those of the
 // picked tokens, in the order of the picks. Returns their number; what follows in order has no similarities.
 template <class T>
-int64_t greedy_select_streamed(const Rows& keys, const T* prior, const T* sbar, const int8_t* tier, int64_t k,
-                               T suppression, Crew& crew, SimilarityMemory<T>& similarity,
-                               const StreamedGreedyMemory<T>& memory, int64_t* order, T* rows);
+int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
+                               SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
+                               T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>
@@ -160,6 +188,19 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
 // Sorts the tokens by row: those of row r become members[first[r], first[r + 1]), in token order. first is [k + 2].
 void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members);
 
+// What a row becomes of its tokens: their weighted mean, their weighted sum, or the mean blended with the kept token.
+enum class MergeMode { kMean, kSum, kLerp };
+
+struct Merging {
+  MergeMode mode = MergeMode::kMean;
+  double centre_weight = 0;  // of a kLerp
+
+  template <class T>
+  T of_centre() const {
+    return static_cast<T>(centre_weight);
+  }
+};
+
 template <class T>
 struct MergeMemory {
   MergeMemory(Memory& memory, int64_t n, int64_t d, int64_t k, int slots)
@@ -168,9 +209,10 @@ struct MergeMemory {
   T* rows;  // [slots, 3, d]
 };
 
-// merged [k, d] contiguous in the dtype of features, mass [k]. indices in [-1, n), assignment in [-1, k).
+// merged [k, d] contiguous in the dtype of features, mass [k]. scores may be null: 1 each. indices in [-1, n),
+// assignment in [-1, k).
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
-                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass);
+                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass, const Merging& merging = {});
 
 }  // namespace condense

@@ -1,12 +1,15 @@
+import functools
 import math
+import re
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from condense_kernels import greedy_select, select_and_merge_varlen
+from condense_kernels import debug, greedy_select, select_and_merge, select_and_merge_varlen, similarity
 from condense_kernels._dispatch import backends
 from condense_kernels._triton.tables import SelectConfig, trying
 from condense_kernels.ops.greedy_select import reference
@@ -17,95 +20,145 @@ needs_triton = pytest.mark.skipif(backends.unavailable("triton", CPU) is not Non
 FAST = [b for b in ("cpp", "triton") if backends.unavailable(b, CPU) is None]
 
 
-def sequential_greedy(s, utility, k, suppression):
-    """Eq. 2 written a second time, in plain Python over one image, for finite input: one fp32 rounding an operation."""
-    f32 = lambda x: torch.tensor(x, dtype=torch.float32).item()  # noqa: E731
-    s, u, n = s.tolist(), utility.tolist(), len(utility)
+def f32(x):
+    return float(numpy.float32(x))
+
+
+def defined_greedy(s, prior, k, suppression, combine, first=None, candidates=None, max_min=False, tier=None):
+    """The page, written a second time: plain Python over one image of lists, one fp32 rounding an operation."""
+    limit = float(numpy.finfo("float32").max)
+    clamp = lambda x, nan: nan if x != x else min(max(x, -limit), limit)  # noqa: E731
+    n, f = len(s), f32(suppression)
+    entry = [[x if math.isfinite(x) else 0.0 for x in row] for row in s]
+    u = [clamp(x, -limit) for x in prior] if prior is not None else [0.0] * n
+    tier = [0] * n if tier is None else tier
+    may = [True] * n if candidates is None else candidates
+    left = [i for i in range(n) if tier[i] == 0 and may[i]]
+    if combine == "mul":
+        u = [max(x, 0.0) for x in u]
+    opening = dict(enumerate(u))
+    if isinstance(first, int) and first in left:
+        opening[first] = math.inf
+    elif isinstance(first, list):
+        opening = {i: clamp(first[i], -limit) for i in range(n)}
+    elif max_min:
+        opening = {i: -max((entry[j][i] for j in left if j != i), default=-math.inf) for i in left}
     order = []
-    for _ in range(k):
-        score = {
-            i: f32(u[i] - f32(f32(suppression) * max(s[j][i] for j in order))) if order else u[i]
-            for i in range(n)
-            if i not in order
-        }
-        order.append(max(score, key=lambda i: (score[i], -i)))
-    return order
+    while left and len(order) < k:
+        scores = {}
+        for i in left:
+            m = max((entry[j][i] for j in order), default=0.0)
+            if not order:
+                scores[i] = opening[i]
+            elif combine == "sub":
+                scores[i] = f32(u[i] - f32(f * m))
+            else:
+                scores[i] = f32(u[i] * clamp(f32(1.0 - f32(f * m)), None))
+        pick = max(left, key=lambda i: (scores[i], -i))
+        order.append(pick)
+        left.remove(pick)
+    order += [i for leftover in (1, 2) for i in range(n) if tier[i] == leftover and may[i]]
+    return (order + [-1] * n)[:k]
 
 
 # Few distinct values make ties; the rest are ordinary, tiny and huge numbers.
 values = st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.25, 0.5, 1.0]) | st.floats(-1, 1, width=32)
 utilities = values | st.floats(width=32, allow_nan=False, allow_infinity=False)
 suppressions = st.sampled_from([0.0, 0.5, 1.0, 3.0]) | st.floats(0, 2.0**100, width=32)
+anything = values | st.floats(width=32)
 
 
 @st.composite
-def problems(draw):
-    n = draw(st.integers(1, 40))
-    s = torch.from_numpy(draw(hnp.arrays("float32", (n, n), elements=values)))
-    s = torch.maximum(s, s.T)
-    prior = torch.from_numpy(draw(hnp.arrays("float32", n, elements=utilities)))
-    return s, prior, draw(st.integers(0, n)), draw(suppressions)
+def problems(draw, entries=values, priors=utilities):
+    """One image: arguments by name, s not symmetric."""
+    n = draw(st.integers(1, 24))
+    array = lambda elements, *shape, dtype="float32": torch.from_numpy(  # noqa: E731
+        draw(hnp.arrays(dtype, shape or n, elements=elements))
+    )
+    options = {"suppression": draw(suppressions), "combine": draw(st.sampled_from(["sub", "mul"]))}
+    if draw(st.booleans()):
+        options["candidates"] = array(st.booleans(), dtype="bool")[None]
+    if draw(st.booleans()):
+        options["tier"] = array(st.integers(0, 3), dtype="int8")[None]
+    rule = draw(st.sampled_from(["prior", "max_min", "index", "utilities"]))
+    if rule == "max_min":
+        options["max_min"] = True
+    elif rule == "index":
+        options["first"] = torch.tensor([draw(st.integers(-1, n - 1))])
+    elif rule == "utilities":
+        options["first"] = array(priors)[None]
+    prior = array(priors)[None] if draw(st.booleans()) else None
+    return array(entries, n, n)[None], prior, draw(st.integers(0, n)), options
 
 
-@settings(max_examples=300)
-@given(problems())
-def test_reference_is_the_sequential_greedy(problem):
-    s, prior, k, suppression = problem
-    order = reference.greedy_select(s[None], prior[None], k, suppression=suppression)
-    assert order[0].tolist() == sequential_greedy(s, prior, k, suppression)
+def by_hand(s, prior, k, options):
+    listed = {name: value[0].tolist() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    return defined_greedy(s[0].tolist(), None if prior is None else prior[0].tolist(), k, **listed)
 
 
-@pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=400)
-@given(problem=problems())
-def test_selection_is_exactly_the_sequential_greedy(backend, problem):
-    s, prior, k, suppression = problem
-    expected = reference.greedy_select(s[None], prior[None], k, suppression=suppression)
-    assert torch.equal(greedy_select(s[None], prior[None], k, suppression=suppression, backend=backend), expected)
+OVERFLOWS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
+EXAMPLES = {"cpp": 300, "reference": 100, "triton": 40}  # as many as a backend has time for
 
 
-anything = utilities | st.sampled_from([math.nan, math.inf, -math.inf])
+def each_backend(examples: st.SearchStrategy, backends: list[str]):
+    """For tests of (backend, problem)."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(backend):
+            settings(max_examples=EXAMPLES[backend])(given(examples)(lambda problem: test(backend, problem)))()
+
+        del run.__wrapped__  # pytest would ask for a fixture `problem`
+        return OVERFLOWS(pytest.mark.parametrize("backend", backends)(run))
+
+    return decorate
+
+
+@each_backend(problems(anything, anything), [*FAST, "reference"])
+def test_selection_is_the_definition(backend, problem):
+    """Of anything: ties, NaN, infinities, s that is not symmetric, and every option beside every other."""
+    s, prior, k, options = problem
+    assert greedy_select(s, prior, k, **options, backend=backend)[0].tolist() == by_hand(s, prior, k, options)
+
+
+@each_backend(problems(), [*FAST, "reference"])
+def test_fewer_picks_are_the_first_of_more(backend, problem):
+    """The first j of a call with k are the call with j."""
+    s, prior, k, options = problem
+    k = min(k, 3) if backend == "triton" else k
+    longest = greedy_select(s, prior, s.shape[1], **options, backend=backend)
+    assert torch.equal(greedy_select(s, prior, k, **options, backend=backend), longest[:, :k])
+    picked = longest[longest >= 0]
+    assert len(picked.unique()) == len(picked) and (longest[:, len(picked) :] == -1).all()
 
 
 @st.composite
-def hostile_problems(draw):
-    n = draw(st.integers(1, 40))
-    dtype = draw(st.sampled_from(["float32", "float64"]))
-    width = 32 if dtype == "float32" else 64
-    wild = st.floats(width=width)
-    s = torch.from_numpy(draw(hnp.arrays(dtype, (n, n), elements=values | wild)))
-    prior = torch.from_numpy(draw(hnp.arrays(dtype, n, elements=values | wild)))
-    tier = torch.from_numpy(draw(hnp.arrays("int8", n, elements=st.integers(0, 3))))
-    sbar = draw(st.none() | st.floats(0, 1, width=32))
-    return s, prior, tier if draw(st.booleans()) else None, sbar, draw(st.integers(0, n)), draw(suppressions)
+def scaled_problems(draw):
+    """With sbar, and in fp64, which the definition above leaves to the reference."""
+    s, prior, k, options = draw(problems(anything, anything))
+    sbar = torch.tensor([draw(st.floats(0, 1, width=32))])
+    wide = draw(st.booleans())
+    return (s.double() / 3 if wide else s), prior, k, {**options, "sbar": sbar}
 
 
-@pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=400)
-@given(problem=hostile_problems())
-def test_anything_goes_as_the_reference_goes(backend, problem):
-    """NaN, infinities, tiers, scaled priors: the same picks to the last."""
-    s, prior, tier, sbar, k, suppression = problem
+@each_backend(scaled_problems(), FAST)
+def test_scaled_or_in_fp64_it_goes_as_the_reference_goes(backend, problem):
+    s, prior, k, options = problem
     if backend == "triton":
-        s, prior = s.float(), prior.float()
-    options = {
-        "tier": None if tier is None else tier[None],
-        "sbar": None if sbar is None else torch.tensor([sbar]),
-        "suppression": suppression,
-    }
-    expected = reference.greedy_select(s[None], prior[None], k, **options)
-    assert torch.equal(greedy_select(s[None], prior[None], k, **options, backend=backend), expected)
+        s = s.float()
+    expected = reference.greedy_select(s, prior, k, **options)
+    assert torch.equal(greedy_select(s, prior, k, **options, backend=backend), expected)
 
 
 @needs_triton
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(problem=problems())
 def test_a_row_loaded_ahead_takes_no_part_in_the_picks(problem):
     """Whether the guess of the next pick is right or not."""
-    s, prior, k, suppression = problem
-    expected = reference.greedy_select(s[None], prior[None], k, suppression=suppression)
+    s, prior, k, options = problem
+    expected = reference.greedy_select(s, prior, k, **options)
     with trying(SelectConfig, ahead=True):
-        order = greedy_select(s[None], prior[None], k, suppression=suppression, backend="triton")
+        order = greedy_select(s, prior, k, **options, backend="triton")
     assert torch.equal(order, expected)
 
 
@@ -165,6 +218,96 @@ def test_minus_zero_is_zero(backend):
     assert greedy_select(-torch.zeros(1, 4, 4), -prior, 4, backend=backend).tolist() == [[0, 1, 2, 3]]
 
 
+def test_a_product_that_is_0_ties(backend):
+    """0 times a negative factor is -0, which equals 0; so does what a factor of 0 leaves of any utility."""
+    s = torch.tensor([[[1.0, 2.0, 1.0, 0.0]] * 4])
+    prior = torch.tensor([[3.0, 0.0, 1.0, -1.0]])  # of -1 as of 0
+    assert greedy_select(s, prior, 4, combine="mul", backend=backend).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_factor_is_finite(backend):
+    """0 times infinity would be no score."""
+    s = torch.full((1, 3, 3), 3e38)
+    prior = torch.tensor([[1.0, 0.5, 0.0]])
+    order = greedy_select(s, prior, 3, suppression=3e38, combine="mul", backend=backend)
+    assert order.tolist() == [[0, 2, 1]]
+
+
+def test_three_roundings_decide(backend):
+    """u * (1 - suppression * m): rounded once less, token 2 would score 2**-48 and not 0, as token 1 does."""
+    third = torch.tensor(1 / 3, dtype=torch.float32).item()
+    product = (torch.tensor(third) * third).item()
+    assert 1 - third * third != 1 - product
+    factor = torch.tensor(1.0) - product
+    s = torch.tensor([[[0.0, 0.0, third]] * 3])
+    prior = torch.tensor([[9.0, factor.item(), 1.0]])  # both score fl(1 - fl(1/9)): the first of them wins
+    assert greedy_select(s, prior, 2, suppression=third, combine="mul", backend=backend).tolist() == [[0, 1]]
+
+
+def test_the_first_pick(backend):
+    """By index, by a utility of its own, by the nearest neighbour; the others go by prior."""
+    line = torch.tensor([0.0, 1.0, 2.0, 7.0, 9.0])
+    s = -(line[:, None] - line).abs()[None]
+    first = lambda rule, **options: greedy_select(  # noqa: E731
+        s, torch.tensor([[3.0, 5.0, 1.0, 2.0, 4.0]]), 1, first=rule, **options, backend=backend
+    ).item()
+    assert (first(None), first("prior"), first("max_min")) == (1, 1, 3)  # 7 and 9 are 2 apart
+    assert [first(torch.tensor([i])) for i in range(-1, 5)] == [1, 0, 1, 2, 3, 4]
+    assert first(torch.tensor([[0.0, 0.5, 1.0, 1.0, -1.0]]).half()) == 2
+    assert first(None, max_min=True) == 3
+    without = torch.tensor([[True, True, True, True, False]])  # the other end of the only long gap
+    assert first("max_min", candidates=without) == 3 and first(torch.tensor([4]), candidates=without) == 1
+    assert first("max_min", tier=torch.tensor([[0, 1, 0, 2, 3]], dtype=torch.int8)) == 0  # 2 apart, both
+
+
+def test_the_nearest_neighbour_is_the_one_whose_row_says_so(backend):
+    """s_ji, a column without its diagonal; the rows of those that are no candidates do not count."""
+    s = torch.tensor([[[9.0, 0.4, 0.1], [0.3, 9.0, 0.2], [0.5, 0.1, 9.0]]])
+    assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 2  # 0.5, 0.4, 0.2
+    assert greedy_select(s.mT, None, 1, first="max_min", backend=backend).item() == 1  # 0.4, 0.3, 0.5
+    two = torch.tensor([[True, True, False]])
+    assert greedy_select(s, None, 1, first="max_min", candidates=two, backend=backend).item() == 0  # 0.3, 0.4
+    one = torch.tensor([[False, True, False]])
+    assert greedy_select(s, None, 3, first="max_min", candidates=one, backend=backend).tolist() == [[1, -1, -1]]
+
+
+def test_a_row_is_what_a_pick_has_in_common_with_others(backend):
+    """s[pick, i], where s is not symmetric."""
+    s = torch.zeros(1, 3, 3)
+    s[0, 0, 1] = 1.0
+    prior = torch.tensor([[3.0, 2.0, 1.5]])
+    assert greedy_select(s, prior, 2, backend=backend).tolist() == [[0, 2]]
+    assert greedy_select(s.mT, prior, 2, backend=backend).tolist() == [[0, 1]]
+
+
+def test_candidates_count_in_the_mean(backend):
+    """As tier 3: who is no candidate is part of mean|prior| if its own tier is."""
+    torch.manual_seed(3)
+    s, prior, sbar = torch.rand(1, 12, 12), torch.rand(1, 12), torch.tensor([0.4])
+    tier = torch.tensor([[0, 1, 2, 3] * 3], dtype=torch.int8)
+    candidates = torch.rand(1, 12) < 0.5
+    never = torch.where(candidates, tier, torch.where((tier == 0) | (tier == 3), 3, tier)).to(torch.int8)
+    order = greedy_select(s, prior, 12, sbar=sbar, tier=tier, candidates=candidates, backend=backend)
+    expected = greedy_select(s, prior, 12, sbar=sbar, tier=never, backend=backend)[0].tolist()
+    expected = [i for i in expected if i >= 0 and candidates[0, i]]
+    assert order[0].tolist() == expected + [-1] * (12 - len(expected))
+
+
+def test_a_prior_of_minus_infinity_is_a_candidate(backend):
+    prior = torch.tensor([[-torch.inf, 1.0]])
+    assert greedy_select(torch.eye(2)[None], prior, 2, backend=backend).tolist() == [[1, 0]]
+
+
+def test_without_suppression_zero_keys_are_as_good_as_any(backend):
+    """sbar is 0 where all keys are zeros: a scaled prior would be 0 everywhere."""
+    keys, scores = torch.zeros(1, 6, 4), torch.tensor([[1.0, 4.0, 2.0, 6.0, 3.0, 5.0]])
+    s, sbar, _, tier = similarity(keys, scores, backend=backend)
+    options = {"sbar": sbar, "tier": tier, "suppression": 0.0}
+    assert greedy_select(s, scores, 3, **options, backend=backend).tolist() == [[3, 5, 1]]
+    whole = select_and_merge(keys, scores, 3, 0, suppression=0.0, spatial_weight=0.0, backend=backend)
+    assert whole.indices.tolist() == [[1, 3, 5]]
+
+
 def test_tiers(backend):
     tier = torch.tensor([[2, 1, 3, 0, 1, 0, 2]], dtype=torch.int8)
     prior = torch.tensor([[9.0, 8.0, 7.0, 1.0, 6.0, 2.0, 5.0]])
@@ -208,19 +351,16 @@ def top_k(prior, tier, k):
     return (order + [-1] * len(prior))[:k]
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
-@settings(max_examples=200, deadline=None)
-@given(problem=hostile_problems())
+@each_backend(problems(anything, anything), [*FAST, "reference"])
 def test_without_suppression_it_is_plain_top_k(backend, problem):
     """Of the prior itself, whatever sbar is: scaled, distinct priors could round to a tie, or all to 0."""
-    s, prior, tier, sbar, k, _ = problem
-    if backend == "triton":
-        s, prior = s.float(), prior.float()
-    tier = torch.zeros(len(prior), dtype=torch.int8) if tier is None else tier
-    expected = top_k(prior.to(torch.promote_types(s.dtype, prior.dtype)), tier, k)
-    for scale in (sbar, 0.0, 1e-45, math.nan):
-        options = {"sbar": None if scale is None else torch.tensor([scale]), "tier": tier[None], "suppression": 0.0}
-        assert greedy_select(s[None], prior[None], k, **options, backend=backend).tolist() == [expected]
+    s, prior, k, options = problem
+    prior = s[:, 0] if prior is None else prior
+    tier = options.get("tier", torch.zeros_like(prior, dtype=torch.int8))
+    expected = top_k(prior[0], tier[0], k)
+    for scale in (None, 0.0) if backend == "triton" else (None, 0.5, 0.0, 1e-45, math.nan):
+        options = {"sbar": None if scale is None else torch.tensor([scale]), "tier": tier, "suppression": 0.0}
+        assert greedy_select(s, prior, k, **options, backend=backend).tolist() == [expected]
 
 
 def test_neighbours_are_told_apart_without_suppression(backend):
@@ -267,3 +407,131 @@ def test_prior_of_other_dtypes(dtype, cpp):
     prior = torch.rand(1, 20).to(dtype)
     expected = reference.greedy_select(s, prior, 9)
     assert torch.equal(greedy_select(s, prior, 9, backend=cpp), expected)
+
+
+@pytest.mark.parametrize("max_min", [False, True])
+def test_neither_batch_nor_threads_matter(max_min, fast):
+    """Nor the layout: an image alone, on one thread or two, is the image in its batch."""
+    b, n = (5, 300) if fast == "cpp" else (2, 40)
+    s, prior, candidates = torch.randn(b, n, n), torch.rand(b, n), torch.rand(b, n) < 0.9
+    options = {"candidates": candidates, "max_min": max_min, "combine": "mul", "suppression": 0.3}
+    expected = greedy_select(s, prior, n // 2, **options, backend=fast)
+    strided = torch.nn.functional.pad(s, (0, 5, 0, 3))[:, :n, :n]
+    assert torch.equal(greedy_select(strided, prior, n // 2, **options, backend=fast), expected)
+    threads = torch.get_num_threads()
+    try:
+        for i in range(b):
+            torch.set_num_threads(1 + i % 2)
+            alone = {name: v[i : i + 1] if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+            order = greedy_select(s[i : i + 1], prior[i : i + 1], n // 2, **alone, backend=fast)
+            assert torch.equal(order, expected[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_narrow_utility_is_its_values(backend):
+    """bf16, in prior and in first, is the fp32 of the same numbers."""
+    s, prior, first = torch.rand(1, 20, 20), torch.rand(1, 20).bfloat16(), torch.rand(1, 20).bfloat16()
+    expected = greedy_select(s, prior.float(), 9, first=first.float(), backend=backend)
+    assert torch.equal(greedy_select(s, prior, 9, first=first, backend=backend), expected)
+
+
+# Errors
+
+S, P = torch.rand(2, 6, 6), torch.rand(2, 6)
+REFUSED = {
+    "a mask for a tier": (
+        {"tier": P < 0.5},
+        TypeError,
+        "tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.",
+    ),
+    "a number for a mask": ({"candidates": P}, TypeError, "candidates: expected dtype bool, got float32"),
+    "two rules": (
+        {"first": P, "max_min": True},
+        ValueError,
+        "first, max_min: expected one of the two, got both. Remedy: leave out first.",
+    ),
+    "int32": ({"first": P[:, 0].int()}, TypeError, "first: expected dtype int64"),
+    "an index too many": ({"first": torch.zeros(3).long()}, ValueError, "first: expected shape [B] = [2]"),
+    "a utility too many": ({"first": torch.zeros(2, 7)}, ValueError, "first: expected shape [B N] = [2, 6]"),
+    "another product": ({"combine": "max"}, ValueError, "combine: expected 'sub' or 'mul', got 'max'."),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, cpp):
+    options, error, message = REFUSED[case]
+    with pytest.raises(error, match=re.escape(message)):
+        greedy_select(S, P, 2, **options)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.condense.greedy_select(S, P, 2, **options)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match=r"^first: expected 'prior', 'max_min' or a tensor, got 'last'\.$"):
+        greedy_select(S, P, 2, first="last")
+
+
+@pytest.mark.parametrize("backend", [b for b in ("cpp", "reference") if b in (*FAST, "reference")])
+def test_an_index_out_of_range_is_refused_on_cpu(backend):
+    for first in (6, -2):
+        with pytest.raises(RuntimeError, match=rf"^first: expected values in \[-1, 6\), got {first}\.$"):
+            greedy_select(S, P, 2, first=torch.tensor([0, first]), backend=backend)
+
+
+@needs_triton
+def test_an_index_out_of_range_is_none_in_a_kernel(bounded):
+    expected = greedy_select(S, P, 4, backend="triton")
+    for first in (6, -2, 2**32, -(2**62)):
+        order = greedy_select(S, P, 4, first=torch.full((2,), first), backend="triton")
+        assert torch.equal(order, expected)
+
+
+NAN, INF = math.nan, math.inf
+LOOKED_AT = {
+    "an infinity in s": ({"s": (1, 2, 3, -INF)}, "s: expected finite numbers, got -inf at image 1, token 2, token 3"),
+    "a negative factor": ({"prior": (0, 4, -1.0), "combine": "mul"}, "prior: expected numbers >= 0, as combine is"),
+    "an index": ({"first": torch.tensor([1, 6])}, "first: expected values in [-1, N), got 6 at image 1. Remedy: "),
+    "a token that may not be picked": (
+        {"first": torch.tensor([-1, 2])},
+        "first: expected a candidate of tier 0, got 2 at image 1. Remedy: a token that may be picked, or -1.",
+    ),
+    "of another tier": ({"first": torch.tensor([0, -1])}, "first: expected a candidate of tier 0, got 0 at image 0"),
+    "a NaN": (
+        {"first": torch.tensor([[NAN, NAN, 0, 0, 0, 0]] * 2)},
+        "first: expected finite numbers, got nan at image 0, token 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOOKED_AT)
+def test_the_debug_switch_looks(case):
+    changes, message = LOOKED_AT[case]
+    tensors = {"s": S.clone(), "prior": P.clone()}
+    candidates, tier = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.int8)
+    candidates[1, 2], tier[0, 0] = False, 1
+    options = {"candidates": candidates, "tier": tier}
+    for name, value in changes.items():
+        if isinstance(value, tuple):
+            tensors[name][value[:-1]] = value[-1]
+        else:
+            options[name] = value
+    with debug(), pytest.raises(ValueError, match="^" + re.escape(message)):
+        greedy_select(**tensors, k=2, **options)
+
+
+def test_the_debug_switch_names_the_remedy():
+    s = S.clone()
+    s[:, :, 3] = -INF  # as attention is masked: here it counts as 0, and token 3 is picked
+    assert 3 in greedy_select(s, P, 6)[0]
+    with debug(), pytest.raises(ValueError, match=r"Remedy: candidates=, or tier 3, for what must not be picked"):
+        greedy_select(s, P, 6)
+
+
+def test_the_debug_switch_takes_any_similarity():
+    """Not symmetric, negative, beyond 1; negative utilities of who is no candidate; any number for them."""
+    few = P > 0.3
+    with debug():
+        greedy_select(100 * S - 50, torch.where(few, P, -P), 3, combine="mul", candidates=few)
+        greedy_select(S, P, 3, first=torch.where(few, P, NAN), candidates=few)
+        greedy_select(S, None, 3, first="max_min")

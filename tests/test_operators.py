@@ -126,6 +126,8 @@ def wrong_values(value, alone: bool) -> list[tuple[str, object]]:
             ("no tensor", value.tolist()),
         ]
         return found if alone else [*found, ("elsewhere", value.to("meta"))]
+    if isinstance(value, str):
+        return [("another word", value.upper()), ("a number", 1)]
     if isinstance(value, bool):
         return [("text", "yes"), ("a number", 1)]
     if isinstance(value, float):

@@ -74,6 +74,7 @@ def batch_of(lengths, anchors, background, inputs: Inputs | None = None) -> Batc
         positions=None if inputs.grid is None else torch.rand(tokens, 2, generator=generator).to(DEVICE),
         suppression=inputs.suppression, spatial_weight=inputs.spatial_weight,
         background_suppression=inputs.background_suppression,
+        scale_prior=inputs.scale_prior,
     )  # fmt: skip
 
 

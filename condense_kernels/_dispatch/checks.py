@@ -110,6 +110,17 @@ def check_num_tokens(name: str, value: torch.Tensor) -> None:
         )
 
 
+def check_tier(tier: Any, shape: str, sizes: dict[str, int], like: torch.Tensor) -> None:
+    """Of a mask, whose True says what tier 0 says, tier.to(torch.int8) would be the wrong remedy."""
+    if isinstance(tier, torch.Tensor) and tier.dtype == torch.bool:
+        raise TypeError(
+            "tier: expected dtype int8, got bool. Remedy: torch.where(mask, 0, 2).to(torch.int8) of a mask of valid "
+            "tokens."
+        )
+    if tier is not None:
+        check_tensor("tier", tier, shape, sizes, (torch.int8,), like)
+
+
 def is_int(value: object) -> bool:
     """Also an open size of make_fx and torch.export."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
@@ -169,6 +180,12 @@ def check_background_suppression(value: float | None) -> None:
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}: {value!r}. Remedy: bool({name}).")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        allowed = " or ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}.")
 
 
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:

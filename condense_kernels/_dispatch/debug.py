@@ -91,9 +91,11 @@ def check_scores(scores: torch.Tensor | None, axes: tuple, valid: torch.Tensor |
     refuse("scores", scores, negative, "numbers >= 0", axes, remedy)
 
 
-def check_indices(name: str, indices: torch.Tensor, low: int, limit: int) -> None:
+def check_indices(
+    name: str, indices: torch.Tensor, low: int, limit: int, of_image: Callable = "image {}".format
+) -> None:
     outside = (indices < low) | (indices >= limit)
-    refuse(name, indices, outside, f"values in [{low}, {limit})", ("image", "row"), "Remedy: indices of tokens.")
+    refuse(name, indices, outside, f"values in [{low}, {limit})", (of_image, "row"), "Remedy: indices of tokens.")
     sorted_, order = indices.sort(dim=1, stable=True)
     again = torch.zeros_like(outside)
     again[:, 1:] = (sorted_[:, 1:] == sorted_[:, :-1]) & (sorted_[:, 1:] >= 0)
@@ -102,7 +104,7 @@ def check_indices(name: str, indices: torch.Tensor, low: int, limit: int) -> Non
         image, row = repeated.nonzero()[0].tolist()
         token = indices[image, row].item()
         raise ValueError(
-            f"{name}: expected distinct tokens, got token {token} again at image {image}, row {row}. "
+            f"{name}: expected distinct tokens, got token {token} again at {of_image(image)}, row {row}. "
             "Remedy: indices.unique(), or those that greedy_select returns."
         )
 

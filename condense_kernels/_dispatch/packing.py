@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import MAX_TOKENS, check_count, check_not_empty, check_tensor
+from .checks import FLOATS, INTEGERS, MAX_TOKENS, check_count, check_not_empty, check_tensor
 from .debug import refuse
 
 NO_SHARDS = "its offsets count the tokens of all images, and a shard holds only some of them"
@@ -23,6 +23,18 @@ def check_rows(cu_keep: Any, total_keep: Any, sizes: dict[str, int], like: torch
     """cu_keep [S + 1] int32 beside ``like``; total_keep an int up to T. After check_segments."""
     check_tensor("cu_keep", cu_keep, "S+1", sizes, (torch.int32,), like)
     check_count("total_keep", total_keep, 0, sizes["T"], f"T = {sizes['T']} tokens")
+
+
+def check_places(positions: Any, spatial_weight: float, sizes: dict[str, int], like: torch.Tensor) -> None:
+    """positions [T, P] beside ``like``, unless the distance term is off; there is no grid."""
+    if positions is not None:
+        check_tensor("positions", positions, "T P", sizes, FLOATS + INTEGERS, like)
+        check_not_empty("positions", positions, 1, "coordinate")
+    elif spatial_weight != 0:
+        raise ValueError(
+            "positions: expected a tensor [T, P], as spatial_weight is not 0, got None. Remedy: "
+            "spatial_weight=0 for assignment by similarity alone."
+        )
 
 
 class Part(NamedTuple):

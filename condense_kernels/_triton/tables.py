@@ -116,6 +116,65 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class DppConfig:
+    """An image's tokens in chunks, one program an image, as of SelectConfig; but a pick works on all picks before it."""
+
+    low: int
+    span: int
+    block: int  # tokens of a chunk
+    num_warps: int
+    unroll: int = 4  # earlier picks whose loads overlap
+
+    SPANS: ClassVar = (256, 640, 1024, 2048, 3072, 4096, 8192, MAX_STORED)
+    CLASSES: ClassVar = (1024, 4096)  # tokens up to which the segments of a packed batch share a launch
+
+    @classmethod
+    def for_shape(cls, n: int) -> "DppConfig":
+        low, span = next((low, span) for low, span in itertools.pairwise((0, *cls.SPANS)) if n <= span)
+        if span <= 1024:
+            return _chosen(cls(low, span, block=128, num_warps=4))
+        if span <= 4096:
+            return _chosen(cls(low, span, block=512, num_warps=16))
+        return _chosen(cls(low, span, block=2048, num_warps=16, unroll=1))
+
+    @classmethod
+    def for_packed(cls, width: int) -> list[tuple[int, "DppConfig"]]:
+        """(more than so many tokens, config): of a packed batch, the segments of a class share a launch."""
+        limits = [0, *(limit for limit in cls.CLASSES if limit < width), width]
+        return [(low, cls.for_shape(n)) for low, n in itertools.pairwise(limits)]
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        return {"BLOCK": self.block, "CHUNKS": -(-self.span // self.block), "UNROLL": self.unroll}
+
+
+@dataclass(frozen=True)
+class NearestConfig:
+    """Of the launch that finds how far each token's nearest neighbour is."""
+
+    block_n: int = 32  # tokens of a program, 128 bytes of a row: N = 576 then has 18 programs
+    block_j: int = 64  # rows at a time, so that their loads overlap: 16 numbers a thread; counted, no spill
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls) -> "NearestConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
+class CoverageConfig:
+    block_n: int  # all tokens of an image, whose scores stay in registers
+    num_warps: int
+    block_gains: int = 16  # tokens of a program of the first launch: 16 numbers a thread of 128 rows at a time
+    rows: int = 8  # times 128 rows of a column that are loaded at once: 1024, so that N = 576 waits once
+
+    @classmethod
+    def for_shape(cls, n: int) -> "CoverageConfig":
+        block_n = max(next_power_of_2(n), 64)
+        return _chosen(cls(block_n, 4 if block_n <= 4096 else 16))
+
+
+@dataclass(frozen=True)
 class AssignConfig:
     block_k: int  # rows looked at together, so that their loads overlap
     block_n: int = 32  # tokens of a program

@@ -13,13 +13,20 @@ kernels are in csrc/, under the same names.
 """
 
 from .assign import assign as assign
+from .assign import assign_varlen as assign_varlen
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
+from .dpp_select import dpp_select as dpp_select
+from .dpp_select import dpp_select_varlen as dpp_select_varlen
 from .dpc_knn import DensityPeaks as DensityPeaks
 from .dpc_knn import dpc_knn as dpc_knn
 from .dpc_knn import dpc_knn_varlen as dpc_knn_varlen
+from .coverage_select import coverage_select as coverage_select
+from .coverage_select import coverage_select_varlen as coverage_select_varlen
 from .greedy_select import greedy_select as greedy_select
+from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
+from .merge import merge_varlen as merge_varlen
 from .select_and_merge import Condensed as Condensed
 from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes

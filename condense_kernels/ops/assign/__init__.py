@@ -1,3 +1,4 @@
 from .op import assign
+from .varlen import assign_varlen
 
-__all__ = ["assign"]
+__all__ = ["assign", "assign_varlen"]

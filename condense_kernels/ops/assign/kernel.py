@@ -1,7 +1,7 @@
 """Every token to the kept token that is most similar and near (Eq. 6, 7), a block of tokens per program."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from ..._triton.device import (
     stored_at,
     tokens_before,
 )
-from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import AssignConfig
 
 NO_DISTANCE, GRID, POSITIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -264,17 +264,27 @@ def nearest_rows(
     return tl.where(own != NOWHERE, own, row)
 
 
+@triton.jit
+def may_move(sources_ptr, indices_ptr, row, offs_n, stride_source, stride_index, N):
+    """Which of BLOCK_N tokens that have a row are sources, or, being kept, their row's own."""
+    source = tl.load(sources_ptr + offs_n.to(tl.int64) * stride_source, mask=offs_n < N, other=0) != 0
+    kept = tl.load(indices_ptr + row.to(tl.int64) * stride_index, mask=row != NOWHERE, other=-1)
+    return source | (kept == offs_n)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def assign_kernel(
     s_ptr,  # [B, N, N]
     indices_ptr,  # [B, K]
     tier_ptr,  # [B, N]
+    sources_ptr,  # [B, N] or None
     where_ptr,  # [N, P] or [B, N, P]
     assignment_ptr,  # [B, N]
     spatial_weight,
     stride_s_b, stride_s_i, stride_s_j,
     stride_index_b, stride_index_k,
     stride_tier_b, stride_tier_n,
+    stride_source_b, stride_source_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, K, HEIGHT, GRID_WIDTH, num_parts, packed,
     P: tl.constexpr, AXES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_BOX: tl.constexpr,
@@ -312,11 +322,14 @@ def assign_kernel(
     if HAS_TIER:
         tier = tl.load(tier_ptr + offs_n.to(tl.int64) * stride_tier_n, mask=offs_n < N, other=MASKED)
         assigned = assigned & (tier != MASKED)
+    if sources_ptr is not None:
+        sources_ptr += at_b * stride_source_b
+        assigned = assigned & may_move(sources_ptr, indices_ptr, row, offs_n, stride_source_n, stride_index_k, N)
     assignment_ptr += tokens_before(packed, at_b, N)
     tl.store(assignment_ptr + offs_n, tl.where(assigned, row, -1).to(tl.int64), mask=offs_n < N)
 
 
-def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, sanitise, packed=None):
+def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, sanitise, sources=None, packed=None):
     """The kernel on s [B, N, >= N], into assignment [B, N]; packed: s [T, >= max_seqlen], into assignment [T]."""
     if assignment.shape[0] == 0:
         return
@@ -328,9 +341,9 @@ def launch_assign(s, indices, tier, space, spatial_weight, assignment, *, saniti
     programs = assignment.shape[0] * parts if packed is None else packed.num_slots(config.block_n)
     launch(
         assign_kernel, (programs,),
-        s, indices, s if tier is None else tier, s if space.tensor is None else space.tensor, assignment,
+        s, indices, s if tier is None else tier, sources, s if space.tensor is None else space.tensor, assignment,
         float(spatial_weight),
-        *strides_of(s, 3), *strides_of(indices, 2), *strides_of(tier, 2), *space.strides,
+        *strides_of(s, 3), *strides_of(indices, 2), *strides_of(tier, 2), *strides_of(sources, 2), *space.strides,
         n, k, space.height, space.width, parts, packed,
         P=space.axes, AXES=axes, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
         MODE=space.mode, HAS_TIER=tier is not None, SANITISE=sanitise,
@@ -346,11 +359,42 @@ def assign(
     grid: Sequence[int] | None = None,
     positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
     spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [B, N] bool
 ) -> torch.Tensor:
-    """Return assignment [B, N] int64: the row of each token; -1 where masked."""
+    """Return assignment [B, N] int64: the row of each token; -1 where masked, and where neither a source nor kept."""
     reject_float64(s=s)
     assignment = new(s, s.shape[:2], torch.int64)
     with on_device_of(s):
         space = Space.of(grid, positions, spatial_weight, masked=tier is not None)
-        launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True)
+        launch_assign(s, indices, tier, space, spatial_weight, assignment, sanitise=True, sources=sources)
+    return assignment
+
+
+def assign_varlen(
+    s: torch.Tensor,  # [T, >= max_seqlen]
+    indices: torch.Tensor,  # [total_keep] int64
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    max_seqlen: int,
+    *,
+    tier: torch.Tensor | None = None,  # [T] int8
+    positions: torch.Tensor | None = None,  # [T, P]
+    spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [T] bool
+) -> torch.Tensor:
+    """Return assignment [T] int64."""
+    reject_float64(s=s)
+    (num_tokens, _), (total_keep,) = s.shape, indices.shape
+    max_seqlen = min(max_seqlen, num_tokens)
+    assignment = new(s, (num_tokens,), torch.int64, fill=-1)  # and -1 it stays in segments without rows
+    if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
+        return assignment
+    space = replace(
+        Space.of(None, positions, spatial_weight, masked=tier is not None), strides=strides_of(positions, 3)
+    )
+    with on_device_of(s):
+        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        launch_assign(
+            s, indices, tier, space, spatial_weight, assignment, sanitise=True, sources=sources, packed=packed
+        )
     return assignment

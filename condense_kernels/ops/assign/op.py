@@ -1,49 +1,63 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import as_grid, check_tensor, check_values, check_weight, check_where
-from ..._dispatch.debug import check_finite, check_indices, check_positions
+from ..._dispatch.checks import as_grid, check_tensor, check_tier, check_values, check_weight, check_where
+from ..._dispatch.debug import check_finite, check_indices, check_positions, refuse
 from ..._dispatch.declaration import Example, Operator, always, random
+from ...tokens import take_rows
 from . import reference
 
 
-def check(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> None:
+def check(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None) -> None:
     sizes: dict[str, int] = {}
     check_tensor("s", s, "B N N", sizes, (torch.float32, torch.float64))
     check_tensor("indices", indices, "B K", sizes, (torch.int64,), s)
-    if tier is not None:
-        check_tensor("tier", tier, "B N", sizes, (torch.int8,), s)
+    check_tier(tier, "B N", sizes, s)
     check_weight("spatial_weight", spatial_weight)
     check_where(grid, positions, spatial_weight, sizes, s)
+    if sources is not None:
+        check_tensor("sources", sources, "B N", sizes, (torch.bool,), s)
 
 
-def fake(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+def fake(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None):
     return s.new_empty((s.shape[0], s.shape[1]), dtype=torch.int64)
 
 
-def on_reference(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+def on_reference(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None):
     check_values("indices", indices, -1, s.shape[1])
-    return reference.assign(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+    options = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+    return reference.assign(s, indices, tier=tier, sources=sources, **options)
 
 
-def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0):
+def on_triton(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None):
     from .kernel import assign as launch
 
-    return launch(s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
+    options = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+    return launch(s, indices, tier=tier, sources=sources, **options)
 
 
-def flops(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> int:
+def flops(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None) -> int:
     """Each token and row: a comparison; with a distance of P axes, P squares of differences, a root and its use too."""
     axes = 0 if spatial_weight == 0 else len(grid) if grid is not None else positions[-1]
     return s[0] * s[1] * indices[1] * (1 + (3 * axes + 2 if axes else 0))
 
 
-def look(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0) -> None:
-    check_finite("s", s, ("image", "token", "token"))
-    check_indices("indices", indices, -1, s.shape[1])
+def look(s, indices, *, tier=None, grid=None, positions=None, spatial_weight=1.0, sources=None) -> None:
     check_positions(positions, None if tier is None else tier != 2)
+    look_at_similarities(s, indices)
+
+
+def look_at_similarities(s: torch.Tensor, indices: torch.Tensor, of_image: Callable = "image {}".format) -> None:
+    """What is not finite, names no token or two rows; and an s that was filled the other way around, which would give
+    another assignment in silence."""
+    check_finite("s", s, (of_image, "token", "token"))
+    check_indices("indices", indices, -1, s.shape[1], of_image)
+    rows, columns = take_rows(s, indices), take_rows(s.mT, indices)
+    apart = (rows - columns).abs() > 1e-3 * torch.maximum(rows.abs(), columns.abs()).clamp(min=1)
+    remedy = "Remedy: s.mT if s[i, j] is of token i and kept j; condense_kernels.debug(False) for a call that means it."
+    refuse("s", rows, apart, "rows of kept tokens that are as their columns", (of_image, "row", "token"), remedy)
 
 
 def examples(b: int) -> list[Example]:
@@ -54,7 +68,7 @@ def examples(b: int) -> list[Example]:
         Example((s, indices), {"tier": (random(b, 12) < 0.2).to(torch.int8) * 2, "grid": [3, 4]}),
         Example((s, indices), {"positions": random(12, 2), "spatial_weight": 0.3}),
         Example((s.double(), indices), {"positions": (9 * random(b, 12, 3)).int()}),
-        Example((s, indices), {"spatial_weight": 0.0}),
+        Example((s, indices), {"spatial_weight": 0.0, "sources": random(b, 12) < 0.5}),
     ]
 
 
@@ -83,26 +97,31 @@ def assign(
     grid: Sequence[int] | None = None,
     positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
     spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [B, N]
     backend: str = "auto",
 ) -> torch.Tensor:
     """Send every token to the kept token that is most similar and near (Eq. 6 and 7).
 
-    The row of token i maximises ``s_ij - spatial_weight * d_ij / dmax`` over the kept tokens j; d is the Euclidean
+    The row of token i maximises ``s[j, i] - spatial_weight * d_ij / dmax`` over the kept tokens j; d is the Euclidean
     distance, dmax the diagonal of the valid tokens' bounding box. A tie goes to the lowest row. A kept token goes to
     its own row.
 
     Args:
-        s: [B, N, N] fp32 or fp64 similarities; NaN and infinities count as 0.
-        indices: [B, K] int64, the kept tokens; -1 is a row that takes nobody.
+        s: [B, N, N] fp32 or fp64 similarities; NaN and infinities count as 0. Only the rows of kept tokens are read,
+            s[kept, token], so it need not be symmetric.
+        indices: [B, K] int64, the kept tokens, distinct, in any order; -1 is a row that takes nobody.
         tier: [B, N] int8; a token of tier 2 (masked) is not assigned, and its row takes nobody.
         grid: (H, W) or (T, H, W) with product N, row-major. Grid or positions is required unless spatial_weight is 0.
         positions: [N, P] or [B, N, P] coordinates of a float or signed integer dtype (or uint8); a non-finite one makes
             its token's distances 0.
         spatial_weight: finite, >= 0; 0 gives assignment by similarity alone.
+        sources: [B, N] bool, who may be merged: a token that is not a source goes nowhere, -1. Kept tokens go to
+            their own rows whatever it says.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
-        assignment: [B, N] int64 in [0, K), the row of each token; -1 where masked, or where no row takes tokens.
+        assignment: [B, N] int64 in [0, K), the row of each token; -1 where masked, where neither a source nor kept,
+            and where no row takes tokens.
 
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device, grid, spatial_weight or backend.
@@ -110,6 +129,6 @@ def assign(
             nobody.
     """
     grid = as_grid(grid)
-    tracing.checked(check, s, indices, tier=tier, grid=grid, positions=positions, spatial_weight=spatial_weight)
-    options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+    options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight, "sources": sources}
+    tracing.checked(check, s, indices, **options)
     return backends.run("assign", backend, (s, indices), options)

@@ -51,8 +51,9 @@ def assign(
     grid: Sequence[int] | None = None,
     positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
     spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [B, N] bool
 ) -> torch.Tensor:
-    """Return assignment [B, N] int64: the row of each token; -1 where masked."""
+    """Return assignment [B, N] int64: the row of each token; -1 where masked, and where neither a source nor kept."""
     if grid is not None:
         positions = grid_positions(grid).to(s.device)
     masked = torch.zeros(s.shape[:2], dtype=torch.bool, device=s.device) if tier is None else tier == MASKED
@@ -61,13 +62,15 @@ def assign(
         rows = [k for k, i in enumerate(indices[b].tolist()) if i >= 0 and not masked[b, i]]
         if rows:
             kept = indices[b, rows]
-            affinity = s[b].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)[kept].T  # [N, rows]
+            affinity = s[b].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)[kept].T  # [N, rows]: s[kept, token]
             if positions is not None and spatial_weight != 0:
                 where = positions if positions.dim() == 2 else positions[b]
                 affinity = affinity - spatial_weight * relative_distance(where, kept, ~masked[b])  # Eq. 6
             best = (affinity == affinity.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)  # Eq. 7, lowest row
             row_of = torch.tensor(rows, dtype=torch.int64, device=s.device)
             assignment[b] = row_of[best]
+            if sources is not None:
+                assignment[b, ~sources[b]] = -1
             assignment[b, kept.flip(0)] = row_of.flip(0)  # a kept token is its own
         assignment[b, masked[b]] = -1
     return assignment

@@ -1,3 +1,3 @@
-from .op import greedy_select
+from .op import greedy_select, greedy_select_varlen
 
-__all__ = ["greedy_select"]
+__all__ = ["greedy_select", "greedy_select_varlen"]

@@ -1,324 +1,30 @@
-"""The greedy loop of Eq. 2 and 4, one program per image: a pick needs the result of the pick before it.
-
-The image's tokens live in registers, as a tuple of chunks: tensors of BLOCK tokens, compared with each other within a
-thread. There are as many as the largest image of a span needs (SelectConfig), of which every image of the span has the
-first WHOLE; in the others, what is past the end is dead.
-
-Only the pick loop is written out for each chunk. What comes before and after goes through memory, in loops: the
-compiler's pass that chooses layouts looks, for every load, at all pairs of operations that depend on each other.
-
-A token is dead, no candidate, where its negated utility nu is NaN: no live score can become NaN. The payload of that
-NaN says why, so that nothing else has to be kept in registers: 0 is picked, else the token's tier, or PADDING.
-"""
-
-# ruff: noqa: RUF005  (*chunks, x) is not in Triton's language
+"""Launches of the greedy loop, see loop.py: one program an image. The first pick may need a launch before it."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ..._triton.device import (
-    FLOAT32_MAX,
-    NOWHERE,
-    bits_of,
-    downscale,
-    is_finite,
-    lesser,
-    magnitude_bits,
-    order_key,
+from ..._triton.device import has_block, image_of_block, image_rows, image_tokens, is_finite, tokens_before
+from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.tables import MAX_STORED, NearestConfig, SelectConfig
+from .loop import (
+    chunk_starts,
+    count_tiers,
+    first_utilities,
+    negated_utilities,
+    pick_greedily,
+    prior_scaling,
+    tier_of,
 )
-from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
-from ..._triton.tables import MAX_STORED, SelectConfig
-
-NAN_BITS = tl.constexpr(0x7FC00000)  # positive: its order key is above infinity's
-TAKEN = tl.constexpr(3)  # the tier that is never picked
-PADDING = tl.constexpr(4)  # behind the last token; the tiers are 0 to 3
-FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: priors are summed as integers, so that the order is free
 
 
 @triton.jit
-def chunk_starts(columns, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FIXED: tl.constexpr):
-    """The first token of each chunk. Of those that are not fixed, none ends behind a row of so many columns."""
-    starts = ()
-    for c in tl.static_range(CHUNKS):
-        start = tl.full([], c * BLOCK, tl.int32)
-        if c >= FIXED:
-            start = tl.minimum(start, columns - BLOCK)
-        starts = starts + (start,)
-    return starts
-
-
-@triton.jit
-def token_chunks(starts, BLOCK: tl.constexpr):
-    offs = ()
-    for c in tl.static_range(len(starts)):
-        offs = offs + (starts[c] + tl.arange(0, BLOCK),)
-    return offs
-
-
-@triton.jit
-def counted_magnitude(prior, counted):
-    """The bits of |prior|, 0 where it is not counted in the mean."""
-    return tl.where(counted & is_finite(prior), magnitude_bits(prior), 0)
-
-
-@triton.jit
-def prior_scale(tops, suppression):
-    """Two factors that bring priors below 1 in magnitude; 1 where nothing is suppressed: u is then the prior itself."""
-    first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
-    return tl.where(suppression == 0, 1.0, first), tl.where(suppression == 0, 1.0, second)
-
-
-@triton.jit
-def counted_fixed(unit, counted, suppression):
-    """|unit|, which is below 1, as an integer; 0 where it is not counted in the mean, or where no mean is needed."""
-    factor = tl.where(suppression == 0, 0.0, FIXED_POINT)
-    return (tl.where(counted & is_finite(unit), tl.abs(unit), 0.0) * factor).to(tl.int64)
-
-
-@triton.jit
-def prior_factor(sbar, total, count, suppression):
-    """sbar / mean|prior| of Eq. 2 and 4 and whether the mean is above 0, given the fixed-point sum of scaled priors."""
-    mean = total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64) * (1.0 / FIXED_POINT)
-    factor = (sbar.to(tl.float64) / tl.where(mean > 0, mean, 1.0)).to(tl.float32)
-    return tl.where(suppression == 0, 1.0, factor), (mean > 0) | (suppression == 0)
-
-
-@triton.jit
-def tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER: tl.constexpr):
-    if HAS_TIER:
-        return tl.load(tier_ptr + tokens.to(tl.int64) * stride_tier, mask=tokens < N, other=PADDING).to(tl.int32)
-    else:
-        return tl.where(tokens < N, 0, PADDING)
-
-
-@triton.jit
-def prior_of(prior_ptr, stride_prior, tokens, N):
-    return tl.load(prior_ptr + tokens.to(tl.int64) * stride_prior, mask=tokens < N, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def is_counted(tier):
-    """In the means of Eq. 2 and 4: also where it has been picked."""
-    return (tier == 0) | (tier == TAKEN)
-
-
-@triton.jit
-def count_tiers(tier_ptr, stride_tier, N, HAS_TIER: tl.constexpr, WIDE: tl.constexpr):
-    """How many tokens are live, and how many count in a mean."""
-    live = tl.zeros([WIDE], tl.int32)
-    counted = tl.zeros([WIDE], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        tier = tier_of(tier_ptr, stride_tier, start + tl.arange(0, WIDE), N, HAS_TIER)
-        live += (tier == 0).to(tl.int32)
-        counted += is_counted(tier).to(tl.int32)
-        start += WIDE
-    return tl.sum(live, axis=0), tl.sum(counted, axis=0)
-
-
-@triton.jit
-def prior_scaling(
-    prior_ptr, stride_prior, tier_ptr, stride_tier, count, sbar, suppression, N,
-    HAS_TIER: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Factors that bring a prior to u = sbar / mean|prior| * prior (Eq. 2, 4), and whether the mean is above 0."""
-    tops = tl.zeros([WIDE], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        tokens = start + tl.arange(0, WIDE)
-        counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
-        tops = tl.maximum(tops, counted_magnitude(prior_of(prior_ptr, stride_prior, tokens, N), counted))
-        start += WIDE
-    first, second = prior_scale(tops, suppression)
-    total = tl.zeros([WIDE], tl.int64)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        tokens = start + tl.arange(0, WIDE)
-        counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
-        total += counted_fixed(prior_of(prior_ptr, stride_prior, tokens, N) * first * second, counted, suppression)
-        start += WIDE
-    factor, positive = prior_factor(sbar, tl.sum(total, axis=0), count, suppression)
-    return first, second, factor, positive
-
-
-@triton.jit
-def negated(u):
-    """-u, never -0, with NaN and infinities clamped to finite values."""
-    return 0.0 - tl.where(u != u, -FLOAT32_MAX, tl.minimum(tl.maximum(u, -FLOAT32_MAX), FLOAT32_MAX))
-
-
-@triton.jit
-def dead(reason):
-    return (reason + NAN_BITS).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def died_of(nu, reason: tl.constexpr):
-    return bits_of(nu) == NAN_BITS + reason
-
-
-@triton.jit
-def negated_utilities(
-    prior_ptr, stride_prior, tier_ptr, stride_tier, starts, scaling, N, HAS_TIER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Chunks of -u, NaN where a token is dead. u is 0 where the mean is 0, the prior itself where scaling is None."""
-    offs = token_chunks(starts, BLOCK)
-    nu = ()
-    for c in tl.static_range(len(offs)):
-        tier = tier_of(tier_ptr, stride_tier, offs[c], N, HAS_TIER)
-        u = prior_of(prior_ptr, stride_prior, offs[c], N)
-        if scaling is not None:
-            first, second, factor, positive = scaling
-            u = tl.where(positive, factor * (u * first * second), 0.0)
-        nu = nu + (tl.where(tier == 0, negated(u), dead(tier)),)
-    return nu
-
-
-@triton.jit
-def count_dead(nu_ptr, reason: tl.constexpr, N, WIDE: tl.constexpr):
-    count = tl.zeros([WIDE], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        tokens = start + tl.arange(0, WIDE)
-        count += died_of(tl.load(nu_ptr + tokens, mask=tokens < N, other=0.0), reason).to(tl.int32)
-        start += WIDE
-    return tl.sum(count, axis=0)
-
-
-@triton.jit
-def write_kept(nu_ptr, indices_ptr, picked, K, N, WIDE: tl.constexpr):
-    """The kept tokens, ascending. K are due even where fewer are valid: then tier 1 by index, then tier 2.
-
-    No more than K, though another program may have picked here, too: where wrong offsets make segments overlap.
-    """
-    broken_due = K - picked
-    masked_due = K - picked
-    if broken_due > 0:
-        masked_due -= count_dead(nu_ptr, 1, N, WIDE)
-    short = broken_due > 0
-    place = tl.zeros([], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        tokens = start + tl.arange(0, WIDE)
-        nu = tl.load(nu_ptr + tokens, mask=tokens < N, other=0.0)
-        kept = died_of(nu, 0).to(tl.int32)
-        if short:
-            broken = died_of(nu, 1).to(tl.int32)
-            masked = died_of(nu, 2).to(tl.int32)
-            kept |= broken & (tl.cumsum(broken, axis=0) <= broken_due).to(tl.int32)
-            kept |= masked & (tl.cumsum(masked, axis=0) <= masked_due).to(tl.int32)
-            broken_due -= tl.sum(broken, axis=0)
-            masked_due -= tl.sum(masked, axis=0)
-        rank = place + tl.cumsum(kept, axis=0) - kept
-        tl.store(indices_ptr + rank, tokens.to(tl.int64), mask=(kept != 0) & (rank < K))
-        place += tl.sum(kept, axis=0)
-        start += WIDE
-
-
-@triton.jit
-def best_keys(t, offs, packed):
-    """Of each place of the chunks the lowest negated score, as an integer that orders like it, and its token.
-
-    Chunks are compared as floats within a thread, and NaN loses; only the best of each place becomes an integer key.
-    Packed: behind a segment a row of s may hold anything, so a dead token's NaN may have any sign.
-    """
-    best = t[0]
-    token = offs[0]
-    for c in tl.static_range(1, len(t)):
-        lower = lesser(best, t[c])
-        token = tl.where(lower != best, offs[c], token)
-        best = lower
-    key = order_key(best)
-    if packed is not None:
-        key = tl.where(best == best, key, NOWHERE)
-    return key, token
-
-
-@triton.jit
-def first_lowest(key, token):
-    """The token with the lowest key, the first of them on a tie."""
-    return tl.min(tl.where(key == tl.min(key, axis=0), token, NOWHERE), axis=0)
-
-
-@triton.jit
-def row_of(
-    first_ptrs, token, starts, offs, stride_s_i, stride_s_j, columns,
-    BLOCK: tl.constexpr, SURE: tl.constexpr, SANITISE: tl.constexpr,
-):  # fmt: skip
-    """A token's row of s, in chunks, from where row 0 begins. It has so many columns, the first SURE chunks surely."""
-    ptrs = first_ptrs + token * stride_s_i
-    row = ()
-    for c in tl.static_range(len(starts)):
-        at = ptrs + starts[c].to(tl.int64) * stride_s_j
-        s = tl.load(at) if c < SURE else tl.load(at, mask=offs[c] < columns, other=0.0)
-        if SANITISE:
-            s = tl.where(tl.abs(s) < float("inf"), s, 0.0)
-        row = row + (s,)
-    return row
-
-
-@triton.jit
-def pick_greedily(
-    s_ptr, order_ptr, nu, starts, count, suppression, stride_s_i, stride_s_j, columns, packed, num_tokens,
-    BLOCK: tl.constexpr, SURE: tl.constexpr, AHEAD: tl.constexpr, SANITISE: tl.constexpr, WRITE_ORDER: tl.constexpr,
-):  # fmt: skip
-    """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
-
-    t = fl(fl(suppression * m) + nu) is the score of the contract with the opposite sign, two roundings; never -0, as
-    nu is not. m is the largest cosine to a pick so far.
-
-    AHEAD: while a pick is worked on, the row of the best token of another place is on its way, as that is mostly the
-    next pick. Where it is not, its row is loaded when it is known, so the guess takes no part in the picks.
-    """
-    CHUNKS: tl.constexpr = len(nu)
-    offs = token_chunks(starts, BLOCK)
-    m = ()
-    for _ in tl.static_range(CHUNKS):
-        m = m + (tl.full([BLOCK], float("-inf"), tl.float32),)
-    key, token = best_keys(nu, offs, None)  # the first pick has no suppression term
-    pick = first_lowest(key, token)
-    first_ptrs = s_ptr + tl.arange(0, BLOCK).to(tl.int64) * stride_s_j
-    row = m
-    guess = tl.full([], -1, tl.int32)
-    i = tl.zeros([], tl.int32)
-    while i < count:
-        if WRITE_ORDER:
-            tl.store(order_ptr + i, pick.to(tl.int64))
-        if packed is not None:  # where offsets are wrong, s may hold anything
-            pick = tl.minimum(pick, num_tokens - 1)
-        if AHEAD == 0:
-            row = row_of(first_ptrs, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
-        else:
-            if pick != guess:
-                row = row_of(first_ptrs, pick, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
-            guess = first_lowest(tl.where(token == pick, NOWHERE, key), token)
-            guess = tl.minimum(guess, num_tokens - 1)  # a dead token, or none, if there is no other place
-            ahead = row_of(first_ptrs, guess, starts, offs, stride_s_i, stride_s_j, columns, BLOCK, SURE, SANITISE)
-        remaining = ()
-        similar = ()
-        t = ()
-        for c in tl.static_range(CHUNKS):
-            similar = similar + (tl.maximum(m[c], row[c]),)
-            remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
-            t = t + (suppression * similar[c] + remaining[c],)
-        nu, m = remaining, similar
-        key, token = best_keys(t, offs, packed)
-        pick = first_lowest(key, token)
-        if AHEAD:
-            row = ahead
-        i += 1
-    return nu
-
-
-@triton.jit
-def fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr):
+def fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr):
     """Write the tokens of a tier, lowest index first, from `place` on; return the next free place."""
     start = tl.zeros([], tl.int32)
     while (start < N) & (place < K):
         offs = start + tl.arange(0, BLOCK)
-        tier = tl.load(tier_ptr + offs.to(tl.int64) * stride_tier, mask=offs < N, other=-1)
-        chosen = (tier == TIER).to(tl.int32)
+        chosen = (tier_of(tier_ptr, stride_tier, offs, N, True, candidates) == TIER).to(tl.int32)
         target = place + tl.cumsum(chosen, axis=0) - chosen
         tl.store(order_ptr + target, offs.to(tl.int64), mask=(chosen != 0) & (target < K))
         place += tl.sum(chosen, axis=0)
@@ -326,46 +32,110 @@ def fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier, TIER: tl.conste
     return place
 
 
+@triton.jit
+def candidates_of(candidates_ptr, stride_b, stride_n, at_b):
+    """Of an image, a pointer and a stride; None where all tokens are candidates."""
+    if candidates_ptr is None:
+        return None
+    else:
+        return candidates_ptr + at_b * stride_b, stride_n
+
+
+@triton.jit(do_not_specialize=VARYING)
+def nearest_kernel(
+    s_ptr,  # [B, N, N], packed: [T, max_seqlen]; likewise the rest
+    tier_ptr,  # [B, N]
+    candidates_ptr,  # [B, N]
+    utilities_ptr,  # [B, N] contiguous
+    stride_s_b, stride_s_i, stride_s_j,
+    stride_tier_b, stride_tier_n,
+    stride_candidate_b, stride_candidate_n,
+    N, num_blocks, packed,
+    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TIER: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_N tokens, the negated largest s_ji over the other candidates j: how far the nearest one is."""
+    pid_b, block = image_of_block(packed, tl.program_id(0), num_blocks, BLOCK_N)
+    at_b, N = image_tokens(packed, pid_b, N)
+    if packed is not None:
+        exists = has_block(packed, N, block, BLOCK_N)
+        if exists == 0:
+            return
+    tier_ptr += at_b * stride_tier_b
+    candidates = candidates_of(candidates_ptr, stride_candidate_b, stride_candidate_n, at_b)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = s_ptr + at_b * stride_s_b + offs_n.to(tl.int64)[None, :] * stride_s_j
+    nearest = tl.full([BLOCK_J, BLOCK_N], float("-inf"), tl.float32)
+    start = tl.zeros([], tl.int32)
+    while start < N:
+        offs_j = start + tl.arange(0, BLOCK_J)
+        is_candidate = tier_of(tier_ptr, stride_tier_n, offs_j, N, HAS_TIER, candidates) == 0
+        others = is_candidate[:, None] & (offs_j[:, None] != offs_n[None, :]) & (offs_n < N)[None, :]
+        s = tl.load(columns + offs_j.to(tl.int64)[:, None] * stride_s_i, mask=others, other=0.0)
+        nearest = tl.maximum(nearest, tl.where(others, tl.where(is_finite(s), s, 0.0), float("-inf")))
+        start += BLOCK_J
+    utilities_ptr += tokens_before(packed, at_b, N)
+    tl.store(utilities_ptr + offs_n, -tl.max(nearest, axis=0), mask=offs_n < N)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def greedy_select_kernel(
-    s_ptr,  # [B, N, N]
+    s_ptr,  # [B, N, N], packed: [T, max_seqlen]; likewise the rest
     prior_ptr,  # [B, N]
     sbar_ptr,  # [B]
     tier_ptr,  # [B, N]
+    first_ptr,  # [B] int64 or [B, N]
+    candidates_ptr,  # [B, N]
     order_ptr,  # [B, K]
     suppression,
     stride_s_b, stride_s_i, stride_s_j,
     stride_prior_b, stride_prior_n,
     stride_sbar_b,
     stride_tier_b, stride_tier_n,
-    N, K,
+    stride_first_b, stride_first_n,
+    stride_candidate_b, stride_candidate_n,
+    N, K, LOW, packed,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
-    BLOCK_FILL: tl.constexpr, HAS_SBAR: tl.constexpr, HAS_TIER: tl.constexpr,
+    BLOCK_FILL: tl.constexpr, HAS_SBAR: tl.constexpr, HAS_TIER: tl.constexpr, MUL: tl.constexpr,
 ):  # fmt: skip
     pid_b = tl.program_id(0).to(tl.int64)
-    prior_ptr += pid_b * stride_prior_b
-    tier_ptr += pid_b * stride_tier_b
-    order_ptr += pid_b * K
-    live, counted = count_tiers(tier_ptr, stride_tier_n, N, HAS_TIER, WIDE)
+    columns = N
+    at_b, N = image_tokens(packed, pid_b, N)
+    first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
+    if packed is not None:
+        columns = packed.odd_seqlen >> 1
+        if (N <= LOW) | (BLOCK * CHUNKS < N) | (K == 0):  # of another size, so of another launch
+            return
+    if prior_ptr is not None:
+        prior_ptr += at_b * stride_prior_b
+    tier_ptr += at_b * stride_tier_b
+    order_ptr += first_k
+    candidates = candidates_of(candidates_ptr, stride_candidate_b, stride_candidate_n, at_b)
+    live, counted = count_tiers(tier_ptr, stride_tier_n, N, HAS_TIER, WIDE, candidates)
     place = tl.minimum(live, K)
     scaling = None
     if HAS_SBAR:
-        sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b)
+        sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
         scaling = prior_scaling(
-            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
+            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression == 0, N, HAS_TIER, WIDE
         )
     # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead chunks overlap, and a
     # token of several dies in all of them.
-    starts = chunk_starts(N, BLOCK, CHUNKS, CHUNKS if WHOLE == 0 else WHOLE)
-    nu = negated_utilities(prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK)
+    starts = chunk_starts(columns, BLOCK, CHUNKS, CHUNKS if WHOLE == 0 else WHOLE)
+    nu = negated_utilities(
+        prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, starts, scaling, N, HAS_TIER, BLOCK, MUL, candidates
+    )
+    first = None
+    if first_ptr is not None:
+        first = first_utilities(first_ptr, stride_first_b, stride_first_n, pid_b, at_b, nu, starts, N, BLOCK)
     pick_greedily(
-        s_ptr + pid_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
-        stride_s_j, N, None, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True,
+        s_ptr + at_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
+        stride_s_j, columns, packed, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True, MUL, first,
     )  # fmt: skip
     if HAS_TIER:  # K distinct tokens are due even where fewer are valid
-        place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 1, BLOCK_FILL)
-        place = fill_by_index(order_ptr, tier_ptr, place, N, K, stride_tier_n, 2, BLOCK_FILL)
-        while place < K:  # only TAKEN ones are left
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 1, BLOCK_FILL)
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 2, BLOCK_FILL)
+    if HAS_TIER or candidates_ptr is not None:
+        while place < K:  # nothing is left that may be picked
             late = place + tl.arange(0, BLOCK_FILL)
             tl.store(order_ptr + late, tl.full([BLOCK_FILL], -1, tl.int64), mask=late < K)
             place += BLOCK_FILL
@@ -379,30 +149,92 @@ def check_is_stored(n: int) -> None:
         )
 
 
+def distances(s, tier, candidates, packed=None) -> torch.Tensor:
+    """[B, N], packed: [T]; how far each token's nearest other candidate is, as a utility of the first pick."""
+    images, n = s.shape[:2] if packed is None else (packed.num_segments, packed.max_seqlen)
+    config = NearestConfig.for_shape()
+    utilities = new(s, s.shape[:-1], torch.float32)
+    num_blocks = -(-n // config.block_n)
+    launch(
+        nearest_kernel, (images * num_blocks if packed is None else packed.num_slots(config.block_n),),
+        s, s if tier is None else tier, candidates, utilities,
+        *strides_of(s, 3), *strides_of(tier, 2), *strides_of(candidates, 2), n, num_blocks, packed,
+        BLOCK_J=config.block_j, BLOCK_N=config.block_n, HAS_TIER=tier is not None,
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return utilities
+
+
+def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, candidates, combine, max_min, packed):
+    """One launch, or one for each class of segments: `configs` are (more than so many tokens, config)."""
+    images, n = s.shape[:2] if packed is None else (packed.num_segments, packed.max_seqlen)
+    sbar = None if prior is None else sbar  # of zeros there is nothing to scale
+    if max_min:
+        first = distances(s, tier, candidates, packed)
+    for low, config in configs:
+        launch(
+            greedy_select_kernel, (images,),
+            s, prior, s if sbar is None else sbar, s if tier is None else tier, first, candidates, order,
+            as_fp32(suppression), *strides_of(s, 3), *strides_of(prior, 2), *strides_of(sbar, 1), *strides_of(tier, 2),
+            *strides_of(first, 2), *strides_of(candidates, 2), n, order.shape[-1], low, packed,
+            **config.chunks, BLOCK_FILL=256, HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
+            MUL=combine == "mul", num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
 def greedy_select(
     s: torch.Tensor,  # [B, N, N]
-    prior: torch.Tensor,  # [B, N]
+    prior: torch.Tensor | None,  # [B, N]
     k: int,
     *,
     sbar: torch.Tensor | None = None,  # [B]
     tier: torch.Tensor | None = None,  # [B, N] int8
     suppression: float = 1.0,
+    first: torch.Tensor | None = None,  # [B] int64, or [B, N]
+    candidates: torch.Tensor | None = None,  # [B, N] bool
+    combine: str = "sub",
+    max_min: bool = False,
 ) -> torch.Tensor:
     """Return order [B, k] int64: the picked tokens, first pick first."""
     reject_float64(s=s, prior=prior)
-    b, n = prior.shape
+    b, n = s.shape[:2]
     check_is_stored(n)
     order = new(s, (b, k), torch.int64)
     if b == 0 or k == 0:
         return order
-    config = SelectConfig.for_shape(n)
     with on_device_of(s):
-        launch(
-            greedy_select_kernel, (b,),
-            s, prior, s if sbar is None else sbar, s if tier is None else tier, order, as_fp32(suppression),
-            *s.stride(), *prior.stride(), *strides_of(sbar, 1), *strides_of(tier, 2), n, k,
-            **config.chunks, BLOCK_FILL=256,
-            HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
-            num_warps=config.num_warps, enable_fp_fusion=False,
+        launch_select(
+            s, prior, order, [(0, SelectConfig.for_shape(n))], sbar=sbar, tier=tier, suppression=suppression,
+            first=first, candidates=candidates, combine=combine, max_min=max_min, packed=None,
         )  # fmt: skip
+    return order
+
+
+def greedy_select_varlen(
+    s: torch.Tensor,  # [T, max_seqlen]
+    prior: torch.Tensor | None,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    sbar: torch.Tensor | None = None,  # [S]
+    tier: torch.Tensor | None = None,  # [T] int8
+    suppression: float = 1.0,
+    first: torch.Tensor | None = None,  # [S] int64, or [T]
+    candidates: torch.Tensor | None = None,  # [T] bool
+    combine: str = "sub",
+    max_min: bool = False,
+) -> torch.Tensor:
+    """Return order [total_keep] int64, within the segment."""
+    reject_float64(s=s, prior=prior)
+    check_is_stored(max_seqlen)
+    order = new(s, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no segment
+    if cu_seqlens.shape[0] > 1 and max_seqlen > 0 and total_keep > 0:
+        packed = Packed.kept(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen)
+        with on_device_of(s):
+            launch_select(
+                s, prior, order, SelectConfig.for_packed(max_seqlen), sbar=sbar, tier=tier, suppression=suppression,
+                first=first, candidates=candidates, combine=combine, max_min=max_min, packed=packed,
+            )  # fmt: skip
     return order

@@ -22,7 +22,7 @@ from ..._triton.launcher import VARYING, as_fp32, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces
 from ..assign.kernel import MASKED, NO_DISTANCE, compare_rows, distance_frame, rows_of
-from ..greedy_select.kernel import (
+from ..greedy_select.loop import (
     count_dead,
     counted_fixed,
     counted_magnitude,
@@ -68,7 +68,7 @@ def begin_kernel(
     batch_ptr,  # [B, BATCH] the last picks
     fresh_ptr,  # [B] how many they are
     due_ptr,  # [B] how many are still to come
-    suppression,
+    suppression, scaled,
     stride_score_b, stride_score_n,
     N, K, num_anchors, num_blocks, packed,
     CHUNK: tl.constexpr, BATCH: tl.constexpr, BACKGROUND: tl.constexpr,
@@ -94,16 +94,17 @@ def begin_kernel(
         tops = tl.maximum(tops, counted_magnitude(prior, tier == 0))
         start += CHUNK
     num_valid = tl.sum(counts, axis=0)
-    shrink, shrink_again = prior_scale(tops, suppression)
+    plain = (suppression == 0) | (scaled == 0)
+    shrink, shrink_again = prior_scale(tops, plain)
 
     fixed = tl.zeros([CHUNK], tl.int64)
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, _, _ = load_priors(scores_ptr, tier_ptr, row_sums_ptr, start, stride_score_n, N, CHUNK, BACKGROUND)
-        fixed += counted_fixed(prior * shrink * shrink_again, tier == 0, suppression)
+        fixed += counted_fixed(prior * shrink * shrink_again, tier == 0, plain)
         start += CHUNK
     sbar = mean_similarity(abs_sums_ptr, num_valid, num_blocks, CHUNK)
-    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid, suppression)
+    factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid, plain)
 
     best = tl.full([CHUNK], NOBODY, tl.int64)
     start = tl.zeros([], tl.int64)
@@ -243,7 +244,7 @@ def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
     }
 
 
-def launch_select(w, keys, scores, indices, num_anchors, suppressions, packed=None):
+def launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior, packed=None):
     """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles left in w."""
     images, k, n = w.due.numel(), indices.shape[-1], keys.shape[-2]
     counts = (num_anchors, k - num_anchors)
@@ -254,7 +255,7 @@ def launch_select(w, keys, scores, indices, num_anchors, suppressions, packed=No
     for background, count, factor in zip((False, True), counts, map(as_fp32, suppressions), strict=True):
         launch(
             begin_kernel, (images,), scores, w.tier, w.row_sums, w.abs_sums, w.nu, w.m, w.batch, w.fresh, w.due,
-            factor, *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
+            factor, int(scale_prior), *strides_of(scores, 2), n, k, num_anchors, blocks, packed,
             CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip

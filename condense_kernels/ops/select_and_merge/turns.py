@@ -32,7 +32,7 @@ from ..._triton.device import (
 )
 from ..._triton.launcher import VARYING, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
-from ..greedy_select.kernel import dead
+from ..greedy_select.loop import dead
 from ..similarity.kernel import blocks_of_image, can_overflow, cosine_tile, num_blocks_of
 
 BLOCK = SimilarityConfig.block  # tokens of a tile, so of a turn's picks, and of an update

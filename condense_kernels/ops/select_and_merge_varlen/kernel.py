@@ -50,6 +50,7 @@ def select_and_merge_varlen(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
     reject_float64(features=features, scores=scores, keys=keys)
@@ -74,12 +75,14 @@ def select_and_merge_varlen(
         if config.store_s:
             for group in packed.groups(config.grouping):
                 launch_tiles(keys, scores, None, *sums, w.s, packed=group)
-                launch_select(w, scores, indices, assignment, 0, space, suppressions, spatial_weight, config, group)
+                launch_select(
+                    w, scores, indices, assignment, 0, space, suppressions, spatial_weight, scale_prior, config, group
+                )
                 if not config.assign_in_select:
                     launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=group)
         else:
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
-            streamed.launch_select(w, keys, scores, indices, 0, suppressions, packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppressions, scale_prior, packed)
             streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass, packed)
     return merged, indices, assignment, mass
