@@ -41,6 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
+from condense_kernels.ops.dpc_knn.kernel import dpc_knn, dpc_knn_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -109,6 +110,10 @@ def calls() -> dict[str, tuple]:
     for n in (576, 729, 2880, 16384):
         options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
+    for n in (576, 2880, 16384):
+        cases[f"dpc_knn N={n}"] = (dpc_knn, (empty(2, n, n), 64), {"tier": empty(2, n, dtype=torch.int8)})
+    offsets = [empty(10, dtype=torch.int32)] * 2
+    cases["dpc_knn_varlen N=2880"] = (dpc_knn_varlen, (empty(20000, 2880), *offsets, 500, 2880), {})
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},

@@ -174,7 +174,7 @@ def test_a_token_is_its_own_first_neighbour(backend):
 def test_equal_densities_go_by_index(backend):
     """Token 0 counts as the densest, and the others are as far as the nearest before them."""
     s = torch.tensor([[[0.0, -1.0, -4.0], [-1.0, 0.0, -2.0], [-4.0, -2.0, 0.0]]])
-    order, density, peak_distance = dpc_knn(s, 3, 1, backend=backend)
+    order, _, peak_distance = dpc_knn(s, 3, 1, backend=backend)
     assert peak_distance.tolist() == [[4.0, 1.0, 2.0]]
     assert order.tolist() == [[0, 2, 1]]
     assert dpc_knn(0 - torch.ones(1, 5, 5), 5, 3, backend=backend).order.tolist() == [[0, 1, 2, 3, 4]]

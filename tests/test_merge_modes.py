@@ -272,7 +272,9 @@ def test_planes_are_merged_one_by_one(mode, scored, backend):
 def test_planes_that_fold_are_not_copied(monkeypatch):
     seen = []
     run = backends.run
-    monkeypatch.setattr(backends, "run", lambda op, backend, args, options: (seen.append(args), run(op, backend, args, options))[1])
+    monkeypatch.setattr(
+        backends, "run", lambda op, backend, args, options: (seen.append(args), run(op, backend, args, options))[1]
+    )
     for planes in (torch.randn(2, 3, 6, 8), torch.randn(1, 6, 3, 8).transpose(1, 2), torch.randn(1, 3, 6, 8)):
         merge(planes, None, KEPT.expand(len(planes), -1), ROWS.expand(len(planes), -1))
         assert seen[-1][0].data_ptr() == planes.data_ptr()

@@ -46,7 +46,9 @@ def dpp_select_one(
         order.append(pick)
         open_[pick] = False
     by = diagonal if quality is None else quality  # the rest adds nothing to the volume
-    order += (torch.where(open_, by, -torch.inf).sort(descending=True, stable=True).indices[: int(open_.sum())]).tolist()
+    order += (
+        torch.where(open_, by, -torch.inf).sort(descending=True, stable=True).indices[: int(open_.sum())]
+    ).tolist()
     for leftover in (NON_FINITE, MASKED):  # K distinct tokens are due even where fewer are valid
         order += (tier == leftover).nonzero().flatten().tolist()
     return order[:k] + [-1] * (k - len(order))  # -1: nothing was left that may be picked
