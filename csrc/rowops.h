@@ -68,6 +68,12 @@ struct RowOps {
   int64_t pairs_panel;
   // As multiply_tile, over depth words.
   void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // As multiply_tile, of squares of differences instead of products.
+  void (*distance_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // t = -sqrt(t) * unscale, at most the largest number in magnitude; never -0.
+  void (*negate_root_tile)(T* t, T unscale);
+  // most_i = max(most_i, rows of t + penalty_j), and unless it is null most_j = max(most_j, columns of t + penalty_i).
+  void (*nearest_tile)(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j);
   // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
   void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.

@@ -266,6 +266,17 @@ struct Channel {
   static inline V add(V a, V b, V sum) { return fma(a, b, sum); }
 };
 
+// What it adds to a squared distance: no product cancels, so that tokens close to each other keep their distance.
+template <class T>
+struct Difference {
+  typedef typename Simd<T>::V V;
+  static inline V broadcast(const T* p) { return *p - V{}; }
+  static inline V add(V a, V b, V sum) {
+    const V apart = a - b;
+    return fma(apart, apart, sum);
+  }
+};
+
 #if CONDENSE_ISA_PAIRS
 struct Pair {
   static inline VecF broadcast(const float* word) { return (VecF)_mm512_set1_epi32(load<int32_t>(word)); }
@@ -328,6 +339,49 @@ void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* 
   if (n % 2) to[n] = 0.0f;
 }
 #endif
+
+template <class T>
+void negate_root_tile(T* t, T unscale) {
+  typedef typename Simd<T>::V V;
+  for (int64_t i = 0; i < kTile * kTile; i += Simd<T>::kLanes) {
+    const V distance = sqrt(load<V>(t + i)) * unscale;
+    store(t + i, V{} - (distance < Simd<T>::kMax ? distance : Simd<T>::kMax - V{}));
+  }
+}
+
+template <class T>
+void nearest_tile(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kTile / kLanes;
+  const V lowest = -static_cast<T>(__builtin_inf()) - V{};
+  V columns[kVectors];
+  for (V& column : columns) column = lowest;
+  for (int i0 = 0; i0 < kTile; i0 += kLanes) {
+    T rows[kLanes * kLanes], across[kLanes * kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      V row = lowest;
+#pragma GCC unroll 12
+      for (int v = 0; v < kVectors; ++v) {
+        const V x = load<V>(t + (i0 + r) * kTile + v * kLanes);
+        const V of_row = x + load<V>(penalty_j + v * kLanes), of_column = x + penalty_i[i0 + r];
+        row = of_row > row ? of_row : row;
+        columns[v] = of_column > columns[v] ? of_column : columns[v];
+      }
+      store(rows + r * kLanes, row);
+    }
+    transpose_block(rows, kLanes, across, kLanes);
+    V most = load<V>(most_i + i0);
+    for (int r = 0; r < kLanes; ++r) {
+      const V other = load<V>(across + r * kLanes);
+      most = other > most ? other : most;
+    }
+    store(most_i + i0, most);
+  }
+  for (int v = 0; most_j && v < kVectors; ++v) {
+    const V before = load<V>(most_j + v * kLanes);
+    store(most_j + v * kLanes, columns[v] > before ? columns[v] : before);
+  }
+}
 
 template <class T>
 void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
@@ -729,6 +783,9 @@ constexpr RowOps<T> table() {
   ops.sum_of_squares = sum_of_squares<T>;
   ops.pack_panel = pack_panel<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
+  ops.distance_tile = multiply_tile<T, Difference<T>>;
+  ops.negate_root_tile = negate_root_tile<T>;
+  ops.nearest_tile = nearest_tile<T>;
   ops.scale_tile = scale_tile<T>;
   ops.sum_tile = sum_tile<T>;
   ops.first_pick = first_pick<T>;

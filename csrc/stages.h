@@ -52,41 +52,52 @@ struct Shrink {
   T first, second;
 };
 
+// What a similarity is: a cosine, or a Euclidean distance, negated.
+enum class Metric { kCosine, kNegL2 };
+
 // A key as the similarities use it.
 template <class T>
 struct KeyFactors {
   KeyFactors(Memory& memory, int64_t n) : scale(memory.take<T>(n)), inv(memory.take<T>(n)) {}
-  T* scale;  // [n] power of two, exact
-  T* inv;    // [n] 1 / norm of the scaled key, 0 for a token without similarities
+  T* scale;  // [n] power of two, exact; of distances the same for all tokens
+  T* inv;    // [n] 1 / norm of the scaled key, of distances 1; 0 for a token without similarities
 };
 
 // What one thread multiplies tiles in.
 template <class T>
 struct TileMemory {
-  TileMemory(Memory& memory, int64_t n, bool stored);
+  TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest);
   T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
+  T* nearest;  // [n padded]
   int64_t magnitudes;
 };
 
 template <class T>
 struct SimilarityMemory {
-  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored);
+  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric = Metric::kCosine,
+                   bool with_nearest = false);
+  bool sums_are_plain() const { return sizeof(T) == 8 || metric != Metric::kCosine; }
+
+  Metric metric;
   KeyFactors<T> factors;
+  T unscale = 1;  // of distances
   TileMemory<T>* of_slot;
   int slots;
-  double* sums;  // [n] fp64 alone
-  T* strip;      // [kTile, width_of(n)] fp64 alone, where s is not stored
+  double* sums;  // [n] plain sums alone
+  T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
+  T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
 };
 
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
-// scores may be null, and so may mask.
+// scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
+// lowest number where there is none.
 template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier);
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr);
 
 // tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
 template <class T>
