@@ -41,6 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
+from condense_kernels.ops.dpc_knn.kernel import dpc_knn, dpc_knn_varlen
 from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
 from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
 from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
@@ -123,6 +124,10 @@ def calls() -> dict[str, tuple]:
     options = {"candidates": empty(2, 576, dtype=torch.bool), "combine": "mul", "max_min": True}
     cases["greedy_select, products N=576"] = (greedy_select, (empty(2, 576, 576), empty(2, 576), 64), options)
     cases |= dpp_calls()
+    for n in (576, 2880, 16384):
+        cases[f"dpc_knn N={n}"] = (dpc_knn, (empty(2, n, n), 64), {"tier": empty(2, n, dtype=torch.int8)})
+    offsets = [empty(10, dtype=torch.int32)] * 2
+    cases["dpc_knn_varlen N=2880"] = (dpc_knn_varlen, (empty(20000, 2880), *offsets, 500, 2880), {})
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},

@@ -203,13 +203,14 @@ class AssignConfig:
 
 @dataclass(frozen=True)
 class DpcConfig:
-    block_n: int  # columns of s at a time
-    block_m: int = 4  # rows of a program
-    num_warps: int = 4
+    block_m: int  # rows of a program
+    block_n: int  # their columns, all of them
+    num_warps: int
 
     @classmethod
     def for_shape(cls, n: int) -> "DpcConfig":
-        return _chosen(cls(block_n=max(next_power_of_2(n, 1024), 64)))
+        block_n = max(next_power_of_2(n, MAX_STORED), UNIT)
+        return _chosen(cls(max(4096 // block_n, 1), block_n, num_warps=max(block_n // 1024, 4)))  # 32 numbers a thread
 
 
 @dataclass(frozen=True)
