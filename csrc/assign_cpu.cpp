@@ -255,13 +255,13 @@ Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_se
 // What an image's assignment from keys takes: the rows of its kept tokens are all of s that is computed.
 template <class T>
 struct FromKeysMemory {
-  FromKeysMemory(Memory& memory, const Space& space, int64_t n, int64_t k, int slots)
+  FromKeysMemory(Memory& memory, const Space& space, Metric metric, int64_t n, int64_t k, int slots)
       : tier(memory.take<int8_t>(n)),
         tokens(memory.take<int64_t>(k)),
         rows(memory.take<T>(k + kTile, width_of(n))),
         where(memory, space, n),
         assign(memory, n, k),
-        similarity(memory, n, slots, true) {}
+        similarity(memory, n, slots, true, metric) {}
   int8_t* tier;
   int64_t* tokens;
   T* rows;  // [k, width_of(n)] and room for a tile
@@ -288,7 +288,7 @@ void assign_from_keys_image(const Rows& keys, const int64_t* indices, int64_t k,
 template <class T>
 Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std::optional<Tensor>& mask,
                            const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
-                           double spatial_weight, const std::optional<Tensor>& sources) {
+                           double spatial_weight, const std::optional<Tensor>& sources, Metric metric) {
   const int64_t B = keys.size(0), N = keys.size(1), K = indices.size(1);
   const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
   check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
@@ -296,7 +296,7 @@ Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std:
   const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
-  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, first, N, K, slots); };
+  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, first, metric, N, K, slots); };
   for_each_image(B, static_cast<double>(N) * K * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     assign_from_keys_image<T>(rows_of(keys, b), data_of<int64_t>(kept) + b * K, K, row_of<uint8_t>(valid, b, N),
                               space_of(grid, positions, spatial_weight, b), row_of<uint8_t>(may_merge, b, N), crew,
@@ -327,9 +327,66 @@ Tensor assign_from_keys(const Tensor& keys, const Tensor& indices, std::optional
     check_shape("sources", *sources, "B N", tokens);
     check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
   }
-  check_choice("metric", metric, {"cosine"});
   const auto run = is_double(keys) ? assign_from_keys_as<double> : assign_from_keys_as<float>;
-  return run(keys, indices, mask, grid, positions, spatial_weight, sources);
+  return run(keys, indices, mask, grid, positions, spatial_weight, sources, metric_of(metric));
+}
+
+template <class T>
+Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, const Tensor& cu_seqlens,
+                                  const Tensor& cu_keep, int64_t max_seqlen, const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& positions, double spatial_weight,
+                                  const std::optional<Tensor>& sources, Metric metric) {
+  const int64_t num_tokens = keys.size(0);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
+  const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
+  const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
+  const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
+  std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, num_tokens, indices.size(0), max_seqlen);
+  double work = 0;
+  for (const Part& part : parts) {
+    check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
+    work += static_cast<double>(part.num_tokens) * part.num_rows * keys.size(1);
+  }
+  const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
+  const auto count = static_cast<int64_t>(parts.size()), n = longest(parts), k = most_rows(parts);
+  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, space, metric, n, k, slots); };
+  for_each_image(
+      count, work / std::max(static_cast<double>(count), 1.0), pieces, [&](int64_t p, auto& memory, Crew& crew) {
+        const Part& part = parts[p];
+        const int64_t first = part.first_token;
+        assign_from_keys_image<T>(rows_of(keys).part(first, part.num_tokens), data_of<int64_t>(kept) + part.first_row,
+                                  part.num_rows, row_of<uint8_t>(valid, first, 1), space.from(first),
+                                  row_of<uint8_t>(may_merge, first, 1), crew, memory,
+                                  output<int64_t>(assignment) + first);
+      });
+  return assignment;
+}
+
+Tensor assign_from_keys_varlen(const Tensor& keys, const Tensor& indices, const Tensor& cu_seqlens,
+                               const Tensor& cu_keep, int64_t max_seqlen, std::optional<Tensor> mask,
+                               std::optional<Tensor> positions, double spatial_weight, std::optional<Tensor> sources,
+                               std::string metric) {
+  check_rank("keys", keys, "T Dk", 2);
+  check_floating("keys", keys);
+  check_not_empty("keys", keys, 1, "channel");
+  check_rank("indices", indices, "total_keep", 1);
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  check_segments(cu_seqlens, max_seqlen);
+  check_rows(cu_keep, cu_seqlens, indices.size(0), keys.size(0));
+  if (mask) {
+    check_shape("mask", *mask, "T", {keys.size(0)});
+    check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
+  }
+  check_weight("spatial_weight", spatial_weight);
+  check_packed_positions(positions, spatial_weight, keys.size(0));
+  if (sources) {
+    check_shape("sources", *sources, "T", {keys.size(0)});
+    check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
+  }
+  const auto run = is_double(keys) ? assign_from_keys_varlen_as<double> : assign_from_keys_varlen_as<float>;
+  return run(keys, indices, cu_seqlens, cu_keep, max_seqlen, mask, positions, spatial_weight, sources,
+             metric_of(metric));
 }
 
 }  // namespace
@@ -338,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
   m.impl("assign", TORCH_BOX(&assign));
   m.impl("assign_varlen", TORCH_BOX(&assign_varlen));
   m.impl("assign_from_keys", TORCH_BOX(&assign_from_keys));
+  m.impl("assign_from_keys_varlen", TORCH_BOX(&assign_from_keys_varlen));
 }
 
 }  // namespace condense

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "environment.h"
 #include "greedy_select.h"
+#include "packed.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -25,20 +26,25 @@ enum class Way {
 };
 
 struct Plan {
-  Plan(int64_t n, int64_t k, bool has_prior, bool suppresses, bool scale_prior, bool max_min)
+  Plan(int64_t n, int64_t k, Metric metric, bool has_prior, bool suppresses, bool scale_prior, bool max_min,
+       bool all_are_candidates)
       : n(n),
         k(k),
         pool(std::min({n, kPool, width_of(k) + kTile})),
+        metric(metric),
         max_min(max_min),
+        needs_nearest(max_min && all_are_candidates),
         needs_mean(suppresses && scale_prior && has_prior) {
     if (!suppresses && !max_min) {
       way = Way::kTopK;
-    } else if (n <= stored_tokens() && (needs_mean || max_min || rounds_cost(kExpectedRounds) > 0.9 * stored_cost())) {
+    } else if (n <= stored_tokens() && (needs_all() || max_min || rounds_cost(kExpectedRounds) > 0.9 * stored_cost())) {
       way = Way::kStored;
     } else {
       way = Way::kLazy;
     }
   }
+
+  bool needs_all() const { return needs_mean || needs_nearest; }
 
   // In products of two keys. A round has those of its pool, and of a packing of all keys: as long as 16 rows take.
   double stored_cost() const { return 0.5 * static_cast<double>(n) * static_cast<double>(n); }
@@ -58,36 +64,39 @@ struct Plan {
 
   // Multiply-adds of an image, more or less.
   double work(int64_t channels) const {
-    const double pairs = way == Way::kTopK                  ? static_cast<double>(n)
-                         : way == Way::kLazy && !needs_mean ? rounds_cost(1)
-                                                            : stored_cost();
+    const double pairs = way == Way::kTopK                   ? static_cast<double>(n)
+                         : way == Way::kLazy && !needs_all() ? rounds_cost(1)
+                                                             : stored_cost();
     return pairs * static_cast<double>(channels);
   }
 
   static constexpr double kExpectedRounds = 4;  // 2 to 5 were seen where half of the tokens or fewer are copies
   int64_t n, k, pool;
-  bool max_min, needs_mean;
+  Metric metric;
+  bool max_min;
+  bool needs_nearest;  // of each token: it comes with s
+  bool needs_mean;
   Way way = Way::kStored;
 };
 
 template <class T>
 struct ImageMemory {
-  ImageMemory(Memory& memory, const Plan& plan, int slots) : ImageMemory(memory, plan, slots, plan.way) {}
-  ImageMemory(Memory& memory, const Plan& plan, int slots, Way way)
+  ImageMemory(Memory& memory, const Plan& plan, int slots)
+      : ImageMemory(memory, plan, slots, plan.way == Way::kLazy, plan.way == Way::kStored ? plan.n : 1) {}
+  ImageMemory(Memory& memory, const Plan& plan, int slots, bool lazily, int64_t rows_of_s)
       : tier(memory.take<int8_t>(plan.n)),
         g(memory.take<T>(plan.n)),
-        s(memory.take<T>(way == Way::kStored ? plan.n
-                         : way == Way::kTopK ? 1
-                                             : 0,
-                         plan.n)),
-        rows(memory.take<T>(way == Way::kLazy ? std::min(plan.k, plan.pool) + kTile : 0, width_of(plan.n))),
-        greedy(memory, way == Way::kLazy ? 0 : plan.n),
-        lazy(memory, way == Way::kLazy ? plan.n : 0, plan.pool),
-        similarity(memory, plan.n, slots, way != Way::kLazy || !plan.needs_mean) {}
+        s(memory.take<T>(lazily ? 0 : rows_of_s, plan.n)),
+        rows(memory.take<T>(lazily ? std::min(plan.k, plan.pool) + kTile : 0, width_of(plan.n))),
+        greedy(memory, lazily ? 0 : plan.n),
+        lazy(memory, lazily ? plan.n : 0, plan.pool),
+        opening(memory.take<T>(plan.needs_nearest ? plan.n : 0)),
+        similarity(memory, plan.n, slots, !lazily || !plan.needs_all(), plan.metric, plan.needs_nearest) {}
   int8_t* tier;
-  T *g, *s, *rows;  // s [n, n], or [n] of zeros
+  T *g, *s, *rows;  // s: all of it, or a row of zeros, or null
   GreedyMemory<T> greedy;
   StreamedGreedyMemory<T> lazy;
+  T* opening;  // [n] what the first pick goes by
   SimilarityMemory<T> similarity;
 };
 
@@ -104,10 +113,10 @@ void finish_on_stored(const Rows& keys, const uint8_t* mask, const Plan& plan, c
 }
 
 template <class T>
-void pick_lazily(const Rows& keys, const uint8_t* mask, const Plan& plan, Selection<T> selection, Crew& crew,
-                 ImageMemory<T>& memory, int64_t* order) {
+void pick_lazily(const Rows& keys, const uint8_t* mask, const Plan& plan, Selection<T> selection, bool max_min,
+                 Crew& crew, ImageMemory<T>& memory, int64_t* order) {
   const GreedyMemory<T>& all = memory.lazy.all;
-  if (plan.max_min) {
+  if (max_min) {
     selection.first = pick_farthest_streamed<T>(keys, selection, crew, memory.similarity, all, memory.rows);
   }
   const int64_t made = greedy_select_streamed<T>(keys, selection, plan.k, crew, memory.similarity, memory.lazy, order,
@@ -121,40 +130,111 @@ void pick_image(const Rows& keys, const uint8_t* mask, const Plan& plan, Selecti
                 ImageMemory<T>& memory, int64_t* order) {
   const int64_t n = plan.n;
   T sbar = 0;
-  if (plan.way == Way::kStored || plan.needs_mean) {
-    similarity_image<T>(keys, selection.prior, mask, crew, memory.similarity, memory.s, &sbar, memory.g, memory.tier);
+  if (plan.way == Way::kStored || plan.needs_all()) {
+    similarity_image<T>(keys, selection.prior, mask, crew, memory.similarity, memory.s, &sbar, memory.g, memory.tier,
+                        memory.opening);
   } else {
     measure_keys<T>(keys, selection.prior, mask, crew, memory.similarity, memory.tier);
   }
   selection.tier = memory.tier;
   if (plan.needs_mean) selection.sbar = &sbar;
+  const bool max_min = plan.max_min && !plan.needs_nearest;
+  if (plan.needs_nearest) {
+    for (int64_t i = 0; i < n; ++i) memory.opening[i] = -memory.opening[i];
+    selection.first_utilities = memory.opening;
+  }
   switch (plan.way) {
     case Way::kTopK:
       std::fill(memory.s, memory.s + n, T{0});
       return greedy_select_image<T>(memory.s, 0, selection, false, n, plan.k, crew, memory.greedy, order);
     case Way::kStored:
-      return greedy_select_image<T>(memory.s, n, selection, plan.max_min, n, plan.k, crew, memory.greedy, order);
+      return greedy_select_image<T>(memory.s, n, selection, max_min, n, plan.k, crew, memory.greedy, order);
     case Way::kLazy:
-      return pick_lazily<T>(keys, mask, plan, selection, crew, memory, order);
+      return pick_lazily<T>(keys, mask, plan, selection, max_min, crew, memory, order);
   }
 }
 
+// What the dense and the packed operator are given beside keys and k.
+struct Given {
+  const std::optional<Tensor>&prior, &mask;
+  bool scale_prior;
+  Metric metric;
+  const Options& options;
+
+  Plan plan(int64_t n, int64_t k, bool suppresses) const {
+    return {n, k, metric, prior.has_value(), suppresses, scale_prior, options.max_min, !options.candidates};
+  }
+};
+
 template <class T>
-Tensor greedy_select_from_keys_as(const Tensor& keys, const std::optional<Tensor>& prior, int64_t k,
-                                  const std::optional<Tensor>& mask, bool scale_prior, const Options& options) {
+Tensor greedy_select_from_keys_as(const Tensor& keys, int64_t k, const Given& given) {
   const int64_t B = keys.size(0), N = keys.size(1);
-  const Arguments<T> arguments(prior, options);
+  const Arguments<T> arguments(given.prior, given.options);
   if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first), B, -1, N);
-  const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
-  const Plan plan(N, k, prior.has_value(), arguments.suppression != 0, scale_prior, options.max_min);
+  const auto valid = contiguous_as("mask", given.mask, ScalarType::Bool);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   if (k == 0) return order;
+  const Plan plan = given.plan(N, k, arguments.suppression != 0);
   const auto pieces = [&](Memory& memory, int slots) { return ImageMemory<T>(memory, plan, slots); };
   for_each_image(B, plan.work(keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     pick_image<T>(rows_of(keys, b), row_of<uint8_t>(valid, b, N), plan, arguments.image(b, b * N), crew, memory,
                   output<int64_t>(order) + b * k);
   });
   return order;
+}
+
+template <class T>
+Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, const Tensor& cu_keep,
+                                         int64_t total_keep, int64_t max_seqlen, const Given& given) {
+  const Arguments<T> arguments(given.prior, given.options);
+  const auto valid = contiguous_as("mask", given.mask, ScalarType::Bool);
+  const Tensor order = empty("order", {total_keep}, ScalarType::Long);
+  std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, keys.size(0), total_keep, max_seqlen);
+  const auto plan_of = [&](const Part& part) {
+    return given.plan(part.num_tokens, part.num_rows, arguments.suppression != 0);
+  };
+  double work = 0;
+  for (const Part& part : parts) {
+    if (arguments.has_index) {
+      check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, part.num_tokens);
+    }
+    work += part.num_rows > 0 ? plan_of(part).work(keys.size(1)) : 0;
+  }
+  const auto count = static_cast<int64_t>(parts.size());
+  const Schedule schedule = Schedule::for_batch(count, work / std::max(static_cast<double>(count), 1.0));
+  int64_t bytes = 0;
+  for (const Part& part : parts) {
+    Memory counted;
+    if (part.num_rows > 0) ImageMemory<T>(counted, plan_of(part), schedule.slots);
+    bytes = std::max(bytes, counted.taken());
+  }
+  const Workspace workspace(schedule.at_a_time * bytes);
+  for_each_image(count, schedule, workspace, bytes, [&](int64_t p, Memory piece, Crew& crew) {
+    const Part& part = parts[p];
+    const int64_t first = part.first_token;
+    if (part.num_rows == 0) return;
+    const Plan plan = plan_of(part);
+    ImageMemory<T> memory(piece, plan, schedule.slots);
+    pick_image<T>(rows_of(keys).part(first, part.num_tokens), row_of<uint8_t>(valid, first, 1), plan,
+                  arguments.image(part.number, first), crew, memory, output<int64_t>(order) + part.first_row);
+  });
+  return order;
+}
+
+// Whether the working type is fp64; axes are those of tokens.
+bool check_given(const Tensor& keys, const char* axes, const std::vector<int64_t>& tokens, const char* image_axis,
+                 const std::vector<int64_t>& images, const Given& given) {
+  if (given.prior) {
+    check_shape("prior", *given.prior, axes, tokens);
+    check_floating("prior", *given.prior);
+  }
+  if (given.mask) {
+    check_shape("mask", *given.mask, axes, tokens);
+    check_dtype("mask", *given.mask, {ScalarType::Bool}, "bool");
+  }
+  check_options(given.options, image_axis, images, axes, tokens);
+  return is_double(keys) || (given.prior && is_double(*given.prior));
 }
 
 Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, int64_t k, std::optional<Tensor> mask,
@@ -166,26 +246,35 @@ Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, 
   check_not_empty("keys", keys, 1, "token");
   check_num_tokens("keys", keys);
   check_not_empty("keys", keys, 2, "channel");
-  const std::vector<int64_t> tokens = {keys.size(0), keys.size(1)};
-  if (prior) {
-    check_shape("prior", *prior, "B N", tokens);
-    check_floating("prior", *prior);
-  }
   check_count("k", k, keys.size(1));
-  if (mask) {
-    check_shape("mask", *mask, "B N", tokens);
-    check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
-  }
   const Options options{{}, {}, first, candidates, suppression, combine_of(combine), max_min};
-  check_options(options, "B", {keys.size(0)}, "B N", tokens);
-  check_choice("metric", metric, {"cosine"});
-  const bool wide = is_double(keys) || (prior && is_double(*prior));
-  const auto run = wide ? greedy_select_from_keys_as<double> : greedy_select_from_keys_as<float>;
-  return run(keys, prior, k, mask, scale_prior, options);
+  const Given given{prior, mask, scale_prior, metric_of(metric), options};
+  const bool wide = check_given(keys, "B N", {keys.size(0), keys.size(1)}, "B", {keys.size(0)}, given);
+  return wide ? greedy_select_from_keys_as<double>(keys, k, given) : greedy_select_from_keys_as<float>(keys, k, given);
+}
+
+Tensor greedy_select_from_keys_varlen(const Tensor& keys, std::optional<Tensor> prior, const Tensor& cu_seqlens,
+                                      const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen,
+                                      std::optional<Tensor> mask, double suppression, bool scale_prior,
+                                      std::optional<Tensor> first, std::optional<Tensor> candidates,
+                                      std::string combine, bool max_min, std::string metric) {
+  check_rank("keys", keys, "T Dk", 2);
+  check_floating("keys", keys);
+  check_not_empty("keys", keys, 1, "channel");
+  check_segments(cu_seqlens, max_seqlen);
+  check_rows(cu_keep, cu_seqlens, total_keep, keys.size(0));
+  const Options options{{}, {}, first, candidates, suppression, combine_of(combine), max_min};
+  const Given given{prior, mask, scale_prior, metric_of(metric), options};
+  const bool wide = check_given(keys, "T", {keys.size(0)}, "S", {cu_seqlens.size(0) - 1}, given);
+  const auto run = wide ? greedy_select_from_keys_varlen_as<double> : greedy_select_from_keys_varlen_as<float>;
+  return run(keys, cu_seqlens, cu_keep, total_keep, max_seqlen, given);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("greedy_select_from_keys", TORCH_BOX(&greedy_select_from_keys)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("greedy_select_from_keys", TORCH_BOX(&greedy_select_from_keys));
+  m.impl("greedy_select_from_keys_varlen", TORCH_BOX(&greedy_select_from_keys_varlen));
+}
 
 }  // namespace condense

@@ -132,7 +132,7 @@ def assign(
             :func:`similarity(keys, mask=mask)`, of which the kept tokens' rows alone are computed. The raw operator is
             assign_from_keys.
         mask: [B, N] bool, False = padding; with keys.
-        metric: of keys, "cosine".
+        metric: of keys, "cosine" or "neg_l2", as in :func:`similarity`.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:

@@ -3,18 +3,22 @@ they are needed, to the bit those of s. Memory is O(B N).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from ..._triton.device import NOWHERE, has_block, image_of_block, image_rows, image_tokens, tokens_before
-from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of
-from ..._triton.tables import SimilarityConfig, StreamConfig
+from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.tables import FusedConfig, SimilarityConfig, StreamConfig
 from ..._triton.workspace import Pieces, carve
 from ..similarity.kernel import num_blocks_of
-from ..similarity.measure import cosines_of, launch_measure, tile_options
+from ..similarity.kernel import similarity_varlen as packed_similarities
+from ..similarity.measure import check_is_cosine, cosines_of, dense_similarities, launch_measure, tile_options
 from .kernel import MASKED, NO_DISTANCE, Space, compare_rows, distance_frame, may_move, rows_of
+from .kernel import assign as on_s
+from .kernel import assign_varlen as on_packed_s
 
 BLOCK = SimilarityConfig.block  # tokens of a tile
 
@@ -140,6 +144,11 @@ def assign_from_keys(
     """Return assignment [B, N] int64: the row of each token; -1 where masked, and where neither a source nor kept."""
     reject_float64(keys=keys)
     b, n, _ = keys.shape
+    if metric != "cosine" and FusedConfig.for_shape(n).store_s:
+        s, _, _, tier, *_ = dense_similarities(keys, None, mask, metric)
+        where = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight}
+        return on_s(s, indices, tier=tier, sources=sources, **where)
+    check_is_cosine(metric)
     assignment = new(keys, (b, n), torch.int64)
     if b > 0:
         space = Space.of(grid, positions, spatial_weight, masked=mask is not None)
@@ -147,4 +156,41 @@ def assign_from_keys(
         with on_device_of(keys):
             launch_measure(keys, None, mask, w.tier, w.scale, w.inverse)
             launch_assign(w, keys, indices, space, spatial_weight, assignment, sources=sources)
+    return assignment
+
+
+def assign_from_keys_varlen(
+    keys: torch.Tensor,  # [T, Dk]
+    indices: torch.Tensor,  # [total_keep] int64
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    max_seqlen: int,
+    *,
+    mask: torch.Tensor | None = None,  # [T] bool
+    positions: torch.Tensor | None = None,  # [T, P]
+    spatial_weight: float = 1.0,
+    sources: torch.Tensor | None = None,  # [T] bool
+    metric: str = "cosine",
+) -> torch.Tensor:
+    """Return assignment [T] int64."""
+    reject_float64(keys=keys)
+    (num_tokens, _), (total_keep,) = keys.shape, indices.shape
+    max_seqlen, segments = min(max_seqlen, num_tokens), cu_seqlens.shape[0] - 1
+    if segments == 0 or total_keep == 0 or max_seqlen == 0:
+        return new(keys, (num_tokens,), torch.int64, fill=-1)
+    config = FusedConfig.for_packed(num_tokens, segments, max_seqlen)
+    if metric != "cosine" and config.store_s and config.grouping is None:
+        s, _, _, tier, _ = packed_similarities(keys, cu_seqlens, max_seqlen, mask=mask, metric=metric)
+        where = {"positions": positions, "spatial_weight": spatial_weight, "sources": sources}
+        return on_packed_s(s, indices, cu_seqlens, cu_keep, max_seqlen, tier=tier, **where)
+    check_is_cosine(metric)
+    assignment = new(keys, (num_tokens,), torch.int64, fill=-1)  # and -1 it stays in segments without rows
+    space = replace(
+        Space.of(None, positions, spatial_weight, masked=mask is not None), strides=strides_of(positions, 3)
+    )
+    with on_device_of(keys):
+        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        w = carve(pieces_of(num_tokens, packed.num_slots(BLOCK)), None, keys.device)
+        launch_measure(keys, None, mask, w.tier, w.scale, w.inverse, packed)
+        launch_assign(w, keys, indices, space, spatial_weight, assignment, packed, sources)
     return assignment

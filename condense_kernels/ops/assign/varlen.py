@@ -3,9 +3,9 @@
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import as_count, check_tensor, check_tier, check_weight
+from ..._dispatch.checks import as_count, check_s_or_keys, check_tensor, check_tier, check_weight
 from ..._dispatch.debug import check_finite
-from ..._dispatch.declaration import Example, Operator, random
+from ..._dispatch.declaration import OPERATORS, Example, Operator, random
 from ..._dispatch.packing import (
     NO_SHARDS,
     check_places,
@@ -119,16 +119,19 @@ backends.register(
 
 @tracing.leaf()
 def assign_varlen(
-    s: torch.Tensor,  # [T, max_seqlen]
-    indices: torch.Tensor,  # [total_keep]
-    cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
-    max_seqlen: int,
+    s: torch.Tensor | None = None,  # [T, max_seqlen]
+    indices: torch.Tensor | None = None,  # [total_keep]
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+    cu_keep: torch.Tensor | None = None,  # [S + 1]
+    max_seqlen: int | None = None,
     *,
     tier: torch.Tensor | None = None,  # [T]
     positions: torch.Tensor | None = None,  # [T, P]
     spatial_weight: float = 1.0,
     sources: torch.Tensor | None = None,  # [T]
+    keys: torch.Tensor | None = None,  # [T, Dk]
+    mask: torch.Tensor | None = None,  # [T]
+    metric: str = "cosine",
     backend: str = "auto",
 ) -> torch.Tensor:
     """:func:`assign` on a packed batch: S images of any number of tokens, one after the other.
@@ -145,7 +148,9 @@ def assign_varlen(
         cu_keep: [S + 1] int32, running sums too: how many rows each segment has, at most its tokens.
         max_seqlen: int, at least the tokens of the longest segment: sizes what is launched.
         tier, positions, sources: [T], [T, P], [T] as in :func:`assign`. dmax is that of the segment's own positions.
-        spatial_weight, backend: as in :func:`assign`.
+        keys, mask: [T, Dk], [T], instead of s and tier, as in :func:`assign`. The raw operator is
+            assign_from_keys_varlen.
+        spatial_weight, metric, backend: as in :func:`assign`.
 
     Returns:
         assignment: [T] int64, the row of each token within its segment; -1 as in :func:`assign`, and for the tokens
@@ -156,7 +161,12 @@ def assign_varlen(
         RuntimeError: on CPU, an index outside of [-1, the tokens of its segment). On a GPU it is a row that takes
             nobody.
     """
-    args = (s, indices, cu_seqlens, cu_keep, as_count("max_seqlen", max_seqlen))
-    options = {"tier": tier, "positions": positions, "spatial_weight": spatial_weight, "sources": sources}
-    tracing.checked(check, *args, **options)
-    return backends.run("assign_varlen", backend, args, options)
+    check_s_or_keys(s, keys, {"tier": tier}, {"mask": (mask, None), "metric": (metric, "cosine")})
+    options = {"positions": positions, "spatial_weight": spatial_weight, "sources": sources}
+    if keys is None:
+        op, on, options = "assign_varlen", s, {"tier": tier, **options}
+    else:
+        op, on, options = "assign_from_keys_varlen", keys, {"mask": mask, **options, "metric": metric}
+    args = (on, indices, cu_seqlens, cu_keep, as_count("max_seqlen", max_seqlen))
+    tracing.checked(OPERATORS[op].check, *args, **options)
+    return backends.run(op, backend, args, options)

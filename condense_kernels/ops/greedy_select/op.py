@@ -248,6 +248,16 @@ def options_of(sbar, tier, suppression, first, candidates, combine, max_min) -> 
     return options
 
 
+def of_keys(mask, scale_prior, metric) -> dict[str, tuple[Any, Any]]:
+    """What goes with keys alone, and its defaults."""
+    return {"mask": (mask, None), "scale_prior": (scale_prior, True), "metric": (metric, "cosine")}
+
+
+def options_with_keys(options: dict[str, Any], mask, scale_prior, metric) -> dict[str, Any]:
+    rest = {name: value for name, value in options.items() if name not in ("sbar", "tier")}
+    return {**rest, "mask": mask, "scale_prior": scale_prior, "metric": metric}
+
+
 @tracing.leaf()
 def greedy_select(
     s: torch.Tensor | None = None,  # [B, N, N]
@@ -297,7 +307,7 @@ def greedy_select(
             raw operator is greedy_select_from_keys.
         mask: [B, N] bool, False = padding; with keys.
         scale_prior: with keys, whether sbar scales the prior; False: the prior is the utility.
-        metric: of keys, "cosine".
+        metric: of keys, "cosine" or "neg_l2", as in :func:`similarity`.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
@@ -312,26 +322,24 @@ def greedy_select(
         RuntimeError: on CPU, an index first that is not in [-1, N).
     """
     k = as_count("k", k)
-    of_keys = {"mask": (mask, None), "scale_prior": (scale_prior, True), "metric": (metric, "cosine")}
-    check_s_or_keys(s, keys, {"sbar": sbar, "tier": tier}, of_keys)
+    check_s_or_keys(s, keys, {"sbar": sbar, "tier": tier}, of_keys(mask, scale_prior, metric))
     options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
     op, on = "greedy_select", s
     if keys is not None:
         op, on = "greedy_select_from_keys", keys
-        del options["sbar"], options["tier"]
-        options |= {"mask": mask, "scale_prior": scale_prior, "metric": metric}
+        options = options_with_keys(options, mask, scale_prior, metric)
     tracing.checked(OPERATORS[op].check, on, prior, k, **options)
     return backends.run(op, backend, (on, prior, k), options)
 
 
 @tracing.leaf()
 def greedy_select_varlen(
-    s: torch.Tensor,  # [T, max_seqlen]
-    prior: torch.Tensor | None,  # [T]
-    cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
-    total_keep: int,
-    max_seqlen: int,
+    s: torch.Tensor | None = None,  # [T, max_seqlen]
+    prior: torch.Tensor | None = None,  # [T]
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+    cu_keep: torch.Tensor | None = None,  # [S + 1]
+    total_keep: int | None = None,
+    max_seqlen: int | None = None,
     *,
     sbar: torch.Tensor | None = None,  # [S]
     tier: torch.Tensor | None = None,  # [T]
@@ -340,6 +348,10 @@ def greedy_select_varlen(
     candidates: torch.Tensor | None = None,  # [T]
     combine: str = "sub",
     max_min: bool = False,
+    keys: torch.Tensor | None = None,  # [T, Dk]
+    mask: torch.Tensor | None = None,  # [T]
+    scale_prior: bool = True,
+    metric: str = "cosine",
     backend: str = "auto",
 ) -> torch.Tensor:
     """:func:`greedy_select` of a packed batch: S images of any number of tokens, one after the other.
@@ -357,7 +369,9 @@ def greedy_select_varlen(
         max_seqlen: int, at least the tokens of the longest segment.
         sbar: [S], and tier, candidates: [T], as there.
         first: as there; [S] int64, an index within the segment, or [T] floating.
-        suppression, combine, max_min, backend: as there.
+        keys, mask: [T, Dk], [T], instead of s, sbar and tier, as there. The raw operator is
+            greedy_select_from_keys_varlen.
+        suppression, combine, max_min, scale_prior, metric, backend: as there.
 
     Returns:
         order: [total_keep] int64, indices within the segment in the order in which they were picked; -1 where there is
@@ -368,7 +382,12 @@ def greedy_select_varlen(
         RuntimeError: on CPU, an index first that is not in its segment, nor -1.
     """
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
+    check_s_or_keys(s, keys, {"sbar": sbar, "tier": tier}, of_keys(mask, scale_prior, metric))
     options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
-    args = (s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen)
-    tracing.checked(check_varlen, *args, **options)
-    return backends.run("greedy_select_varlen", backend, args, options)
+    op, on = "greedy_select_varlen", s
+    if keys is not None:
+        op, on = "greedy_select_from_keys_varlen", keys
+        options = options_with_keys(options, mask, scale_prior, metric)
+    args = (on, prior, cu_seqlens, cu_keep, total_keep, max_seqlen)
+    tracing.checked(OPERATORS[op].check, *args, **options)
+    return backends.run(op, backend, args, options)

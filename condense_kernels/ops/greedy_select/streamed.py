@@ -17,14 +17,15 @@ from ..._triton.device import (
     inside,
     tokens_before,
 )
-from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, StreamConfig
 from ..._triton.workspace import Pieces, carve
 from ..similarity.kernel import blocks_of_image, global_similarity, launch_tiles, mean_similarity, num_blocks_of
-from ..similarity.kernel import similarity as all_similarities
-from ..similarity.measure import cosines_of, launch_measure, tile_options
+from ..similarity.kernel import similarity_varlen as packed_similarities
+from ..similarity.measure import check_is_cosine, cosines_of, dense_similarities, launch_measure, tile_options
 from .kernel import candidates_of, fill_order
 from .kernel import greedy_select as on_s
+from .kernel import greedy_select_varlen as on_packed_s
 from .loop import (
     counted_fixed,
     counted_magnitude,
@@ -332,11 +333,51 @@ def greedy_select_from_keys(
     reject_float64(keys=keys, prior=prior)
     b, n, _ = keys.shape
     rules = {"first": first, "candidates": candidates, "combine": combine, "max_min": max_min}
-    if FusedConfig.for_shape(n).store_s and b > 0 and k > 0:
-        s, sbar, _, tier = all_similarities(keys, prior, mask)
+    if b == 0 or k == 0:
+        return new(keys, (b, k), torch.int64)
+    if FusedConfig.for_shape(n).store_s:
+        s, sbar, _, tier, *_ = dense_similarities(keys, prior, mask, metric)
         return on_s(s, prior, k, sbar=sbar if scale_prior else None, tier=tier, suppression=suppression, **rules)
+    check_is_cosine(metric)
     order = new(keys, (b, k), torch.int64)
-    if b > 0 and k > 0:
-        with on_device_of(keys):
-            select_in_turns(keys, prior, order, mask, suppression, scale_prior, **rules)
+    with on_device_of(keys):
+        select_in_turns(keys, prior, order, mask, suppression, scale_prior, **rules)
+    return order
+
+
+def greedy_select_from_keys_varlen(
+    keys: torch.Tensor,  # [T, Dk]
+    prior: torch.Tensor | None,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    mask: torch.Tensor | None = None,  # [T] bool
+    suppression: float = 1.0,
+    scale_prior: bool = True,
+    first: torch.Tensor | None = None,  # [S] int64, or [T]
+    candidates: torch.Tensor | None = None,  # [T] bool
+    combine: str = "sub",
+    max_min: bool = False,
+    metric: str = "cosine",
+) -> torch.Tensor:
+    """Return order [total_keep] int64, within the segment."""
+    reject_float64(keys=keys, prior=prior)
+    num_tokens, segments = keys.shape[0], cu_seqlens.shape[0] - 1
+    max_seqlen = min(max_seqlen, num_tokens)
+    rules = {"first": first, "candidates": candidates, "combine": combine, "max_min": max_min}
+    if segments == 0 or total_keep == 0 or max_seqlen == 0:
+        return new(keys, (total_keep,), torch.int64, fill=-1)
+    config = FusedConfig.for_packed(num_tokens, segments, max_seqlen)
+    if config.store_s and config.grouping is None:
+        options = {"scores": prior, "mask": mask, "metric": metric}
+        s, sbar, _, tier, _ = packed_similarities(keys, cu_seqlens, max_seqlen, **options)
+        rules |= {"sbar": sbar if scale_prior else None, "tier": tier, "suppression": suppression}
+        return on_packed_s(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **rules)
+    check_is_cosine(metric)
+    order = new(keys, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no segment
+    with on_device_of(keys):
+        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        select_in_turns(keys, prior, order, mask, suppression, scale_prior, **rules, packed=packed)
     return order

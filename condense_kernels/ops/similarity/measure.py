@@ -1,12 +1,21 @@
 """What a cosine needs of its two keys, and cosines of any tokens once that is known: for who stores no s."""
 
+import torch
 import triton
 import triton.language as tl
 
 from ..._triton.device import INTERPRETED, has_block, image_of_block, image_tokens, tokens_before
 from ..._triton.launcher import VARYING, launch, strides_of
-from ..._triton.tables import SimilarityConfig
-from .kernel import can_overflow, cosine_tile, key_factors, num_blocks_of, token_tier
+from ..._triton.tables import MAX_STORED, SimilarityConfig
+from .kernel import (
+    can_overflow,
+    cosine_tile,
+    key_factors,
+    num_blocks_of,
+    similarity,
+    similarity_and_nearest,
+    token_tier,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -59,6 +68,22 @@ def cosines_of(
         tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
         DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
     )  # fmt: skip
+
+
+def dense_similarities(keys, scores, mask, metric: str) -> tuple[torch.Tensor, ...]:
+    """s, sbar, g and tier, and of distances what comes with them."""
+    if metric == "cosine":
+        return similarity(keys, scores, mask)
+    return similarity_and_nearest(keys, scores, mask, metric=metric)
+
+
+def check_is_cosine(metric: str) -> None:
+    """Of who stores no s: distances are not computed a second time."""
+    if metric != "cosine":
+        raise ValueError(
+            f"metric: expected 'cosine' of images whose similarities are not stored in the Triton kernels, got "
+            f"{metric!r}. Remedy: at most {MAX_STORED} tokens an image, smaller packed batches, or CPU tensors."
+        )
 
 
 def tile_options(keys) -> dict:
