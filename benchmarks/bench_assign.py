@@ -20,6 +20,13 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
     # A token and a kept one: the distance is 6 operations and the affinity 2; 4 bytes of S.
     work = Work(8 * indices.numel() * shape.num_tokens, 4 * indices.numel() * shape.num_tokens)
 
+    products = 2 * indices.numel() * shape.num_tokens * shape.channels
+    whole = Work(work.flop + products, features.nbytes)
+
+    def with_similarity() -> torch.Tensor:
+        of_all, _, _, its_tier = similarity(features)
+        return torch.ops.condense.assign(of_all, indices, tier=its_tier, grid=list(shape.grid))
+
     def check(assignment: torch.Tensor) -> None:
         for b in gates.ends(shape.batch):
             one = gates.exact(features, b)
@@ -33,6 +40,10 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
             leaves_out="masks, tie rule",
         ),
         "ours": Side(lambda: torch.ops.condense.assign(s, indices, tier=tier, grid=list(shape.grid)), check, work),
+        "ours, with similarity": Side(with_similarity, check, whole),
+        "ours, from keys": Side(
+            lambda: torch.ops.condense.assign_from_keys(features, indices, grid=list(shape.grid)), check, whole
+        ),
     }
 
 

@@ -37,6 +37,16 @@ def our_idpruner(s: torch.Tensor, importance: torch.Tensor, k: int, balance: flo
     return torch.ops.condense.greedy_select(s, prior, k, suppression=1 - balance)
 
 
+def divprune_from_keys(keys: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.ops.condense.greedy_select_from_keys(keys, None, k, max_min=True)
+
+
+def idpruner_from_keys(keys: torch.Tensor, importance: torch.Tensor, k: int, balance: float = 0.5) -> torch.Tensor:
+    low, high = importance.aminmax(dim=-1, keepdim=True)
+    prior = balance * (importance - low) / (high - low)
+    return torch.ops.condense.greedy_select_from_keys(keys, prior, k, suppression=1 - balance, scale_prior=False)
+
+
 def other_methods(
     shape: Shape, features: torch.Tensor, scores: torch.Tensor, s: torch.Tensor, loop: Work
 ) -> dict[str, Side]:
@@ -44,9 +54,9 @@ def other_methods(
     pairs, k = shape.num_tokens * (shape.num_tokens + 1) / 2, shape.kept
     whole = Work(2 * shape.batch * pairs * shape.channels + loop.flop, features.nbytes)
     found = {}
-    for name, ours, theirs, definition, prior in (
-        ("DivPrune", our_divprune, baselines.divprune, gates.divprune_definition, ()),
-        ("IDPruner", our_idpruner, baselines.idpruner, gates.idpruner_definition, (scores,)),
+    for name, ours, from_keys, theirs, definition, prior in (
+        ("DivPrune", our_divprune, divprune_from_keys, baselines.divprune, gates.divprune_definition, ()),
+        ("IDPruner", our_idpruner, idpruner_from_keys, baselines.idpruner, gates.idpruner_definition, (scores,)),
     ):
 
         def check(order: torch.Tensor, definition=definition, prior=prior) -> None:
@@ -67,6 +77,9 @@ def other_methods(
             f"{name}, ours": Side(lambda ours=ours, prior=prior: ours(s, *prior, k), check, loop),
             f"{name}, whole": Side(by_torch, check, whole, capturable=False),
             f"{name}, whole, ours": Side(by_ours, check, whole),
+            f"{name}, from keys": Side(
+                lambda from_keys=from_keys, prior=prior: from_keys(features, *prior, k), check, whole
+            ),
         }
     return found
 

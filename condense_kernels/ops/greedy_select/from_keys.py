@@ -118,12 +118,12 @@ def look_at_varlen(
 
 def varlen_examples(b: int) -> list[Example]:
     found = []
-    for (s, prior, *offsets), options in on_s.varlen_examples(b):
+    for i, ((s, prior, *offsets), options) in enumerate(on_s.varlen_examples(b)):
         keys = random(s.shape[0], 5).to(s.dtype) - 0.5
         rest = {name: value for name, value in options.items() if name not in ("sbar", "tier")}
-        found += [Example((keys, prior, *offsets), rest)]
-    found[0].kwargs.update(mask=random(found[0].args[0].shape[0]) > 0.1, scale_prior=False, metric="cosine")
-    found[2].kwargs.update(metric="neg_l2")
+        if i == 0:
+            rest |= {"mask": random(len(keys)) > 0.1, "scale_prior": False, "metric": "neg_l2"}
+        found.append(Example((keys, prior, *offsets), rest))
     return found
 
 
