@@ -41,6 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
+from condense_kernels.ops.gather_merge.kernel import gather_merge, gather_merge_backward
 from condense_kernels.ops.greedy_select.kernel import greedy_select
 from condense_kernels.ops.merge.kernel import merge, merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -130,6 +131,12 @@ def calls() -> dict[str, tuple]:
         cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
         of_features = (merged, mass, None, tensors[0], None, mass, *tensors[1:])
         cases[f"merge_backward of features {TYPES[dtype]}"] = (merge_backward, of_features, {})
+    for dtype in (bf16, torch.float32):
+        x, grad = empty(2, 576, 1024, dtype=dtype), empty(2, 144, 1024, dtype=dtype)
+        lists = empty(2, 144, 32, dtype=int64), empty(2, 144, 32)
+        cases[f"gather_merge {TYPES[dtype]}"] = (gather_merge, (x, *lists), {})
+        cases[f"gather_merge_backward {TYPES[dtype]}"] = (gather_merge_backward, (grad, x, *lists, [576, 1024]), {})
+    cases["gather_merge ones"] = (gather_merge, (empty(2, 576, 1024, dtype=bf16), lists[0]), {})
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
