@@ -151,6 +151,7 @@ def condense(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     backend: str = "auto",
 ) -> Condensed:
     """Condense every image to a budget: ``condense(features, scores, keep=64, grid=(24, 24)).merged``.
@@ -186,6 +187,7 @@ def condense(
         suppression=suppression,
         spatial_weight=spatial_weight,
         background_suppression=background_suppression,
+        scale_prior=scale_prior,
         backend=backend,
     )
 

@@ -12,6 +12,7 @@ from ._dispatch.checks import (
     as_grid,
     check_background_suppression,
     check_budget,
+    check_flag,
     check_grid,
     check_weight,
 )
@@ -29,6 +30,7 @@ class Condense(torch.nn.Module):
         grid: (H, W) or (T, H, W), row-major, of every image that comes without positions. None: each call says.
         suppression, spatial_weight: finite, >= 0, the factors of Eq. 2, 4 and 6.
         background_suppression: finite, >= 0, a factor of its own for Eq. 4. None: as suppression.
+        scale_prior: False takes the priors of Eq. 2 and 4 for utilities as they are.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Raises:
@@ -44,6 +46,7 @@ class Condense(torch.nn.Module):
         suppression: float = 1.0,
         spatial_weight: float = 1.0,
         background_suppression: float | None = None,
+        scale_prior: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -53,13 +56,14 @@ class Condense(torch.nn.Module):
         check_weight("suppression", suppression)
         check_weight("spatial_weight", spatial_weight)
         check_background_suppression(background_suppression)
+        check_flag("scale_prior", scale_prior)
         check_backend(backend)
         if grid is not None:
             check_grid(grid)
         self.num_anchors, self.num_background = num_anchors, num_background
         self.grid = grid
         self.suppression, self.spatial_weight = suppression, spatial_weight
-        self.background_suppression = background_suppression
+        self.background_suppression, self.scale_prior = background_suppression, scale_prior
         self.backend = backend
 
     def forward(
@@ -87,6 +91,7 @@ class Condense(torch.nn.Module):
             suppression=self.suppression,
             spatial_weight=self.spatial_weight,
             background_suppression=self.background_suppression,
+            scale_prior=self.scale_prior,
             backend=self.backend,
         )
 
@@ -96,7 +101,7 @@ class Condense(torch.nn.Module):
     def extra_repr(self) -> str:
         """The budget, and what differs from the defaults."""
         weights = {"suppression": 1.0, "spatial_weight": 1.0, "background_suppression": None}
-        defaults = {"grid": None, **weights, "backend": "auto"}
+        defaults = {"grid": None, **weights, "scale_prior": True, "backend": "auto"}
         options = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         fields = {"num_anchors": self.num_anchors, "num_background": self.num_background, **options}
         return ", ".join(f"{name}={value!r}" for name, value in fields.items())

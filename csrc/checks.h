@@ -219,25 +219,6 @@ inline void check_apart(std::initializer_list<Span> spans, size_t num_written) {
   }
 }
 
-// What the merge and its gradient are given.
-inline void check_channels(const char* name, const Tensor& t, const char* axes) {
-  check_rank(name, t, axes, 3);
-  check_floating(name, t);
-  check_not_empty(name, t, 2, "channel");
-}
-
-inline void check_clusters(int64_t batch, int64_t num_tokens, const Tensor& scores, const Tensor& indices,
-                           const Tensor& assignment) {
-  const std::vector<int64_t> tokens = {batch, num_tokens};
-  check_shape("scores", scores, "B N", tokens);
-  check_floating("scores", scores);
-  check_rank("indices", indices, "B K", 2);
-  check_shape("indices", indices, "B K", {batch, indices.size(1)});
-  check_dtype("indices", indices, {ScalarType::Long}, "int64");
-  check_shape("assignment", assignment, "B N", tokens);
-  check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
-}
-
 // Kernels read indices without looking; a value out of range must not get there.
 inline void check_values(const char* name, const int64_t* values, int64_t count, int64_t low, int64_t high) {
   for (int64_t i = 0; i < count; ++i) {

@@ -15,9 +15,28 @@ constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple o
 constexpr int kChunk = 128;  // channels, or pairs, summed in registers before a partial dot product is stored
 constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyond the last: a multiple of every vector
 
+constexpr int kColumns = 64;  // of column_maxima: a multiple of every vector
+
 // How a token's score comes from its utility u and m, its largest similarity to a pick: u - suppression * m, or
 // u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
 enum class Combine { kSub, kMul };
+
+constexpr int kFactorBlock = 64;  // tokens whose columns of a Cholesky factor lie together: [rows, kFactorBlock]
+constexpr int kFactorRows = 4;    // rows that are made at once, so that those before them are read once for all
+
+// Rows [done, done + count) of a Cholesky factor, one for each pick, of one block of tokens.
+template <class T>
+struct FactorRows {
+  int64_t done;
+  int count;                   // 1 to kFactorRows
+  const T* rows[kFactorRows];  // each pick's similarities to the block's tokens; one that is not finite counts as 0
+  const T* quality;            // of those tokens; null: the kernel is the similarity itself
+  T picked_quality[kFactorRows];
+  const T* picked[kFactorRows];  // [done + r] the rows before, at the pick itself
+  T root[kFactorRows];           // of its gain
+};
+
+constexpr int kGainLanes = 128;  // partial sums of a gain in coverage_select
 
 // T is the working type: float, or double where an input is fp64.
 template <class T>
@@ -49,6 +68,12 @@ struct RowOps {
   int64_t pairs_panel;
   // As multiply_tile, over depth words.
   void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // As multiply_tile, of squares of differences instead of products.
+  void (*distance_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
+  // t = -sqrt(t) * unscale, at most the largest number in magnitude; never -0.
+  void (*negate_root_tile)(T* t, T unscale);
+  // most_i = max(most_i, rows of t + penalty_j), and unless it is null most_j = max(most_j, columns of t + penalty_i).
+  void (*nearest_tile)(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j);
   // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
   void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
@@ -60,10 +85,28 @@ struct RowOps {
   // m = max(m, row); the smallest t, as above. A row value that is not finite counts as 0.
   int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
+  // maxima[c] = the largest of row[c], row[c + kColumns], ..., each cut to its cap and 0 where it is not finite.
+  void (*column_maxima)(const T* row, const T* cap, int64_t n, T* maxima);
+  // Appends to found those of row[from, n), likewise cut, that are above bar, and stops when there are more than room:
+  // where it did is returned. found holds two vectors more.
+  int64_t (*collect_above)(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                           int64_t* count);
+  // The largest of row[0, n) whose key is above bar, cut to 0 and 0 where it is not finite; -infinity of none.
+  T (*max_where)(const T* row, const T* key, T bar, int64_t n);
+
   // m = max(m, row); a row value that is not finite counts as 0.
   void (*raise_row)(const T* row, int64_t n, T* m);
   // t of every token
   void (*score_row)(const T* m, const T* nu, T suppression, Combine combine, int64_t n, T* t);
+
+  // Writes the rows into factor [>= done + count, kFactorBlock], and takes their squares from gain [kFactorBlock].
+  void (*factor_rows)(const FactorRows<T>& task, T* factor, T* gain);
+  // The token with the largest gain of those above floor, lowest index first; NaN never wins; -1 where there is none.
+  int64_t (*best_gain)(const T* gain, const T* floor, int64_t n);
+
+  // The sum of max(0, column - covered) over n rows, a multiple of kGainLanes: row i is added to lane i % kGainLanes,
+  // then neighbouring lanes to each other, and so on.
+  T (*coverage_gain)(const T* column, const T* covered, int64_t n);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

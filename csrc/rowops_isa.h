@@ -266,6 +266,17 @@ struct Channel {
   static inline V add(V a, V b, V sum) { return fma(a, b, sum); }
 };
 
+// What it adds to a squared distance: no product cancels, so that tokens close to each other keep their distance.
+template <class T>
+struct Difference {
+  typedef typename Simd<T>::V V;
+  static inline V broadcast(const T* p) { return *p - V{}; }
+  static inline V add(V a, V b, V sum) {
+    const V apart = a - b;
+    return fma(apart, apart, sum);
+  }
+};
+
 #if CONDENSE_ISA_PAIRS
 struct Pair {
   static inline VecF broadcast(const float* word) { return (VecF)_mm512_set1_epi32(load<int32_t>(word)); }
@@ -328,6 +339,49 @@ void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* 
   if (n % 2) to[n] = 0.0f;
 }
 #endif
+
+template <class T>
+void negate_root_tile(T* t, T unscale) {
+  typedef typename Simd<T>::V V;
+  for (int64_t i = 0; i < kTile * kTile; i += Simd<T>::kLanes) {
+    const V distance = sqrt(load<V>(t + i)) * unscale;
+    store(t + i, V{} - (distance < Simd<T>::kMax ? distance : Simd<T>::kMax - V{}));
+  }
+}
+
+template <class T>
+void nearest_tile(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kTile / kLanes;
+  const V lowest = -static_cast<T>(__builtin_inf()) - V{};
+  V columns[kVectors];
+  for (V& column : columns) column = lowest;
+  for (int i0 = 0; i0 < kTile; i0 += kLanes) {
+    T rows[kLanes * kLanes], across[kLanes * kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      V row = lowest;
+#pragma GCC unroll 12
+      for (int v = 0; v < kVectors; ++v) {
+        const V x = load<V>(t + (i0 + r) * kTile + v * kLanes);
+        const V of_row = x + load<V>(penalty_j + v * kLanes), of_column = x + penalty_i[i0 + r];
+        row = of_row > row ? of_row : row;
+        columns[v] = of_column > columns[v] ? of_column : columns[v];
+      }
+      store(rows + r * kLanes, row);
+    }
+    transpose_block(rows, kLanes, across, kLanes);
+    V most = load<V>(most_i + i0);
+    for (int r = 0; r < kLanes; ++r) {
+      const V other = load<V>(across + r * kLanes);
+      most = other > most ? other : most;
+    }
+    store(most_i + i0, most);
+  }
+  for (int v = 0; most_j && v < kVectors; ++v) {
+    const V before = load<V>(most_j + v * kLanes);
+    store(most_j + v * kLanes, columns[v] > before ? columns[v] : before);
+  }
+}
 
 template <class T>
 void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
@@ -478,6 +532,108 @@ int64_t next_pick(const T* row, const T* nu, T suppression, Combine combine, int
 }
 
 template <class T>
+void column_maxima(const T* row, const T* cap, int64_t n, T* maxima) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kColumns / kLanes;
+  V most[kVectors];
+#pragma GCC unroll 32
+  for (int v = 0; v < kVectors; ++v) most[v] = -static_cast<T>(__builtin_inf()) - V{};
+  int64_t i = 0;
+  for (; i + kColumns <= n; i += kColumns) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      V x = load<V>(row + i + v * kLanes);
+      x = x - x == 0 ? x : V{};
+      const V limit = load<V>(cap + i + v * kLanes);
+      x = x < limit ? x : limit;
+      most[v] = x > most[v] ? x : most[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(maxima + v * kLanes, most[v]);
+  for (int column = 0; i < n; ++i, ++column) {
+    T x = row[i] - row[i] == 0 ? row[i] : T{};
+    x = x < cap[i] ? x : cap[i];
+    maxima[column] = x > maxima[column] ? x : maxima[column];
+  }
+}
+
+// Appends the lanes of x where `chosen` is true to found[count ...); a vector may be written. Returns the new count.
+template <class V, class I, class T>
+inline int64_t append_lanes(V x, I chosen, T* found, int64_t count) {
+#if CONDENSE_ISA_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 lanes = _mm512_movepi32_mask((__m512i)chosen);
+    store(found + count, _mm512_maskz_compress_ps(lanes, (__m512)x));
+    return count + __builtin_popcount(lanes);
+  } else {
+    const __mmask8 lanes = _mm512_movepi64_mask((__m512i)chosen);
+    store(found + count, _mm512_maskz_compress_pd(lanes, (__m512d)x));
+    return count + __builtin_popcount(lanes);
+  }
+#elif CONDENSE_ISA_BYTES == 32
+  unsigned lanes;
+  if constexpr (sizeof(T) == 4) {
+    lanes = static_cast<unsigned>(_mm256_movemask_ps((__m256)chosen));
+  } else {
+    lanes = static_cast<unsigned>(_mm256_movemask_pd((__m256d)chosen));
+  }
+  for (; lanes; lanes &= lanes - 1) found[count++] = x[__builtin_ctz(lanes)];
+  return count;
+#else
+  for (int lane = 0; lane < Simd<T>::kLanes; ++lane) {
+    if (chosen[lane]) found[count++] = x[lane];
+  }
+  return count;
+#endif
+}
+
+template <class T>
+int64_t collect_above(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
+                      int64_t* count) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t i = from, c = *count;
+  for (; i + kLanes <= n && c <= room; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    const V most = load<V>(cap + i);
+    x = x < most ? x : most;
+    c = append_lanes(x, x > bar, found, c);
+  }
+  if (i + kLanes > n && c <= room) {
+    for (; i < n; ++i) {
+      T x = row[i] - row[i] == 0 ? row[i] : T{};
+      x = x < cap[i] ? x : cap[i];
+      if (x > bar) found[c++] = x;
+    }
+  }
+  *count = c;
+  return i;
+}
+
+template <class T>
+T max_where(const T* row, const T* key, T bar, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const T nothing = -static_cast<T>(__builtin_inf());
+  V most = nothing - V{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    V x = load<V>(row + i);
+    x = x - x == 0 ? x : V{};
+    x = load<V>(key + i) > bar ? x : nothing - V{};
+    most = x > most ? x : most;
+  }
+  T best = nothing;
+  for (int lane = 0; lane < kLanes; ++lane) best = most[lane] > best ? most[lane] : best;
+  for (; i < n; ++i) {
+    const T x = row[i] - row[i] == 0 ? row[i] : T{};
+    if (key[i] > bar && x > best) best = x;
+  }
+  return best < 0 ? best : T{};
+}
+
+template <class T>
 void raise_row(const T* row, int64_t n, T* m) {
   for (int64_t i = 0; i < n; ++i) {
     const T s = finite_or_0(row[i]);
@@ -492,6 +648,26 @@ void score_row(const T* m, const T* nu, T suppression, Combine combine, int64_t 
   } else {
     for (int64_t i = 0; i < n; ++i) t[i] = Score<T, Combine::kMul>{suppression}(m[i], nu[i]);
   }
+}
+
+template <class T>
+T coverage_gain(const T* column, const T* covered, int64_t n) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kGainLanes / kLanes;
+  V part[kVectors] = {};
+  for (int64_t i = 0; i < n; i += kGainLanes) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V more = load<V>(column + i + v * kLanes) - load<V>(covered + i + v * kLanes);
+      part[v] = part[v] + (more > 0 ? more : V{});
+    }
+  }
+  T lane[kGainLanes];
+  for (int v = 0; v < kVectors; ++v) store(lane + v * kLanes, part[v]);
+  for (int left = kGainLanes / 2; left > 0; left /= 2) {
+    for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
+  }
+  return lane[0];
 }
 
 template <class T>
@@ -563,6 +739,7 @@ void divide_row(T* x, T divisor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
+#include "rowops_factor.h"
 #include "rowops_softmax.h"
 
 template <class T>
@@ -606,12 +783,21 @@ constexpr RowOps<T> table() {
   ops.sum_of_squares = sum_of_squares<T>;
   ops.pack_panel = pack_panel<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
+  ops.distance_tile = multiply_tile<T, Difference<T>>;
+  ops.negate_root_tile = negate_root_tile<T>;
+  ops.nearest_tile = nearest_tile<T>;
   ops.scale_tile = scale_tile<T>;
   ops.sum_tile = sum_tile<T>;
   ops.first_pick = first_pick<T>;
   ops.next_pick = next_pick<T>;
+  ops.column_maxima = column_maxima<T>;
+  ops.collect_above = collect_above<T>;
+  ops.max_where = max_where<T>;
   ops.raise_row = raise_row<T>;
   ops.score_row = score_row<T>;
+  ops.factor_rows = factor_rows<T>;
+  ops.best_gain = best_gain<T>;
+  ops.coverage_gain = coverage_gain<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

@@ -12,6 +12,7 @@ struct Image {
   Space space;
   int64_t num_anchors, num_background;
   double suppression, background_suppression;
+  bool scale_prior;  // to the mean similarity; false: priors are utilities
 
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }

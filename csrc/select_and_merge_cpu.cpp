@@ -76,7 +76,7 @@ void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& mem
   const auto selection_of = [&](const S* prior, const int8_t* tier, S suppression) {
     Selection<S> selection;
     selection.prior = prior;
-    selection.sbar = &sbar;
+    selection.sbar = image.scale_prior ? &sbar : nullptr;
     selection.tier = tier;
     selection.suppression = suppression;
     return selection;
@@ -162,6 +162,7 @@ struct Arguments {
   const std::optional<Tensor>&positions, &mask;
   int64_t num_anchors, num_background;
   double suppression, spatial_weight, background_suppression;
+  bool scale_prior;
 
   int64_t B() const { return features.size(0); }
   int64_t N() const { return features.size(1); }
@@ -176,7 +177,8 @@ struct Arguments {
             num_anchors,
             num_background,
             suppression,
-            background_suppression};
+            background_suppression,
+            scale_prior};
   }
 };
 
@@ -217,7 +219,7 @@ struct Call {
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
                   const std::optional<Tensor>& positions, const std::optional<Tensor>& mask, double suppression,
-                  double spatial_weight, std::optional<double> background_suppression) {
+                  double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
@@ -251,7 +253,8 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
           num_background,
           suppression,
           spatial_weight,
-          background_suppression.value_or(suppression)};
+          background_suppression.value_or(suppression),
+          scale_prior};
 }
 
 void check_output(const char* name, const Tensor& t, const char* axes, const std::vector<int64_t>& sizes,
@@ -275,15 +278,13 @@ Workspace workspace_in(const Tensor& bytes, int64_t needed) {
   return {reinterpret_cast<void*>(start), needed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& features, const Tensor& scores,
-                                                            int64_t num_anchors, int64_t num_background,
-                                                            std::optional<Tensor> keys,
-                                                            std::optional<std::vector<int64_t>> grid,
-                                                            std::optional<Tensor> positions, std::optional<Tensor> mask,
-                                                            double suppression, double spatial_weight,
-                                                            std::optional<double> background_suppression) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(
+    const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
+    std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions,
+    std::optional<Tensor> mask, double suppression, double spatial_weight, std::optional<double> background_suppression,
+    bool scale_prior) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
                     empty("indices", {a.B(), a.K()}, ScalarType::Long),
                     empty("assignment", {a.B(), a.N()}, ScalarType::Long),
@@ -296,11 +297,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(const Tensor& featur
 void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                           std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                           std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                          double spatial_weight, std::optional<double> background_suppression,
+                          double spatial_weight, std::optional<double> background_suppression, bool scale_prior,
                           std::optional<Tensor> workspace, const Tensor& merged, const Tensor& indices,
                           const Tensor& assignment, const Tensor& mass) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
@@ -323,9 +324,9 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
 int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                         std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                         std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                        double spatial_weight, std::optional<double> background_suppression) {
+                        double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression);
+                              spatial_weight, background_suppression, scale_prior);
   return Memory::kLine + Call(a).bytes();
 }
 

@@ -189,13 +189,11 @@ void check_arguments(const Tensor& features, const Tensor& scores, const Tensor&
   check_packed_positions(positions, spatial_weight, T);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor& features, const Tensor& scores,
-                                                                   const Tensor& cu_seqlens, const Tensor& cu_anchors,
-                                                                   const Tensor& cu_background, int64_t total_keep,
-                                                                   int64_t max_seqlen, std::optional<Tensor> keys,
-                                                                   std::optional<Tensor> positions, double suppression,
-                                                                   double spatial_weight,
-                                                                   std::optional<double> background_suppression) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(
+    const Tensor& features, const Tensor& scores, const Tensor& cu_seqlens, const Tensor& cu_anchors,
+    const Tensor& cu_background, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> keys,
+    std::optional<Tensor> positions, double suppression, double spatial_weight,
+    std::optional<double> background_suppression, bool scale_prior) {
   check_arguments(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, keys, positions,
                   suppression, spatial_weight, background_suppression);
   const int64_t T = features.size(0), D = features.size(1);
@@ -213,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(const Tensor&
                        0,
                        0,
                        suppression,
-                       background_suppression.value_or(suppression)},
+                       background_suppression.value_or(suppression),
+                       scale_prior},
                       {output<char>(merged), output<int64_t>(indices), output<int64_t>(assignment), output<char>(mass)},
                       total_keep,
                       D * static_cast<int64_t>(merged.element_size()),

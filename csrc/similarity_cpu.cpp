@@ -1,4 +1,5 @@
-// Cosine similarity of all token pairs (Eq. 3), in tiles of kTile x kTile of which the upper ones are computed.
+// Similarity of all token pairs (Eq. 3), cosines or negated distances, in tiles of kTile x kTile of which the upper
+// ones are computed.
 //
 // A library's matrix product would not do: its bits depend on the batch, on the number of threads and on the place of
 // a token in the matrix, which breaks ties between equal tokens. Here a tile has one shape and one order of
@@ -10,9 +11,12 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
+#include "packed.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -44,10 +48,11 @@ struct Destination {
   bool roomy;  // the last tiles may be written whole
 };
 
-// Cosines of the tokens of one side with those of the other, tile by tile. A cosine's bits depend on its two keys
-// alone: not on the sides, on the place in the tile, or on where the tile goes.
+// Similarities of the tokens of one side with those of the other, tile by tile. A cosine's bits depend on its two keys
+// alone, those of a distance on the scale of the image besides: not on the sides, on the place in the tile, or on where
+// the tile goes.
 template <class T>
-struct CosineTiles {
+struct PairTiles {
   const RowOps<T>& ops;
   const Rows& keys;
   const KeyFactors<T>& factors;
@@ -55,8 +60,12 @@ struct CosineTiles {
   bool symmetric;  // a is b: the upper tiles are computed, and mirrored
   bool summed;     // into the fixed-point sums
   Destination<T> to;
+  Metric metric = Metric::kCosine;
+  T unscale = 1;               // of distances
+  const T* penalty = nullptr;  // null: nobody asks who is nearest
 
-  bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16; }
+  bool is_distance() const { return metric == Metric::kNegL2; }
+  bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
   int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
 
   // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
@@ -80,7 +89,7 @@ struct CosineTiles {
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
   void multiply(const T* pa, const T* pb, int64_t depth, int64_t rows, int64_t columns, T* sums, int64_t ld_tile,
                 bool accumulate, TileMemory<T>& memory) const {
-    const auto multiply_tile = in_pairs() ? ops.multiply_pairs : ops.multiply_tile;
+    const auto multiply_tile = is_distance() ? ops.distance_tile : in_pairs() ? ops.multiply_pairs : ops.multiply_tile;
     if (to.roomy || !to.data || (rows == kTile && columns == kTile)) {
       return multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
     }
@@ -108,6 +117,12 @@ struct CosineTiles {
     load_inverses(b, J, inv_j);
     if (rows < kTile || columns < kTile) std::memset(tile, 0, kTile * kTile * sizeof(T));
     for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
+    if (is_distance()) {  // squares of tokens without similarities become 0 before their root is taken
+      ops.scale_tile(tile, inv_i, inv_j, nullptr);
+      ops.negate_root_tile(tile, unscale);
+      std::fill(inv_i, inv_i + kTile, T{1});
+      std::fill(inv_j, inv_j + kTile, T{1});
+    }
     ops.scale_tile(tile, inv_i, inv_j, to.data && mirrored ? mirror : nullptr);
     if (to.data) {
       for (int64_t i = 0; i < rows; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
@@ -116,10 +131,15 @@ struct CosineTiles {
       }
     }
     if constexpr (sizeof(T) == 4) {
-      if (!summed) return;
-      const int64_t magnitudes = ops.sum_tile(tile, memory.g + I * kTile, mirrored ? memory.g + J * kTile : nullptr);
-      memory.magnitudes += mirrored ? 2 * magnitudes : magnitudes;
+      if (summed) {
+        const int64_t magnitudes = ops.sum_tile(tile, memory.g + I * kTile, mirrored ? memory.g + J * kTile : nullptr);
+        memory.magnitudes += mirrored ? 2 * magnitudes : magnitudes;
+      }
     }
+    if (!penalty) return;
+    for (int64_t i = 0; I == J && i < kTile; ++i) tile[i * (kTile + 1)] = -std::numeric_limits<T>::infinity();
+    ops.nearest_tile(tile, penalty + I * kTile, penalty + J * kTile, memory.nearest + I * kTile,
+                     mirrored ? memory.nearest + J * kTile : nullptr);
   }
 
   // The tiles [lo, hi) of a block of panels [I0, I1) x [J0, J1), counted along its rows; I <= J where symmetric.
@@ -221,21 +241,26 @@ double add_sums(const SimilarityMemory<T>& memory, int64_t n, T* g) {
   return static_cast<double>(magnitudes) * kUnit;
 }
 
-// In fp64 the sums are plain, each row's and then the rows' in index order.
-void sum_rows(const double* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, double* g, double* magnitudes) {
+// Of fp64 and of distances, the sums are plain, in fp64: each row's and then the rows' in index order.
+template <class T>
+void sum_rows(const T* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, T* g, double* magnitudes) {
   crew.run([&](int slot) {
     const Share share(rows, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
-      g[i] = magnitudes[i] = 0;
+      double sum = 0;
+      magnitudes[i] = 0;
       for (int64_t j = 0; j < n; ++j) {
-        g[i] += s[i * ld + j];
+        sum += s[i * ld + j];
         magnitudes[i] += std::fabs(s[i * ld + j]);
       }
+      constexpr double kMax = std::numeric_limits<T>::max();
+      g[i] = static_cast<T>(sum > kMax ? kMax : sum < -kMax ? -kMax : sum);
     }
   });
 }
 
-double plain_sums(const Rows& keys, const double* s, Crew& crew, SimilarityMemory<double>& memory, double* g) {
+template <class T>
+double plain_sums(const Rows& keys, const T* s, Crew& crew, SimilarityMemory<T>& memory, T* g) {
   const int64_t n = keys.n;
   if (s) {
     sum_rows(s, n, n, n, crew, g, memory.sums);
@@ -251,15 +276,64 @@ double plain_sums(const Rows& keys, const double* s, Crew& crew, SimilarityMemor
   return std::accumulate(memory.sums, memory.sums + n, 0.0);
 }
 
+// The tiles of both sides, into `to`; of all tokens with all also their sums and who is nearest.
 template <class T>
-void run_tiles(const CosineTiles<T>& tiles, Crew& crew, SimilarityMemory<T>& memory) {
+void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, bool summed, bool with_nearest,
+               const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory) {
+  const PairTiles<T> tiles{row_ops<T>(),
+                           keys,
+                           memory.factors,
+                           a,
+                           b,
+                           symmetric,
+                           summed,
+                           to,
+                           memory.metric,
+                           memory.unscale,
+                           with_nearest ? memory.penalty : nullptr};
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
+}
+
+// Of distances: one power of two for all tokens of the image, found in scale, where each token's own is.
+template <class T>
+void share_scale(int64_t n, const int8_t* tier, SimilarityMemory<T>& memory) {
+  T least = std::numeric_limits<T>::max();
+  for (int64_t i = 0; i < n; ++i) {
+    if (memory.factors.scale[i] > 0) least = std::min(least, memory.factors.scale[i]);
+  }
+  if (least == std::numeric_limits<T>::max()) least = 1;  // zeros, or no token at all
+  for (int64_t i = 0; i < n; ++i) {
+    memory.factors.scale[i] = least;
+    memory.factors.inv[i] = tier[i] == kValid ? T{1} : T{0};
+  }
+  memory.unscale = 1 / least;
+}
+
+// penalty, and nothing found yet.
+template <class T>
+void begin_nearest(int64_t n, const int8_t* tier, SimilarityMemory<T>& memory) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < width_of(n); ++i) memory.penalty[i] = i < n && tier[i] == kValid ? T{0} : kLowest;
+  for (int slot = 0; slot < memory.slots; ++slot) {
+    std::fill(memory.of_slot[slot].nearest, memory.of_slot[slot].nearest + width_of(n), kLowest);
+  }
+}
+
+template <class T>
+void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memory, T* nearest) {
+  for (int64_t i = 0; i < n; ++i) {
+    T most = std::numeric_limits<T>::lowest();
+    for (int slot = 0; slot < memory.slots && tier[i] == kValid; ++slot) {
+      most = std::max(most, memory.of_slot[slot].nearest[i]);
+    }
+    nearest[i] = most;
+  }
 }
 
 }  // namespace
 
 template <class T>
-TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
+TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
       panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
                             std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
@@ -268,68 +342,98 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored)
       block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
       run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
+      nearest(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
       magnitudes(0) {}
 
 template <class T>
-SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored)
-    : factors(memory, n),
+SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric,
+                                      bool with_nearest)
+    : metric(metric),
+      factors(memory, n),
       of_slot(memory.take<TileMemory<T>>(slots)),
       slots(slots),
-      sums(sizeof(T) == 8 ? memory.take<double>(n) : nullptr),
-      strip(sizeof(T) == 8 && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr) {
+      sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
+      strip(sums_are_plain() && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr),
+      penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr) {
   for (int slot = 0; slot < slots; ++slot) {
-    const TileMemory<T> of_this(memory, n, stored);
+    const TileMemory<T> of_this(memory, n, stored, with_nearest);
     if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
   }
 }
 
 template <class T>
-void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier) {
-  const int64_t n = keys.n;
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier) {
   crew.run([&](int slot) {
     TileMemory<T>& mine = memory.of_slot[slot];
-    std::fill(mine.g, mine.g + width_of(n), 0);
-    const Share share(n, slot, crew.size());
+    std::fill(mine.g, mine.g + width_of(keys.n), 0);
+    const Share share(keys.n, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       const bool finite_score = !scores || std::isfinite(scores[i]);
       measure_token(keys, i, finite_score, mask, mine.run, tier + i, memory.factors.scale + i, memory.factors.inv + i);
     }
   });
-  double magnitude = 0;
-  if constexpr (sizeof(T) == 4) {
-    run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, kSummed, {s, n, false}}, crew, memory);
-    magnitude = add_sums(memory, n, g);
-  } else {
-    if (s)
-      run_tiles<T>({row_ops<T>(), keys, memory.factors, {n}, {n}, kSymmetric, !kSummed, {s, n, false}}, crew, memory);
-    magnitude = plain_sums(keys, s, crew, memory, g);
+  if (memory.metric == Metric::kNegL2) share_scale(keys.n, tier, memory);
+}
+
+template <class T>
+void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest) {
+  const int64_t n = keys.n;
+  measure_keys(keys, scores, mask, crew, memory, tier);
+  if (nearest) begin_nearest(n, tier, memory);
+  const bool fixed = !memory.sums_are_plain();
+  if (s || fixed || nearest) {
+    run_tiles<T>(keys, {n}, {n}, kSymmetric, fixed, nearest != nullptr, {s, n, false}, crew, memory);
   }
+  const double magnitude = fixed ? add_sums(memory, n, g) : plain_sums(keys, s, crew, memory, g);
   const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
-  *sbar = valid > 0 ? static_cast<T>(magnitude / (valid * valid)) : T{0};
+  const double mean = valid > 0 ? magnitude / (valid * valid) : 0;
+  *sbar = static_cast<T>(std::min<double>(mean, std::numeric_limits<T>::max()));
+  if (nearest) end_nearest(n, tier, memory, nearest);
+}
+
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal) {
+  crew.run([&](int slot) {
+    T square[kTile * kTile];
+    const Share share(panels_of(keys.n), slot, crew.size());
+    for (int64_t panel = share.lo; panel < share.hi; ++panel) {
+      const int64_t first = panel * kTile;
+      const Side side{std::min<int64_t>(kTile, keys.n - first)};
+      const Rows some = keys.part(first, side.count);
+      KeyFactors<T> factors = memory.factors;
+      factors.scale += first;
+      factors.inv += first;
+      const PairTiles<T> tiles{row_ops<T>(),          some,          factors,       side, side, kSymmetric, !kSummed,
+                               {square, kTile, true}, memory.metric, memory.unscale};
+      tiles.run(0, 1, memory.of_slot[slot]);
+      for (int64_t i = 0; i < side.count; ++i) diagonal[first + i] = square[i * (kTile + 1)];
+    }
+  });
 }
 
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square) {
   const Side side{count, tokens};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, side, side, kSymmetric, !kSummed, {square, count, false}}, crew,
-               memory);
+  run_tiles<T>(keys, side, side, kSymmetric, !kSummed, false, {square, count, false}, crew, memory);
 }
 
 template <class T>
 void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows) {
   const Side some{count, tokens}, all{keys.n};
-  run_tiles<T>({row_ops<T>(), keys, memory.factors, some, all, !kSymmetric, !kSummed, {rows, width_of(keys.n), true}},
-               crew, memory);
+  run_tiles<T>(keys, some, all, !kSymmetric, !kSummed, false, {rows, width_of(keys.n), true}, crew, memory);
 }
 
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
   template struct TileMemory<T>;                                                                                    \
   template struct SimilarityMemory<T>;                                                                              \
+  template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
-                                    int8_t*);                                                                       \
+                                    int8_t*, T*);                                                                   \
+  template void similarity_diagonal<T>(const Rows&, Crew&, SimilarityMemory<T>&, T*);                               \
   template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
   template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);
 CONDENSE_INSTANTIATE(float)
@@ -338,47 +442,135 @@ CONDENSE_INSTANTIATE(double)
 
 namespace {
 
+using Pairs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // s, sbar, g, tier, nearest
+
+// What the operators are given beside keys, for each token: [B, N] or [T].
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_as(const Tensor& keys, const std::optional<Tensor>& scores,
-                                                         const std::optional<Tensor>& mask) {
+struct Arguments {
+  Arguments(const std::optional<Tensor>& scores, const std::optional<Tensor>& mask, Metric metric, bool with_nearest)
+      : scores(contiguous_as("scores", scores, kScalarType<T>)),
+        mask(contiguous_as("mask", mask, ScalarType::Bool)),
+        metric(metric),
+        with_nearest(with_nearest) {}
+  std::optional<Tensor> scores, mask;
+  Metric metric;
+  bool with_nearest;
+};
+
+template <class T>
+Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const int64_t B = keys.size(0), N = keys.size(1);
   const Tensor s = empty("s", {B, N, N}, kScalarType<T>);
   const Tensor sbar = empty("sbar", {B}, kScalarType<T>);
   const Tensor g = empty("g", {B, N}, kScalarType<T>);
   const Tensor tier = empty("tier", {B, N}, ScalarType::Char);
-  const auto a = contiguous_as("scores", scores, kScalarType<T>);
-  const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
-  const auto pieces = [&](Memory& memory, int slots) { return SimilarityMemory<T>(memory, N, slots, true); };
+  const Tensor nearest = arguments.with_nearest ? empty("nearest", {B, N}, kScalarType<T>) : g;
+  const auto pieces = [&](Memory& memory, int slots) {
+    return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
+  };
   for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(a, b, N), row_of<uint8_t>(valid, b, N), crew, memory,
-                        output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
-                        output<int8_t>(tier) + b * N);
+    similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
+                        crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
+                        output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
   });
-  return {s, sbar, g, tier};
+  return {s, sbar, g, tier, nearest};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(const Tensor& keys, std::optional<Tensor> scores,
-                                                      std::optional<Tensor> mask) {
+bool check_options(const Tensor& keys, const std::optional<Tensor>& scores, const std::optional<Tensor>& mask,
+                   const char* axes, const std::vector<int64_t>& tokens) {
+  if (scores) {
+    check_shape("scores", *scores, axes, tokens);
+    check_floating("scores", *scores);
+  }
+  if (mask) {
+    check_shape("mask", *mask, axes, tokens);
+    check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
+  }
+  return is_double(keys) || (scores && is_double(*scores));
+}
+
+Pairs pairs_of(const Tensor& keys, const std::optional<Tensor>& scores, const std::optional<Tensor>& mask,
+               Metric metric, bool with_nearest) {
   check_rank("keys", keys, "B N Dk", 3);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "token");
   check_num_tokens("keys", keys);
   check_not_empty("keys", keys, 2, "channel");
-  const std::vector<int64_t> tokens = {keys.size(0), keys.size(1)};
-  if (scores) {
-    check_shape("scores", *scores, "B N", tokens);
-    check_floating("scores", *scores);
-  }
-  if (mask) {
-    check_shape("mask", *mask, "B N", tokens);
-    check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
-  }
-  const bool wide = is_double(keys) || (scores && is_double(*scores));
-  return wide ? similarity_as<double>(keys, scores, mask) : similarity_as<float>(keys, scores, mask);
+  const bool wide = check_options(keys, scores, mask, "B N", {keys.size(0), keys.size(1)});
+  return wide ? similarity_as<double>(keys, {scores, mask, metric, with_nearest})
+              : similarity_as<float>(keys, {scores, mask, metric, with_nearest});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(const Tensor& keys, std::optional<Tensor> scores,
+                                                      std::optional<Tensor> mask) {
+  const auto [s, sbar, g, tier, _] = pairs_of(keys, scores, mask, Metric::kCosine, false);
+  return {s, sbar, g, tier};
+}
+
+Pairs similarity_and_nearest(const Tensor& keys, std::optional<Tensor> scores, std::optional<Tensor> mask,
+                             std::string metric) {
+  return pairs_of(keys, scores, mask, metric_of(metric), true);
+}
+
+// Rows of s are as long as the longest segment's: its own tokens, then zeros.
+template <class T>
+Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen,
+                           const Arguments<T>& arguments) {
+  const int64_t tokens = keys.size(0), segments = cu_seqlens.size(0) - 1;
+  const Tensor s = empty("s", {tokens, max_seqlen}, kScalarType<T>);
+  const Tensor sbar = empty("sbar", {segments}, kScalarType<T>);
+  const Tensor g = empty("g", {tokens}, kScalarType<T>);
+  const Tensor tier = empty("tier", {tokens}, ScalarType::Char);
+  const Tensor nearest = empty("nearest", {tokens}, kScalarType<T>);
+  std::fill(output<T>(s), output<T>(s) + tokens * max_seqlen, T{0});
+  std::fill(output<T>(sbar), output<T>(sbar) + segments, T{0});
+  std::fill(output<T>(g), output<T>(g) + tokens, T{0});
+  std::fill(output<int8_t>(tier), output<int8_t>(tier) + tokens, kMasked);
+  std::fill(output<T>(nearest), output<T>(nearest) + tokens, std::numeric_limits<T>::lowest());
+  const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
+  const int64_t most = longest(parts);
+  const double work = static_cast<double>(most) * most * keys.size(1);
+  const Schedule schedule = Schedule::for_batch(static_cast<int64_t>(parts.size()), work);
+  const auto take = [&](Memory& memory, int64_t n) {
+    T* square = memory.take<T>(n * n);
+    return std::pair{square, SimilarityMemory<T>(memory, n, schedule.slots, true, arguments.metric, true)};
+  };
+  Memory count;
+  take(count, most);
+  const Workspace workspace(schedule.at_a_time * count.taken());
+  for_each_image(static_cast<int64_t>(parts.size()), schedule, workspace, count.taken(),
+                 [&](int64_t p, Memory memory, Crew& crew) {
+                   const Part& part = parts[p];
+                   const int64_t first = part.first_token, n = part.num_tokens;
+                   auto [square, similarity] = take(memory, n);
+                   similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+                                       row_of<uint8_t>(arguments.mask, first, 1), crew, similarity, square,
+                                       output<T>(sbar) + part.number, output<T>(g) + first,
+                                       output<int8_t>(tier) + first, output<T>(nearest) + first);
+                   for (int64_t i = 0; i < n; ++i) {
+                     std::copy_n(square + i * n, n, output<T>(s) + (first + i) * max_seqlen);
+                   }
+                 });
+  return {s, sbar, g, tier, nearest};
+}
+
+Pairs similarity_varlen(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<Tensor> scores,
+                        std::optional<Tensor> mask, std::string metric) {
+  check_rank("keys", keys, "T Dk", 2);
+  check_floating("keys", keys);
+  check_not_empty("keys", keys, 1, "channel");
+  check_segments(cu_seqlens, max_seqlen);
+  const bool wide = check_options(keys, scores, mask, "T", {keys.size(0)});
+  return wide ? similarity_varlen_as<double>(keys, cu_seqlens, max_seqlen, {scores, mask, metric_of(metric), true})
+              : similarity_varlen_as<float>(keys, cu_seqlens, max_seqlen, {scores, mask, metric_of(metric), true});
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) { m.impl("similarity", TORCH_BOX(&similarity)); }
+STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
+  m.impl("similarity", TORCH_BOX(&similarity));
+  m.impl("similarity_and_nearest", TORCH_BOX(&similarity_and_nearest));
+  m.impl("similarity_varlen", TORCH_BOX(&similarity_varlen));
+}
 
 }  // namespace condense

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "memory.h"
@@ -52,43 +53,64 @@ struct Shrink {
   T first, second;
 };
 
+// What a similarity is: a cosine, or a Euclidean distance, negated.
+enum class Metric { kCosine, kNegL2 };
+
 // A key as the similarities use it.
 template <class T>
 struct KeyFactors {
   KeyFactors(Memory& memory, int64_t n) : scale(memory.take<T>(n)), inv(memory.take<T>(n)) {}
-  T* scale;  // [n] power of two, exact
-  T* inv;    // [n] 1 / norm of the scaled key, 0 for a token without similarities
+  T* scale;  // [n] power of two, exact; of distances the same for all tokens
+  T* inv;    // [n] 1 / norm of the scaled key, of distances 1; 0 for a token without similarities
 };
 
 // What one thread multiplies tiles in.
 template <class T>
 struct TileMemory {
-  TileMemory(Memory& memory, int64_t n, bool stored);
+  TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest);
   T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
+  T* nearest;  // [n padded]
   int64_t magnitudes;
 };
 
 template <class T>
 struct SimilarityMemory {
-  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored);
+  SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric = Metric::kCosine,
+                   bool with_nearest = false);
+  bool sums_are_plain() const { return sizeof(T) == 8 || metric != Metric::kCosine; }
+
+  Metric metric;
   KeyFactors<T> factors;
+  T unscale = 1;  // of distances
   TileMemory<T>* of_slot;
   int slots;
-  double* sums;  // [n] fp64 alone
-  T* strip;      // [kTile, width_of(n)] fp64 alone, where s is not stored
+  double* sums;  // [n] plain sums alone
+  T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
+  T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
 };
 
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
-// scores may be null, and so may mask.
+// scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
+// lowest number where there is none.
 template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier);
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr);
 
-// square [count, count]: the similarities among some tokens, after similarity_image; its bits.
+// tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
+template <class T>
+void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
+                  int8_t* tier);
+
+// diagonal [n]: of each token with itself, after measure_keys.
+template <class T>
+void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal);
+
+// square [count, count]: the similarities among some tokens, or all where tokens is null, after measure_keys; the bits
+// of similarity_image.
 template <class T>
 void similarity_among(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                       T* square);
@@ -128,9 +150,22 @@ template <class T>
 void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
                          Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
+// The same from `made` picks on, 1 or more, that greedy_select_streamed has left in memory.
+template <class T>
+void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t k,
+                           const GreedyMemory<T>& memory, int64_t* order);
+
+constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed: 1 MB of similarities among them
+
+struct Rounds {
+  int64_t most = std::numeric_limits<int64_t>::max();  // after these it ends, be the picks complete or not
+  bool keep_rows = true;                               // else `rows` are those of one round
+};
+
 template <class T>
 struct StreamedGreedyMemory {
-  StreamedGreedyMemory(Memory& memory, int64_t n);
+  StreamedGreedyMemory(Memory& memory, int64_t n, int64_t most = kPool);
+  int64_t most;  // tokens of a round
   GreedyMemory<T> all, pool;
   T *t, *pool_t, *square;
   int64_t* tokens;
@@ -141,7 +176,12 @@ struct StreamedGreedyMemory {
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows);
+                               T* rows, Rounds rounds = {});
+
+// The first pick by max_min, -1 where there is no candidate; rows [kTile, width_of(n)] are scratch.
+template <class T>
+int64_t pick_farthest_streamed(const Rows& keys, const Selection<T>& selection, Crew& crew,
+                               SimilarityMemory<T>& similarity, const GreedyMemory<T>& memory, T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>
@@ -178,6 +218,19 @@ void assign_image(const int64_t* indices, const int8_t* tier, const Layout<T>& l
 // Sorts the tokens by row: those of row r become members[first[r], first[r + 1]), in token order. first is [k + 2].
 void sort_by_row(const int64_t* assignment, int64_t n, int64_t k, int64_t* first, int64_t* members);
 
+// What a row becomes of its tokens: their weighted mean, their weighted sum, or the mean blended with the kept token.
+enum class MergeMode { kMean, kSum, kLerp };
+
+struct Merging {
+  MergeMode mode = MergeMode::kMean;
+  double centre_weight = 0;  // of a kLerp
+
+  template <class T>
+  T of_centre() const {
+    return static_cast<T>(centre_weight);
+  }
+};
+
 template <class T>
 struct MergeMemory {
   MergeMemory(Memory& memory, int64_t n, int64_t d, int64_t k, int slots)
@@ -186,9 +239,10 @@ struct MergeMemory {
   T* rows;  // [slots, 3, d]
 };
 
-// merged [k, d] contiguous in the dtype of features, mass [k]. indices in [-1, n), assignment in [-1, k).
+// merged [k, d] contiguous in the dtype of features, mass [k]. scores may be null: 1 each. indices in [-1, n),
+// assignment in [-1, k).
 template <class T>
 void merge_image(const Rows& features, const T* scores, const int64_t* indices, const int64_t* assignment, int64_t k,
-                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass);
+                 Crew& crew, const MergeMemory<T>& memory, void* merged, T* mass, const Merging& merging = {});
 
 }  // namespace condense

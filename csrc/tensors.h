@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "stages.h"
 
 namespace condense {
@@ -100,6 +101,11 @@ inline Dtype dtype_of(const Tensor& t) {
     default:
       return Dtype::kFloat32;
   }
+}
+
+inline Metric metric_of(const std::string& name) {
+  check_choice("metric", name, {"cosine", "neg_l2"});
+  return name == "cosine" ? Metric::kCosine : Metric::kNegL2;
 }
 
 // Image b of tokens [B, N, D] in any layout; a tensor [N, D] is its own only image.

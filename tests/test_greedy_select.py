@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from condense_kernels import greedy_select, select_and_merge_varlen
+from condense_kernels import greedy_select, select_and_merge, select_and_merge_varlen, similarity
 from condense_kernels._dispatch import backends
 from condense_kernels._triton.tables import SelectConfig, trying
 from condense_kernels.ops.greedy_select import reference
@@ -22,8 +23,8 @@ def f32(x):
     return float(numpy.float32(x))
 
 
-def defined_greedy(s, prior, k, suppression=1.0, *, first=None, candidates=None, combine="sub", max_min=False, tier=None):
-    """The page, written a second time: plain Python over one image, one fp32 rounding an operation; s, prior as lists."""
+def defined_greedy(s, prior, k, suppression, combine, first=None, candidates=None, max_min=False, tier=None):
+    """The page, written a second time: plain Python over one image of lists, one fp32 rounding an operation."""
     limit = float(numpy.finfo("float32").max)
     clamp = lambda x, nan: nan if x != x else min(max(x, -limit), limit)  # noqa: E731
     n, f = len(s), f32(suppression)
@@ -94,14 +95,40 @@ def by_hand(s, prior, k, options):
     return defined_greedy(s[0].tolist(), None if prior is None else prior[0].tolist(), k, **listed)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what overflows
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
-@settings(max_examples=400)
-@given(problem=problems(anything, anything))
+OVERFLOWS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
+EXAMPLES = {"cpp": 300, "reference": 100, "triton": 40}  # as many as a backend has time for
+
+
+def each_backend(examples: st.SearchStrategy, backends: list[str]):
+    """For tests of (backend, problem)."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(backend):
+            settings(max_examples=EXAMPLES[backend])(given(examples)(lambda problem: test(backend, problem)))()
+
+        del run.__wrapped__  # pytest would ask for a fixture `problem`
+        return OVERFLOWS(pytest.mark.parametrize("backend", backends)(run))
+
+    return decorate
+
+
+@each_backend(problems(anything, anything), [*FAST, "reference"])
 def test_selection_is_the_definition(backend, problem):
     """Of anything: ties, NaN, infinities, s that is not symmetric, and every option beside every other."""
     s, prior, k, options = problem
     assert greedy_select(s, prior, k, **options, backend=backend)[0].tolist() == by_hand(s, prior, k, options)
+
+
+@each_backend(problems(), [*FAST, "reference"])
+def test_fewer_picks_are_the_first_of_more(backend, problem):
+    """The first j of a call with k are the call with j."""
+    s, prior, k, options = problem
+    k = min(k, 3) if backend == "triton" else k
+    longest = greedy_select(s, prior, s.shape[1], **options, backend=backend)
+    assert torch.equal(greedy_select(s, prior, k, **options, backend=backend), longest[:, :k])
+    picked = longest[longest >= 0]
+    assert len(picked.unique()) == len(picked) and (longest[:, len(picked) :] == -1).all()
 
 
 @st.composite
@@ -113,9 +140,7 @@ def scaled_problems(draw):
     return (s.double() / 3 if wide else s), prior, k, {**options, "sbar": sbar}
 
 
-@pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=300)
-@given(problem=scaled_problems())
+@each_backend(scaled_problems(), FAST)
 def test_scaled_or_in_fp64_it_goes_as_the_reference_goes(backend, problem):
     s, prior, k, options = problem
     if backend == "triton":
@@ -125,7 +150,7 @@ def test_scaled_or_in_fp64_it_goes_as_the_reference_goes(backend, problem):
 
 
 @needs_triton
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(problem=problems())
 def test_a_row_loaded_ahead_takes_no_part_in_the_picks(problem):
     """Whether the guess of the next pick is right or not."""
@@ -192,6 +217,105 @@ def test_minus_zero_is_zero(backend):
     assert greedy_select(-torch.zeros(1, 4, 4), -prior, 4, backend=backend).tolist() == [[0, 1, 2, 3]]
 
 
+def test_a_product_that_is_0_ties(backend):
+    """0 times a negative factor is -0, which equals 0; so does what a factor of 0 leaves of any utility."""
+    s = torch.tensor([[[1.0, 2.0, 1.0, 0.0]] * 4])
+    prior = torch.tensor([[3.0, 0.0, 1.0, -1.0]])  # of -1 as of 0
+    assert greedy_select(s, prior, 4, combine="mul", backend=backend).tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_factor_is_finite(backend):
+    """0 times infinity would be no score."""
+    s = torch.full((1, 3, 3), 3e38)
+    prior = torch.tensor([[1.0, 0.5, 0.0]])
+    order = greedy_select(s, prior, 3, suppression=3e38, combine="mul", backend=backend)
+    assert order.tolist() == [[0, 2, 1]]
+
+
+def test_three_roundings_decide(backend):
+    """u * (1 - suppression * m): rounded once less, token 2 would score 2**-48 and not 0, as token 1 does."""
+    third = torch.tensor(1 / 3, dtype=torch.float32).item()
+    product = (torch.tensor(third) * third).item()
+    assert 1 - third * third != 1 - product
+    factor = torch.tensor(1.0) - product
+    s = torch.tensor([[[0.0, 0.0, third]] * 3])
+    prior = torch.tensor([[9.0, factor.item(), 1.0]])  # both score fl(1 - fl(1/9)): the first of them wins
+    assert greedy_select(s, prior, 2, suppression=third, combine="mul", backend=backend).tolist() == [[0, 1]]
+
+
+def test_the_first_pick(backend):
+    """By index, by a utility of its own, by the nearest neighbour; the others go by prior."""
+    line = torch.tensor([0.0, 1.0, 2.0, 7.0, 9.0])
+    s = -(line[:, None] - line).abs()[None]
+    first = lambda rule, **options: greedy_select(  # noqa: E731
+        s, torch.tensor([[3.0, 5.0, 1.0, 2.0, 4.0]]), 1, first=rule, **options, backend=backend
+    ).item()
+    assert (first(None), first("prior"), first("max_min")) == (1, 1, 3)  # 7 and 9 are 2 apart
+    assert [first(torch.tensor([i])) for i in range(-1, 5)] == [1, 0, 1, 2, 3, 4]
+    assert first(torch.tensor([[0.0, 0.5, 1.0, 1.0, -1.0]]).half()) == 2
+    assert first(None, max_min=True) == 3
+    without = torch.tensor([[True, True, True, True, False]])  # the other end of the only long gap
+    assert first("max_min", candidates=without) == 3 and first(torch.tensor([4]), candidates=without) == 1
+    assert first("max_min", tier=torch.tensor([[0, 1, 0, 2, 3]], dtype=torch.int8)) == 0  # 2 apart, both
+
+
+def test_the_nearest_neighbour_is_the_one_whose_row_says_so(backend):
+    """s_ji, a column without its diagonal; the rows of those that are no candidates do not count."""
+    s = torch.tensor([[[9.0, 0.4, 0.1], [0.3, 9.0, 0.2], [0.5, 0.1, 9.0]]])
+    assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 2  # 0.5, 0.4, 0.2
+    assert greedy_select(s.mT, None, 1, first="max_min", backend=backend).item() == 1  # 0.4, 0.3, 0.5
+    two = torch.tensor([[True, True, False]])
+    assert greedy_select(s, None, 1, first="max_min", candidates=two, backend=backend).item() == 0  # 0.3, 0.4
+    one = torch.tensor([[False, True, False]])
+    assert greedy_select(s, None, 3, first="max_min", candidates=one, backend=backend).tolist() == [[1, -1, -1]]
+
+
+def test_a_neighbour_at_no_distance_counts_as_0(backend):
+    """NaN and infinities in a column, as everywhere in s."""
+    s = torch.tensor([[[9.0, torch.inf, 0.2], [-torch.inf, 9.0, torch.nan], [0.3, -1.0, 9.0]]])
+    assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 1  # 0.3, 0, 0.2
+    for value in (-torch.inf, torch.nan):
+        s = torch.tensor([[[9.0, -0.5, -0.2], [value, 9.0, -0.2], [-1.0, -0.5, 9.0]]])
+        assert greedy_select(s, None, 1, first="max_min", backend=backend).item() == 1  # 0, -0.5, -0.2
+
+
+def test_a_row_is_what_a_pick_has_in_common_with_others(backend):
+    """s[pick, i], where s is not symmetric."""
+    s = torch.zeros(1, 3, 3)
+    s[0, 0, 1] = 1.0
+    prior = torch.tensor([[3.0, 2.0, 1.5]])
+    assert greedy_select(s, prior, 2, backend=backend).tolist() == [[0, 2]]
+    assert greedy_select(s.mT, prior, 2, backend=backend).tolist() == [[0, 1]]
+
+
+def test_candidates_count_in_the_mean(backend):
+    """As tier 3: who is no candidate is part of mean|prior| if its own tier is."""
+    torch.manual_seed(3)
+    s, prior, sbar = torch.rand(1, 12, 12), torch.rand(1, 12), torch.tensor([0.4])
+    tier = torch.tensor([[0, 1, 2, 3] * 3], dtype=torch.int8)
+    candidates = torch.rand(1, 12) < 0.5
+    never = torch.where(candidates, tier, torch.where((tier == 0) | (tier == 3), 3, tier)).to(torch.int8)
+    order = greedy_select(s, prior, 12, sbar=sbar, tier=tier, candidates=candidates, backend=backend)
+    expected = greedy_select(s, prior, 12, sbar=sbar, tier=never, backend=backend)[0].tolist()
+    expected = [i for i in expected if i >= 0 and candidates[0, i]]
+    assert order[0].tolist() == expected + [-1] * (12 - len(expected))
+
+
+def test_a_prior_of_minus_infinity_is_a_candidate(backend):
+    prior = torch.tensor([[-torch.inf, 1.0]])
+    assert greedy_select(torch.eye(2)[None], prior, 2, backend=backend).tolist() == [[1, 0]]
+
+
+def test_without_suppression_zero_keys_are_as_good_as_any(backend):
+    """sbar is 0 where all keys are zeros: a scaled prior would be 0 everywhere."""
+    keys, scores = torch.zeros(1, 6, 4), torch.tensor([[1.0, 4.0, 2.0, 6.0, 3.0, 5.0]])
+    s, sbar, _, tier = similarity(keys, scores, backend=backend)
+    options = {"sbar": sbar, "tier": tier, "suppression": 0.0}
+    assert greedy_select(s, scores, 3, **options, backend=backend).tolist() == [[3, 5, 1]]
+    whole = select_and_merge(keys, scores, 3, 0, suppression=0.0, spatial_weight=0.0, backend=backend)
+    assert whole.indices.tolist() == [[1, 3, 5]]
+
+
 def test_tiers(backend):
     tier = torch.tensor([[2, 1, 3, 0, 1, 0, 2]], dtype=torch.int8)
     prior = torch.tensor([[9.0, 8.0, 7.0, 1.0, 6.0, 2.0, 5.0]])
@@ -235,16 +359,14 @@ def top_k(prior, tier, k):
     return (order + [-1] * len(prior))[:k]
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
-@settings(max_examples=100)
-@given(problem=problems(anything, anything))
+@each_backend(problems(anything, anything), [*FAST, "reference"])
 def test_without_suppression_it_is_plain_top_k(backend, problem):
     """Of the prior itself, whatever sbar is: scaled, distinct priors could round to a tie, or all to 0."""
     s, prior, k, options = problem
     prior = s[:, 0] if prior is None else prior
     tier = options.get("tier", torch.zeros_like(prior, dtype=torch.int8))
     expected = top_k(prior[0], tier[0], k)
-    for scale in (None, 0.5, 0.0, 1e-45, math.nan):
+    for scale in (None, 0.0) if backend == "triton" else (None, 0.5, 0.0, 1e-45, math.nan):
         options = {"sbar": None if scale is None else torch.tensor([scale]), "tier": tier, "suppression": 0.0}
         assert greedy_select(s, prior, k, **options, backend=backend).tolist() == [expected]
 
@@ -293,3 +415,30 @@ def test_prior_of_other_dtypes(dtype, cpp):
     prior = torch.rand(1, 20).to(dtype)
     expected = reference.greedy_select(s, prior, 9)
     assert torch.equal(greedy_select(s, prior, 9, backend=cpp), expected)
+
+
+@pytest.mark.parametrize("max_min", [False, True])
+def test_neither_batch_nor_threads_matter(max_min, fast):
+    """Nor the layout: an image alone, on one thread or two, is the image in its batch."""
+    b, n = (5, 300) if fast == "cpp" else (2, 40)
+    s, prior, candidates = torch.randn(b, n, n), torch.rand(b, n), torch.rand(b, n) < 0.9
+    options = {"candidates": candidates, "max_min": max_min, "combine": "mul", "suppression": 0.3}
+    expected = greedy_select(s, prior, n // 2, **options, backend=fast)
+    strided = torch.nn.functional.pad(s, (0, 5, 0, 3))[:, :n, :n]
+    assert torch.equal(greedy_select(strided, prior, n // 2, **options, backend=fast), expected)
+    threads = torch.get_num_threads()
+    try:
+        for i in range(b):
+            torch.set_num_threads(1 + i % 2)
+            alone = {name: v[i : i + 1] if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+            order = greedy_select(s[i : i + 1], prior[i : i + 1], n // 2, **alone, backend=fast)
+            assert torch.equal(order, expected[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_narrow_utility_is_its_values(backend):
+    """bf16, in prior and in first, is the fp32 of the same numbers."""
+    s, prior, first = torch.rand(1, 20, 20), torch.rand(1, 20).bfloat16(), torch.rand(1, 20).bfloat16()
+    expected = greedy_select(s, prior.float(), 9, first=first.float(), backend=backend)
+    assert torch.equal(greedy_select(s, prior, 9, first=first, backend=backend), expected)

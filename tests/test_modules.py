@@ -52,6 +52,7 @@ def test_the_layer_is_the_function():
         ((2.0, 2), {}, "num_anchors: expected an int, got float"),
         ((2, 2), {"suppression": -1.0}, "suppression: expected a finite number >= 0"),
         ((2, 2), {"background_suppression": -1.0}, "background_suppression: expected a finite number >= 0"),
+        ((2, 2), {"scale_prior": 0}, "scale_prior: expected True or False, got int: 0"),
         ((2, 2), {"spatial_weight": "1"}, "spatial_weight: expected a number, got str"),
         ((2, 2), {"grid": 24}, "grid: expected (H, W) or (T, H, W) as ints, got 24"),
         ((2, 2), {"grid": (24,)}, "grid: expected (H, W) or (T, H, W), got (24,)"),

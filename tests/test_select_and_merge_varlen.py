@@ -49,6 +49,7 @@ def pack(images: list[Inputs]) -> PackedInputs:
         suppression=images[0].suppression,
         spatial_weight=images[0].spatial_weight,
         background_suppression=images[0].background_suppression,
+        scale_prior=images[0].scale_prior,
     )
 
 

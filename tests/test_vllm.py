@@ -78,7 +78,7 @@ def test_options_make_a_config_that_of_a_condensed_model(model_type, name):
     assert config.architectures == [f"Condensed{name}ForConditionalGeneration"]
     assert config.condense == {
         "num_tokens": 64, "background_ratio": 0.25, "suppression": 0.5, "spatial_weight": 1.0,
-        "background_suppression": None,
+        "background_suppression": None, "scale_prior": True,
     }  # fmt: skip
     assert Options.of(config) == options
     plan = Plan.of(config)
@@ -160,5 +160,6 @@ def test_each_option_is_in_the_keys_of_vllms_caches():
     """Two engines that share a cache share what they agree on, and nothing else."""
     options = [condensed(64), condensed(32), condensed(0.25), condensed(background_ratio=0.5)]
     options += [condensed(suppression=0.5), condensed(spatial_weight=0.5), condensed(background_suppression=0.5)]
+    options += [condensed(scale_prior=False)]
     assert len({str(of_engine) for of_engine in options}) == len(options)
-    assert str(condensed(64)) == "condensed-64-0.25-1.0-1.0-None"
+    assert str(condensed(64)) == "condensed-64-0.25-1.0-1.0-None-True"

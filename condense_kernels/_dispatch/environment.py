@@ -77,6 +77,7 @@ VARIABLES: dict[str, Callable] = {
     "CONDENSE_SUPPRESSION": weight,
     "CONDENSE_SPATIAL_WEIGHT": weight,
     "CONDENSE_BACKGROUND_SUPPRESSION": weight,
+    "CONDENSE_SCALE_PRIOR": switch,
 }
 OF_A_RUN = tuple(VARIABLES)[:4]  # the others are read by a build, by the benchmarks, and by vLLM's plugin
 

@@ -70,6 +70,21 @@ class SimilarityConfig:
 
 
 @dataclass(frozen=True)
+class DistanceConfig:
+    """Of metric "neg_l2". The order of the channels, and so the bits, depend on block_d alone."""
+
+    block: int = 32  # tokens a side of a tile
+    block_d: int = 8  # channels a step, a sector of 32 bytes of an fp32 row: 64 accumulators a thread
+    num_warps: int = 4
+    block_rows: int = 16  # rows of s that a program adds up,
+    block_columns: int = 64  # so many columns at a time
+
+    @classmethod
+    def for_shape(cls) -> "DistanceConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """An image's tokens in chunks of one size; one program an image. All images of a span are launched alike."""
 
@@ -116,6 +131,40 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class DppConfig:
+    """As SelectConfig, but with more warps: a pick has work with all picks before it."""
+
+    low: int
+    span: int
+    block: int  # tokens of a chunk
+    num_warps: int
+    unroll: int = 2  # earlier picks whose loads overlap
+
+    SPANS: ClassVar = (256, 640, 1024, 2048, 3072, 4096, 8192, MAX_STORED)
+    CLASSES: ClassVar = (1024, 4096)  # tokens up to which the segments of a packed batch share a launch
+
+    @classmethod
+    def for_shape(cls, n: int) -> "DppConfig":
+        low, span = next((low, span) for low, span in itertools.pairwise((0, *cls.SPANS)) if n <= span)
+        # Counted: no spill with a number a thread and chunk. Above 4096 tokens there are four, and 128 registers.
+        if span <= 1024:
+            return _chosen(cls(low, span, block=128, num_warps=4))
+        if span <= 4096:
+            return _chosen(cls(low, span, block=512, num_warps=16))
+        return _chosen(cls(low, span, block=2048, num_warps=16, unroll=1))
+
+    @classmethod
+    def for_packed(cls, width: int) -> list[tuple[int, "DppConfig"]]:
+        """(more than so many tokens, config): of a packed batch, the segments of a class share a launch."""
+        limits = [0, *(limit for limit in cls.CLASSES if limit < width), width]
+        return [(low, cls.for_shape(n)) for low, n in itertools.pairwise(limits)]
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        return {"BLOCK": self.block, "CHUNKS": -(-self.span // self.block), "UNROLL": self.unroll}
+
+
+@dataclass(frozen=True)
 class NearestConfig:
     """Of the launch that finds how far each token's nearest neighbour is."""
 
@@ -129,6 +178,19 @@ class NearestConfig:
 
 
 @dataclass(frozen=True)
+class CoverageConfig:
+    block_n: int  # all tokens of an image, whose scores stay in registers
+    num_warps: int
+    block_gains: int = 16  # tokens of a program of the first launch: 16 numbers a thread of 128 rows at a time
+    rows: int = 8  # times 128 rows of a column that are loaded at once: 1024, so that N = 576 waits once
+
+    @classmethod
+    def for_shape(cls, n: int) -> "CoverageConfig":
+        block_n = max(next_power_of_2(n), 64)
+        return _chosen(cls(block_n, 4 if block_n <= 4096 else 16))
+
+
+@dataclass(frozen=True)
 class AssignConfig:
     block_k: int  # rows looked at together, so that their loads overlap
     block_n: int = 32  # tokens of a program
@@ -137,6 +199,18 @@ class AssignConfig:
     @classmethod
     def for_shape(cls, k: int) -> "AssignConfig":
         return _chosen(cls(block_k=next_power_of_2(k, 32)))  # counted: no spill with positions either
+
+
+@dataclass(frozen=True)
+class DpcConfig:
+    block_m: int  # rows of a program
+    block_n: int  # their columns, all of them
+    num_warps: int
+
+    @classmethod
+    def for_shape(cls, n: int) -> "DpcConfig":
+        block_n = max(next_power_of_2(n, MAX_STORED), UNIT)
+        return _chosen(cls(max(4096 // block_n, 1), block_n, num_warps=max(block_n // 1024, 4)))  # 32 numbers a thread
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def runs_on(case: Case, dtype: torch.dtype, backend: Backend) -> bool:
 def count_other_picks(result, inputs: Inputs, exact: tuple) -> int:
     """How many kept tokens are not those of the reference carried through in fp64."""
     s, sbar, g, tier = exact
+    sbar = sbar if inputs.scale_prior else None
     of_anchors, of_background = inputs.suppressions
     anchors = greedy_reference.greedy_select(
         s, inputs.scores.cpu(), inputs.num_anchors, sbar=sbar, tier=tier, suppression=of_anchors

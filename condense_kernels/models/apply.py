@@ -200,6 +200,7 @@ def apply_condense(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     positions: str = "compact",
     proportional: bool = False,
     family: str | None = None,
@@ -221,8 +222,8 @@ def apply_condense(
             the token farthest from those kept), "random" (by torch's generator), "random_merge", "uniform" (a coarser
             grid), "pooling"; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images
             of one size.
-        background_ratio, suppression, spatial_weight, background_suppression: as in :func:`condense_kernels.condense`,
-            of "condensevlm".
+        background_ratio, suppression, spatial_weight, background_suppression, scale_prior: as in
+            :func:`condense_kernels.condense`, of "condensevlm".
         positions: of the tokens that are left, in a language model with positions along one axis: "compact" counts
             them 0, 1, 2, as the papers' code does; "original" leaves each token where it was in the prompt as it was
             given, new ones after the last. With M-RoPE tokens keep their places in the picture in either case, and
@@ -243,7 +244,8 @@ def apply_condense(
             match the images, a filled cache together with images. The model is left as it was found.
     """
     check_model(model, MARK)
-    condenser = Condenser(method, background_ratio, suppression, spatial_weight, background_suppression, backend)
+    weights = suppression, spatial_weight, background_suppression
+    condenser = Condenser(method, background_ratio, *weights, scale_prior, backend)
     num_tokens = as_number("num_tokens", num_tokens)
     check_options(num_tokens, condenser)
     found = resolve_family(model, family)

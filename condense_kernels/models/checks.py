@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .._dispatch.backends import check_backend
-from .._dispatch.checks import MAX_TOKENS, check_background_suppression, check_weight
+from .._dispatch.checks import MAX_TOKENS, check_background_suppression, check_flag, check_weight
 from ..budget import count_of, split_budget
 from .families import FAMILIES, GENERIC, Family, Inputs, family_of
 from .methods import METHODS, Condenser
 from .scoring import attention_of
 
-OPTIONS = ("background_ratio", "suppression", "spatial_weight", "background_suppression", "backend")
+OPTIONS = ("background_ratio", "suppression", "spatial_weight", "background_suppression", "scale_prior", "backend")
 CACHES = ("cache", "past_key_values")  # transformers 5.24 has renamed the second to the first
 
 
@@ -55,6 +55,7 @@ def check_options(num_tokens: Any, condenser: Condenser) -> None:
     check_weight("suppression", condenser.suppression)
     check_weight("spatial_weight", condenser.spatial_weight)
     check_background_suppression(condenser.background_suppression)
+    check_flag("scale_prior", condenser.scale_prior)
     check_backend(condenser.backend)
     method = condenser.method
     if not callable(method) and not (isinstance(method, str) and method in METHODS):

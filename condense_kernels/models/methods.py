@@ -38,6 +38,7 @@ class Condenser:
     suppression: float = 1.0
     spatial_weight: float = 1.0
     background_suppression: float | None = None
+    scale_prior: bool = True
     backend: str = "auto"
 
     def __call__(
@@ -69,6 +70,7 @@ class Condenser:
                 suppression=self.suppression,
                 spatial_weight=self.spatial_weight,
                 background_suppression=self.background_suppression,
+                scale_prior=self.scale_prior,
                 backend=self.backend,
             )
         method = BASELINES[self.method] if isinstance(self.method, str) else self.method
@@ -94,6 +96,7 @@ class Condenser:
             suppression=self.suppression,
             spatial_weight=self.spatial_weight,
             background_suppression=self.background_suppression,
+            scale_prior=self.scale_prior,
             backend=self.backend,
         )
         by_row, by_token = list(keeps), lengths

@@ -154,11 +154,11 @@ def _utility(
     sbar: torch.Tensor,  # [] fp64
     sbar_error: float,
     tier: torch.Tensor,  # [N]
-    suppression: float,
+    is_scaled: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """u = sbar / mean|prior| * prior in fp64 [N], and its error [N] when computed with unit roundoff eps."""
-    if suppression == 0:  # u = prior
+    if not is_scaled:  # u = prior
         return prior.nan_to_num(), prior_error
     utility = greedy_reference.scaled_prior(prior, sbar, tier)
     per_sbar = greedy_reference.scaled_prior(prior, torch.ones_like(sbar), tier).abs()  # |prior| / mean
@@ -185,7 +185,8 @@ def _compare_picks(inputs: Inputs, stages: Stages, exact: tuple, s_bound: float,
             ("background", stages.background[b], g[b], g_error, rest, of_background),
         ):
             live = now == VALID
-            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, suppression, eps)
+            is_scaled = inputs.scale_prior and suppression != 0
+            utility, error = _utility(prior, prior_error, sbar[b], sbar_error, now, is_scaled, eps)
             gap = replay(s[b], utility, now, order.tolist(), suppression)
             bound = _score_bound(utility[live], error[live], s_bound, suppression, eps) if live.any() else 0.0
             gaps[name].append(gap)
@@ -299,12 +300,13 @@ def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: 
         _exact("tier", stages.tier, exact[3]),
     ]
     of_anchors, of_background = inputs.suppressions
+    sbar = stages.sbar if inputs.scale_prior else None
     rest = stages.tier.scatter(1, stages.anchors.clamp(min=0), TAKEN)
     anchors = greedy_reference.greedy_select(
-        stages.s, inputs.scores, inputs.num_anchors, sbar=stages.sbar, tier=stages.tier, suppression=of_anchors
+        stages.s, inputs.scores, inputs.num_anchors, sbar=sbar, tier=stages.tier, suppression=of_anchors
     )
     background = greedy_reference.greedy_select(
-        stages.s, stages.g, inputs.num_background, sbar=stages.sbar, tier=rest, suppression=of_background
+        stages.s, stages.g, inputs.num_background, sbar=sbar, tier=rest, suppression=of_background
     )
     findings += [
         _exact("anchors: selection given the backend's s", stages.anchors, anchors),

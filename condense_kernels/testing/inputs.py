@@ -42,6 +42,7 @@ class Inputs:
     suppression: float = 1.0
     spatial_weight: float = 1.0
     background_suppression: float | None = None
+    scale_prior: bool = True
 
     @property
     def args(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -50,7 +51,7 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight", "background_suppression")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "scale_prior")}
 
     @property
     def suppressions(self) -> tuple[float, float]:
@@ -79,7 +80,7 @@ class Inputs:
         """The same through the operators of the single stages, which also tell the order of the picks."""
         keys = self.features if self.keys is None else self.keys
         s, sbar, g, tier = similarity(keys, self.scores, self.mask, backend=backend)
-        picking: dict[str, Any] = {"sbar": sbar, "backend": backend}
+        picking: dict[str, Any] = {"sbar": sbar if self.scale_prior else None, "backend": backend}
         of_anchors, of_background = self.suppressions
         anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, suppression=of_anchors, **picking)
         rest = tier.scatter(1, anchors, TAKEN)
@@ -107,6 +108,7 @@ class PackedInputs:
     suppression: float = 1.0
     spatial_weight: float = 1.0
     background_suppression: float | None = None
+    scale_prior: bool = True
 
     def run(self, backend: str = "auto") -> Condensed:
         return select_and_merge_varlen(**vars(self), backend=backend)
@@ -244,6 +246,11 @@ def _two_factors(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, suppression=0.5, background_suppression=2.0)
 
 
+def _unscaled(inputs: Inputs) -> Inputs:
+    """The scores, and then the global similarities, are utilities as they are."""
+    return dataclasses.replace(inputs, scale_prior=False)
+
+
 KINDS: dict[str, Callable[[Inputs], Inputs]] = {
     "random": lambda inputs: inputs,
     "clustered": _clustered,
@@ -262,6 +269,7 @@ KINDS: dict[str, Callable[[Inputs], Inputs]] = {
     "similarity_only": _similarity_only,
     "top_k": _top_k,
     "two_factors": _two_factors,
+    "unscaled": _unscaled,
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .._dispatch import environment
-from .._dispatch.checks import MAX_TOKENS, check_background_suppression, check_weight
+from .._dispatch.checks import MAX_TOKENS, check_background_suppression, check_flag, check_weight
 from ..budget import DEFAULT_BACKGROUND_RATIO, as_number, count_of, split_budget
 from .release import check_release
 
@@ -21,6 +21,7 @@ class Options:
     suppression: float = 1.0
     spatial_weight: float = 1.0
     background_suppression: float | None = None
+    scale_prior: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_tokens", as_number("num_tokens", self.num_tokens))
@@ -29,6 +30,7 @@ class Options:
         check_weight("suppression", self.suppression)
         check_weight("spatial_weight", self.spatial_weight)
         check_background_suppression(self.background_suppression)
+        check_flag("scale_prior", self.scale_prior)
 
     @classmethod
     def of(cls, config: Any) -> "Options":
@@ -91,16 +93,18 @@ def condensed(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
 ) -> Options:
     """``vllm.LLM(model, hf_overrides=condensed(num_tokens=64))``: a model on ``num_tokens`` visual tokens an image.
 
     Args:
         num_tokens: a count (int) or a ratio in (0, 1] (float) of each image's tokens; of each crop's, in LLaVA-NeXT.
-        background_ratio, suppression, spatial_weight, background_suppression: as in :func:`condense_kernels.condense`.
+        background_ratio, suppression, spatial_weight, background_suppression, scale_prior: as in
+            :func:`condense_kernels.condense`.
 
     Raises:
         TypeError, ValueError: an option has a value that it cannot have. From vLLM, which calls the result: a model of
             another type than LLaVA and LLaVA-NeXT, or with fewer tokens.
         ImportError: from there, another release of vLLM than 0.32.
     """
-    return Options(num_tokens, background_ratio, suppression, spatial_weight, background_suppression)
+    return Options(num_tokens, background_ratio, suppression, spatial_weight, background_suppression, scale_prior)

@@ -1,4 +1,4 @@
-"""Launches of the greedy loop, see loop.py: one program an image. What the first pick goes by may need one before it."""
+"""Launches of the greedy loop, see loop.py: one program an image. The first pick may need a launch before it."""
 
 import torch
 import triton
@@ -19,9 +19,7 @@ from .loop import (
 
 
 @triton.jit
-def fill_by_index(
-    order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr
-):
+def fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIER: tl.constexpr, BLOCK: tl.constexpr):
     """Write the tokens of a tier, lowest index first, from `place` on; return the next free place."""
     start = tl.zeros([], tl.int32)
     while (start < N) & (place < K):
@@ -32,6 +30,19 @@ def fill_by_index(
         place += tl.sum(chosen, axis=0)
         start += BLOCK
     return place
+
+
+@triton.jit
+def fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, HAS_TIER: tl.constexpr, BLOCK: tl.constexpr):
+    """What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as nothing is left to pick."""
+    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 1, BLOCK)
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 2, BLOCK)
+    if HAS_TIER or candidates is not None:
+        while place < K:
+            late = place + tl.arange(0, BLOCK)
+            tl.store(order_ptr + late, tl.full([BLOCK], -1, tl.int64), mask=late < K)
+            place += BLOCK
 
 
 @triton.jit
@@ -59,7 +70,8 @@ def nearest_kernel(
     pid_b, block = image_of_block(packed, tl.program_id(0), num_blocks, BLOCK_N)
     at_b, N = image_tokens(packed, pid_b, N)
     if packed is not None:
-        if has_block(packed, N, block, BLOCK_N) == 0:
+        exists = has_block(packed, N, block, BLOCK_N)
+        if exists == 0:
             return
     tier_ptr += at_b * stride_tier_b
     candidates = candidates_of(candidates_ptr, stride_candidate_b, stride_candidate_n, at_b)
@@ -117,7 +129,7 @@ def greedy_select_kernel(
     if HAS_SBAR:
         sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
         scaling = prior_scaling(
-            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression, N, HAS_TIER, WIDE
+            prior_ptr, stride_prior_n, tier_ptr, stride_tier_n, counted, sbar, suppression == 0, N, HAS_TIER, WIDE
         )
     # Two loads with a mask each, as rows begin anywhere, would take 56 instructions more: instead chunks overlap, and a
     # token of several dies in all of them.
@@ -132,14 +144,7 @@ def greedy_select_kernel(
         s_ptr + at_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
         stride_s_j, columns, packed, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True, MUL, first,
     )  # fmt: skip
-    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 1, BLOCK_FILL)
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 2, BLOCK_FILL)
-    if HAS_TIER or candidates_ptr is not None:
-        while place < K:  # nothing is left that may be picked
-            late = place + tl.arange(0, BLOCK_FILL)
-            tl.store(order_ptr + late, tl.full([BLOCK_FILL], -1, tl.int64), mask=late < K)
-            place += BLOCK_FILL
+    fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, HAS_TIER, BLOCK_FILL)
 
 
 def check_is_stored(n: int) -> None:
@@ -169,7 +174,9 @@ def distances(s, tier, candidates, packed=None) -> torch.Tensor:
 def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, candidates, combine, max_min, packed):
     """One launch, or one for each class of segments: `configs` are (more than so many tokens, config)."""
     images, n = s.shape[:2] if packed is None else (packed.num_segments, packed.max_seqlen)
-    sbar = None if prior is None else sbar  # of zeros there is nothing to scale
+    products = combine == "mul"
+    if prior is None:  # nothing to scale; and where it is multiplied, all scores are 0
+        sbar, suppression, products = None, 0.0 if products else suppression, False
     if max_min:
         first = distances(s, tier, candidates, packed)
     for low, config in configs:
@@ -179,7 +186,7 @@ def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, c
             as_fp32(suppression), *strides_of(s, 3), *strides_of(prior, 2), *strides_of(sbar, 1), *strides_of(tier, 2),
             *strides_of(first, 2), *strides_of(candidates, 2), n, order.shape[-1], low, packed,
             **config.chunks, BLOCK_FILL=256, HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
-            MUL=combine == "mul", num_warps=config.num_warps, enable_fp_fusion=False,
+            MUL=products, num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -208,4 +215,34 @@ def greedy_select(
             s, prior, order, [(0, SelectConfig.for_shape(n))], sbar=sbar, tier=tier, suppression=suppression,
             first=first, candidates=candidates, combine=combine, max_min=max_min, packed=None,
         )  # fmt: skip
+    return order
+
+
+def greedy_select_varlen(
+    s: torch.Tensor,  # [T, max_seqlen]
+    prior: torch.Tensor | None,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    sbar: torch.Tensor | None = None,  # [S]
+    tier: torch.Tensor | None = None,  # [T] int8
+    suppression: float = 1.0,
+    first: torch.Tensor | None = None,  # [S] int64, or [T]
+    candidates: torch.Tensor | None = None,  # [T] bool
+    combine: str = "sub",
+    max_min: bool = False,
+) -> torch.Tensor:
+    """Return order [total_keep] int64, within the segment."""
+    reject_float64(s=s, prior=prior)
+    check_is_stored(max_seqlen)
+    order = new(s, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no segment
+    if cu_seqlens.shape[0] > 1 and max_seqlen > 0 and total_keep > 0:
+        packed = Packed.kept(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen)
+        with on_device_of(s):
+            launch_select(
+                s, prior, order, SelectConfig.for_packed(max_seqlen), sbar=sbar, tier=tier, suppression=suppression,
+                first=first, candidates=candidates, combine=combine, max_min=max_min, packed=packed,
+            )  # fmt: skip
     return order

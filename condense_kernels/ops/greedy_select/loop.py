@@ -60,25 +60,25 @@ def counted_magnitude(prior, counted):
 
 
 @triton.jit
-def prior_scale(tops, suppression):
-    """Two factors that bring priors below 1 in magnitude; 1 where nothing is suppressed: u is then the prior itself."""
+def prior_scale(tops, plain):
+    """Two factors that bring priors below 1 in magnitude; 1 where a prior is plain: u itself."""
     first, second = downscale(tl.max(tops, axis=0).to(tl.float32, bitcast=True))
-    return tl.where(suppression == 0, 1.0, first), tl.where(suppression == 0, 1.0, second)
+    return tl.where(plain, 1.0, first), tl.where(plain, 1.0, second)
 
 
 @triton.jit
-def counted_fixed(unit, counted, suppression):
+def counted_fixed(unit, counted, plain):
     """|unit|, which is below 1, as an integer; 0 where it is not counted in the mean, or where no mean is needed."""
-    factor = tl.where(suppression == 0, 0.0, FIXED_POINT)
+    factor = tl.where(plain, 0.0, FIXED_POINT)
     return (tl.where(counted & is_finite(unit), tl.abs(unit), 0.0) * factor).to(tl.int64)
 
 
 @triton.jit
-def prior_factor(sbar, total, count, suppression):
+def prior_factor(sbar, total, count, plain):
     """sbar / mean|prior| of Eq. 2 and 4 and whether the mean is above 0, given the fixed-point sum of scaled priors."""
     mean = total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64) * (1.0 / FIXED_POINT)
     factor = (sbar.to(tl.float64) / tl.where(mean > 0, mean, 1.0)).to(tl.float32)
-    return tl.where(suppression == 0, 1.0, factor), (mean > 0) | (suppression == 0)
+    return tl.where(plain, 1.0, factor), (mean > 0) | plain
 
 
 @triton.jit
@@ -125,10 +125,13 @@ def count_tiers(tier_ptr, stride_tier, N, HAS_TIER: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def prior_scaling(
-    prior_ptr, stride_prior, tier_ptr, stride_tier, count, sbar, suppression, N,
+    prior_ptr, stride_prior, tier_ptr, stride_tier, count, sbar, plain, N,
     HAS_TIER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Factors that bring a prior to u = sbar / mean|prior| * prior (Eq. 2, 4), and whether the mean is above 0."""
+    """Factors that bring a prior to u = sbar / mean|prior| * prior (Eq. 2, 4), and whether the mean is above 0.
+
+    plain: u is the prior itself, as where nothing is suppressed.
+    """
     tops = tl.zeros([WIDE], tl.int32)
     start = tl.zeros([], tl.int32)
     while start < N:
@@ -136,15 +139,15 @@ def prior_scaling(
         counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
         tops = tl.maximum(tops, counted_magnitude(prior_of(prior_ptr, stride_prior, tokens, N), counted))
         start += WIDE
-    first, second = prior_scale(tops, suppression)
+    first, second = prior_scale(tops, plain)
     total = tl.zeros([WIDE], tl.int64)
     start = tl.zeros([], tl.int32)
     while start < N:
         tokens = start + tl.arange(0, WIDE)
         counted = is_counted(tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER))
-        total += counted_fixed(prior_of(prior_ptr, stride_prior, tokens, N) * first * second, counted, suppression)
+        total += counted_fixed(prior_of(prior_ptr, stride_prior, tokens, N) * first * second, counted, plain)
         start += WIDE
-    factor, positive = prior_factor(sbar, tl.sum(total, axis=0), count, suppression)
+    factor, positive = prior_factor(sbar, tl.sum(total, axis=0), count, plain)
     return first, second, factor, positive
 
 
@@ -291,13 +294,10 @@ def row_of(
 
 
 @triton.jit
-def negated_score(similar, nu, suppression, MUL: tl.constexpr):
-    """The score of the contract with the opposite sign, every operation rounded; never -0, which a key tells from 0."""
-    if MUL:  # nu * (1 - suppression * m) with a finite factor, as 0 times infinity would be no score
-        factor = tl.minimum(tl.maximum(1.0 - suppression * similar, -FLOAT32_MAX), FLOAT32_MAX)
-        return nu * factor + 0.0
-    else:
-        return suppression * similar + nu  # nu is not -0
+def negated_product(nu, similar, suppression):
+    """nu * (1 - suppression * m): the factor is finite, as 0 times infinity would be no score."""
+    factor = tl.minimum(tl.maximum(1.0 - suppression * similar, -FLOAT32_MAX), FLOAT32_MAX)
+    return nu * factor + 0.0  # not -0, which a key tells from 0
 
 
 @triton.jit
@@ -308,8 +308,8 @@ def pick_greedily(
 ):  # fmt: skip
     """Pick count tokens, at most as many as are live, and return nu with the picked ones dead.
 
-    m is a token's largest similarity to a pick so far. The first pick has none, and goes by the chunks `first` if there
-    are some.
+    t is the score of the contract with the opposite sign, every operation rounded; never -0, as nu is not. m is the
+    largest similarity to a pick so far: the first pick has none, and goes by the chunks `first` where there are some.
 
     AHEAD: while a pick is worked on, the row of the best token of another place is on its way, as that is mostly the
     next pick. Where it is not, its row is loaded when it is known, so the guess takes no part in the picks.
@@ -344,7 +344,10 @@ def pick_greedily(
         for c in tl.static_range(CHUNKS):
             similar = similar + (tl.maximum(m[c], row[c]),)
             remaining = remaining + (tl.where(offs[c] == pick, float("nan"), nu[c]),)
-            t = t + (negated_score(similar[c], remaining[c], suppression, MUL),)
+            if MUL:
+                t = t + (negated_product(remaining[c], similar[c], suppression),)
+            else:
+                t = t + (suppression * similar[c] + remaining[c],)
         nu, m = remaining, similar
         key, token = best_keys(t, offs, packed)
         pick = first_lowest(key, token)

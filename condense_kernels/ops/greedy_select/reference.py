@@ -7,6 +7,7 @@ the contract fixes the picks bit for bit for a given s: no kernel may pick diffe
 import torch
 
 from ..._dispatch.checks import check_values
+from ..._dispatch.packing import parts_of
 from ..similarity.reference import MASKED, NON_FINITE, TAKEN, VALID
 
 
@@ -129,4 +130,41 @@ def greedy_select(
             max_min=max_min,
         )
         order[b] = torch.tensor(picks, dtype=torch.int64, device=s.device)
+    return order
+
+
+def greedy_select_varlen(
+    s: torch.Tensor,  # [T, max_seqlen]
+    prior: torch.Tensor | None,  # [T]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    cu_keep: torch.Tensor,  # [S + 1]
+    total_keep: int,
+    max_seqlen: int,
+    *,
+    sbar: torch.Tensor | None = None,  # [S]
+    tier: torch.Tensor | None = None,  # [T]
+    suppression: float = 1.0,
+    first: torch.Tensor | None = None,  # [S] int64, or [T]
+    candidates: torch.Tensor | None = None,  # [T]
+    combine: str = "sub",
+    max_min: bool = False,
+) -> torch.Tensor:
+    """Return order [total_keep] int64, within the segment: each as an image of its own."""
+    order = torch.full((total_keep,), -1, dtype=torch.int64, device=s.device)
+    by_segment = first is not None and not first.is_floating_point()
+    for part in parts_of(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen):
+        image = slice(part.number, part.number + 1)
+        of_tokens = lambda t, part=part: None if t is None else t[part.tokens][None]  # noqa: E731
+        order[part.rows] = greedy_select(
+            s[None, part.tokens, : part.num_tokens],
+            of_tokens(prior),
+            part.num_rows,
+            sbar=None if sbar is None else sbar[image],
+            tier=of_tokens(tier),
+            suppression=suppression,
+            first=first[image] if first is not None and by_segment else of_tokens(first),
+            candidates=of_tokens(candidates),
+            combine=combine,
+            max_min=max_min,
+        )[0]
     return order

@@ -1,3 +1,4 @@
 from .op import merge
+from .varlen import merge_varlen
 
-__all__ = ["merge"]
+__all__ = ["merge", "merge_varlen"]

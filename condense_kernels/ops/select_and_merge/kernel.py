@@ -17,6 +17,7 @@ from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, rej
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
+from ..assign.streamed import launch_assign as assign_streamed
 from ..greedy_select.loop import (
     chunk_starts,
     count_tiers,
@@ -68,7 +69,7 @@ def select_kernel(
     where_ptr,  # [N, P] or [B, N, P]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
-    suppression, background_suppression, spatial_weight,
+    suppression, background_suppression, spatial_weight, scaled,
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, LOW, packed,
@@ -111,7 +112,8 @@ def select_kernel(
     while loop < 2:
         weight = tl.where(loop == 0, suppression, background_suppression)
         prior_ptr = priors_ptr + loop * N
-        scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, weight, N, True, WIDE)
+        plain = (weight == 0) | (scaled == 0)
+        scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, plain, N, True, WIDE)
         utilities = negated_utilities(prior_ptr, 1, tier_ptr, 1, starts, scaling, N, True, BLOCK)
         rest = ()
         for c in tl.static_range(CHUNKS):
@@ -177,7 +179,7 @@ def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
 
 
 def launch_select(
-    w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, config, packed=None
+    w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior, config, packed=None
 ):
     """Selection, with the assignment or without, from what the similarity tiles left in w.
 
@@ -193,7 +195,7 @@ def launch_select(
         launch(
             select_kernel, (images,),
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.priors, w.s if where.tensor is None else where.tensor,
-            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
+            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight), int(scale_prior),
             *strides_of(scores, 2), *where.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, where.height, where.width, low, packed,
             **select.chunks, P=where.axes, AXES=axes,
@@ -216,6 +218,7 @@ def select_and_merge(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,  # uint8, workspace_bytes(...) of them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,12 +246,14 @@ def select_and_merge(
     with on_device_of(features):
         if b > 0 and config.store_s:
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, w.s)
-            launch_select(w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, config)
+            launch_select(
+                w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior, config
+            )
             if not config.assign_in_select:
                 launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False)
         elif b > 0:
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
-            streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions)
-            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
+            streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior)
+            assign_streamed(w, keys, indices, space, spatial_weight, assignment)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass)
     return out

@@ -12,6 +12,7 @@ from ..._dispatch.checks import (
     check_apart,
     check_background_suppression,
     check_budget,
+    check_flag,
     check_not_empty,
     check_num_tokens,
     check_output,
@@ -52,6 +53,7 @@ def check(
     suppression=1.0,
     spatial_weight=1.0,
     background_suppression=None,
+    scale_prior=True,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "B N D", sizes, FLOATS)
@@ -68,6 +70,7 @@ def check(
     check_weight("suppression", suppression)
     check_weight("spatial_weight", spatial_weight)
     check_background_suppression(background_suppression)
+    check_flag("scale_prior", scale_prior)
     check_where(grid, positions, spatial_weight, sizes, features)
 
 
@@ -197,7 +200,7 @@ def look(features, scores, num_anchors, num_background, *, keys=None, positions=
 
 def examples(b: int) -> list[Example]:
     features, scores, keys = random(b, 12, 5) - 0.5, random(b, 12), random(b, 12, 3) - 0.5
-    weights = {"suppression": 0.5, "spatial_weight": 0.7, "background_suppression": 0.0}
+    weights = {"suppression": 0.5, "spatial_weight": 0.7, "background_suppression": 0.0, "scale_prior": False}
     on_grid = {"grid": [3, 4], "keys": keys, "mask": random(b, 12) > 0.1, **weights}
     return [
         Example((features, scores, 3, 2), on_grid),
@@ -276,6 +279,7 @@ def select_and_merge(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     backend: str = "auto",
     out: Condensed | None = None,
     workspace: torch.Tensor | None = None,  # [bytes] uint8
@@ -300,6 +304,8 @@ def select_and_merge(
         spatial_weight: finite, >= 0: factor on the distance term of Eq. 6; 0 gives assignment by similarity alone.
         background_suppression: finite, >= 0: factor on the similarity term of Eq. 4, suppression then being that of
             Eq. 2 alone; 0 gives plain top-k of the global similarity. None: as suppression.
+        scale_prior: False takes the scores (Eq. 2) and the global similarities (Eq. 4) for utilities as they are, not
+            brought to the scale of the similarities.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
         out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
             addresses must overlap neither each other's nor those of an argument, from first to last, and none may
@@ -327,6 +333,7 @@ def select_and_merge(
         "suppression": suppression,
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
+        "scale_prior": scale_prior,
     }
     num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
@@ -375,6 +382,7 @@ def workspace_bytes(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     backend: str = "auto",
 ) -> int:
     """Return how many bytes of ``workspace`` select_and_merge needs for these arguments, which it has exactly as here.
@@ -394,6 +402,7 @@ def workspace_bytes(
         "suppression": suppression,
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
+        "scale_prior": scale_prior,
     }
     args = features, scores, as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     tracing.unrecorded(check, *args, **options)

@@ -36,13 +36,15 @@ def compose(stages: Stages) -> Callable:
         suppression=1.0,
         spatial_weight=1.0,
         background_suppression=None,
+        scale_prior=True,
     ):
         of_anchors, of_background = suppressions_of(suppression, background_suppression)
         s, sbar, g, tier = stages.similarity(features if keys is None else keys, scores, mask)  # Eq. 3
-        anchors = stages.greedy_select(s, scores, num_anchors, sbar=sbar, tier=tier, suppression=of_anchors)  # Eq. 2
+        scale = sbar if scale_prior else None
+        anchors = stages.greedy_select(s, scores, num_anchors, sbar=scale, tier=tier, suppression=of_anchors)  # Eq. 2
         rest = tier.scatter(1, anchors, TAKEN)  # an anchor is no candidate for the background
         background = stages.greedy_select(
-            s, g, num_background, sbar=sbar, tier=rest, suppression=of_background
+            s, g, num_background, sbar=scale, tier=rest, suppression=of_background
         )  # Eq. 4
         indices = torch.cat([anchors, background], dim=1).sort(dim=1).values  # [B, K]
         assignment = stages.assign(

@@ -12,6 +12,7 @@ from ..._triton.launcher import Packed, new, on_device_of, reject_float64, strid
 from ..._triton.tables import FusedConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign
+from ..assign.streamed import launch_assign as assign_streamed
 from ..merge.kernel import launch_merge
 from ..select_and_merge import streamed
 from ..select_and_merge.kernel import launch_select
@@ -22,7 +23,7 @@ from ..similarity.kernel import launch_tiles, num_blocks_of
 def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
     """What the launches of a call hand to each other."""
     if not config.store_s:
-        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(streamed.BLOCK))
+        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(SimilarityConfig.block))
     blocks, _ = num_blocks_of(packed.max_seqlen)
     group = next(packed.groups(config.grouping))
     rows = num_tokens if config.grouping is None else config.grouping.rows(packed.max_seqlen)
@@ -50,6 +51,7 @@ def select_and_merge_varlen(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
     reject_float64(features=features, scores=scores, keys=keys)
@@ -74,12 +76,14 @@ def select_and_merge_varlen(
         if config.store_s:
             for group in packed.groups(config.grouping):
                 launch_tiles(keys, scores, None, *sums, w.s, packed=group)
-                launch_select(w, scores, indices, assignment, 0, space, suppressions, spatial_weight, config, group)
+                launch_select(
+                    w, scores, indices, assignment, 0, space, suppressions, spatial_weight, scale_prior, config, group
+                )
                 if not config.assign_in_select:
                     launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=group)
         else:
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
-            streamed.launch_select(w, keys, scores, indices, 0, suppressions, packed)
-            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppressions, scale_prior, packed)
+            assign_streamed(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass, packed)
     return merged, indices, assignment, mass

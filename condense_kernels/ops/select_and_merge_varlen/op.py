@@ -6,6 +6,7 @@ from ..._dispatch.checks import (
     as_count,
     check_background_suppression,
     check_count,
+    check_flag,
     check_not_empty,
     check_tensor,
     check_weight,
@@ -35,6 +36,7 @@ def check(
     suppression=1.0,
     spatial_weight=1.0,
     background_suppression=None,
+    scale_prior=True,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "T D", sizes, FLOATS)
@@ -50,6 +52,7 @@ def check(
     check_weight("suppression", suppression)
     check_weight("spatial_weight", spatial_weight)
     check_background_suppression(background_suppression)
+    check_flag("scale_prior", scale_prior)
     check_places(positions, spatial_weight, sizes, features)
 
 
@@ -123,7 +126,8 @@ def examples(b: int) -> list[Example]:
     t, total_keep = int(cu_seqlens[-1]), int(cu_anchors[-1] + cu_background[-1])
     offsets = cu_seqlens, cu_anchors, cu_background, total_keep, 12
     features, scores = random(t, 5) - 0.5, random(t)
-    placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.0, "background_suppression": 2.0}
+    placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.0}
+    placed |= {"background_suppression": 2.0, "scale_prior": False}
     return [
         Example((features, scores, *offsets), placed),
         Example((features.bfloat16(), scores, *offsets), {"spatial_weight": 0.0}),
@@ -162,6 +166,7 @@ def select_and_merge_varlen(
     suppression: float = 1.0,
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
+    scale_prior: bool = True,
     backend: str = "auto",
 ) -> Condensed:
     """Condense a packed batch: S images of any number of tokens, one after the other, each to its own budget.
@@ -185,7 +190,7 @@ def select_and_merge_varlen(
         keys: [T, Dk] floating: what the cosine similarity is computed on. None: features.
         positions: [T, P] coordinates of a float or signed integer dtype (or uint8), each segment's own. Required
             unless spatial_weight is 0.
-        suppression, spatial_weight, background_suppression, backend: as in :func:`select_and_merge`.
+        suppression, spatial_weight, background_suppression, scale_prior, backend: as in :func:`select_and_merge`.
 
     Returns:
         The named tuple of :func:`select_and_merge`, packed:
@@ -216,6 +221,7 @@ def select_and_merge_varlen(
             suppression=suppression,
             spatial_weight=spatial_weight,
             background_suppression=background_suppression,
+            scale_prior=scale_prior,
             backend=backend,
         )
         return pack(packed, features, cu_anchors + cu_background)
@@ -227,6 +233,7 @@ def select_and_merge_varlen(
         "suppression": suppression,
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
+        "scale_prior": scale_prior,
     }
     tracing.checked(check, *args, **options)
     return Condensed(*backends.run("select_and_merge_varlen", backend, args, options))

@@ -54,6 +54,7 @@ def for_each_segment(dense: Callable) -> Callable:
         suppression=1.0,
         spatial_weight=1.0,
         background_suppression=None,
+        scale_prior=True,
     ):
         probe = dense(features[:1, None], scores[:1, None], 1, 0, spatial_weight=0.0)  # for the dtypes
         merged = probe[0].new_zeros(total_keep, features.shape[1])
@@ -74,6 +75,7 @@ def for_each_segment(dense: Callable) -> Callable:
                 suppression=suppression,
                 spatial_weight=spatial_weight,
                 background_suppression=background_suppression,
+                scale_prior=scale_prior,
             )
             merged[segment.rows], indices[segment.rows] = results[0][0], results[1][0]
             assignment[segment.tokens], mass[segment.rows] = results[2][0], results[3][0]
