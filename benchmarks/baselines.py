@@ -183,6 +183,16 @@ def weighted_mean(
     return sums / mass[..., None], mass
 
 
+def gathered_sum(
+    features: torch.Tensor,  # [.., N, D]
+    neighbours: torch.Tensor,  # [.., K, m]
+    weights: torch.Tensor,  # [.., K, m]
+) -> torch.Tensor:  # [.., K, D]
+    """Each row's listed tokens, copied, times their weights: PruMerge."""
+    copies = features.take_along_dim(neighbours.flatten(-2)[..., None], dim=-2).unflatten(-2, neighbours.shape[-2:])
+    return torch.einsum("...km,...kmd->...kd", weights.to(copies.dtype), copies)
+
+
 # DivPrune
 
 

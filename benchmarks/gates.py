@@ -211,6 +211,14 @@ def check_merged(merged, mass, features, scores, indices, assignment, **mode) ->
     hold("merged", (merged.cpu() - expected[0]).abs(), bound)
 
 
+def check_gathered(merged, features, neighbours, weights) -> None:  # of one image, every neighbour a token
+    """A product and an addition a neighbour relative to the sum of magnitudes, then one rounding."""
+    copies, w = features.cpu().double()[neighbours.cpu()], weights.cpu().double()[..., None]
+    expected, magnitude = (w * copies).sum(dim=1), (w * copies).abs().sum(dim=1)
+    bound = 2 * neighbours.shape[1] * EPS * magnitude + unit_roundoff(features.dtype) * expected.abs()
+    hold("merged", (merged.cpu() - expected).abs(), bound)
+
+
 def replay(
     s_kept: torch.Tensor,  # [N, K] fp64
     utility: torch.Tensor,  # [N] fp64

@@ -43,6 +43,7 @@ from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
 from condense_kernels.ops.dpc_knn.kernel import dpc_knn, dpc_knn_varlen
 from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
+from condense_kernels.ops.gather_merge.kernel import gather_merge, gather_merge_backward
 from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
 from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
@@ -165,6 +166,12 @@ def calls() -> dict[str, tuple]:
     offsets = *[empty(10, dtype=torch.int32)] * 2, 2880
     for mode in ("mean", "lerp"):
         cases[f"merge_varlen {mode}"] = merge_varlen, (*packed, *offsets), {"mode": mode}
+    for dtype in (bf16, torch.float32):
+        x, grad = empty(2, 576, 1024, dtype=dtype), empty(2, 144, 1024, dtype=dtype)
+        lists = empty(2, 144, 32, dtype=int64), empty(2, 144, 32)
+        cases[f"gather_merge {TYPES[dtype]}"] = (gather_merge, (x, *lists), {})
+        cases[f"gather_merge_backward {TYPES[dtype]}"] = (gather_merge_backward, (grad, x, *lists, [576, 1024]), {})
+    cases["gather_merge ones"] = (gather_merge, (empty(2, 576, 1024, dtype=bf16), lists[0]), {})
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})

@@ -13,6 +13,7 @@ from .budget import condense as condense
 from .budget import split_budget as split_budget
 from .budget import varlen_budget as varlen_budget
 from .matching import bipartite_match as bipartite_match
+from .matrices import merge_matrix as merge_matrix
 from .modules import Condense as Condense
 from .ops import *  # noqa: F403  each by the line that registers it there
 from .segments import allocate_budget as allocate_budget

@@ -133,7 +133,7 @@ def calls(device: str) -> dict[str, tuple]:
     s, indices, assignment = of(2, 576, 576), of(2, 64, dtype=ints), of(2, 576, dtype=ints)
     merged, mass = of(2, 64, 64, dtype=bf16), of(2, 64)
     offsets = [of(3, dtype=torch.int32) for _ in range(3)]
-    heads = of(2, 4, 100, 64, dtype=bf16)
+    heads, lists = of(2, 4, 100, 64, dtype=bf16), of(2, 64, 9, dtype=ints)
     raw = torch.ops.condense
     return {
         "select_and_merge": (
@@ -151,6 +151,18 @@ def calls(device: str) -> dict[str, tuple]:
         "merge": (ck.merge, (features, scores, indices, assignment)),
         "merge_backward": (
             raw.merge_backward, (merged, mass, features, scores, merged, mass, indices, assignment)
+        ),
+        "assign sources": (
+            lambda s, i, m: ck.assign(s, i, sources=m, spatial_weight=0), (s, indices, of(2, 576, dtype=torch.bool))
+        ),
+        "assign_varlen": (
+            lambda s, i, *o: ck.assign_varlen(s, i, *o, 300, spatial_weight=0),
+            (of(576, 300), of(64, dtype=ints), *offsets[:2]),
+        ),
+        "gather_merge": (ck.gather_merge, (features, lists, of(2, 64, 9))),
+        "gather_merge ones": (ck.gather_merge, (features, lists)),
+        "gather_merge_backward": (
+            lambda *t: raw.gather_merge_backward(*t, [576, 64]), (merged, features, lists, of(2, 64, 9))
         ),
         "attention_scores": (lambda q, k: ck.attention_scores(q, k), (heads, heads)),
         "select_and_merge_varlen": (

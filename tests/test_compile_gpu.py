@@ -23,6 +23,11 @@ LAUNCHES = {  # of a call on a GPU; none: the graph has the operator
     "assign": ["assign_kernel"],
     "merge": ["merge_kernel"],
     "merge_backward": ["merge_backward_kernel"] * 2,
+    "assign sources": ["assign_kernel"],
+    "assign_varlen": [],
+    "gather_merge": ["gather_merge_kernel"],
+    "gather_merge ones": ["gather_merge_kernel"],
+    "gather_merge_backward": ["gather_merge_backward_kernel", "gather_merge_weights_kernel"],
     "attention_scores": ["attention_lse_kernel", "attention_columns_kernel"],
     "select_and_merge_varlen": [],
     "long image": [],
@@ -45,7 +50,9 @@ def found():
 
 
 def operator_of(name: str) -> str:
-    return "select_and_merge" if name in ("select_and_merge masked", "one token", "long image") else name
+    if name in ("select_and_merge masked", "one token", "long image"):
+        return "select_and_merge"
+    return name.removesuffix(" sources").removesuffix(" ones")
 
 
 def has_the_operator(graph: dict, name: str) -> bool:

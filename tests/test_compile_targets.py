@@ -58,6 +58,9 @@ def test_every_kernel_compiles_for_every_target(rows):
         "assign_kernel",
         "merge_kernel",
         "merge_backward_kernel",
+        "gather_merge_kernel",
+        "gather_merge_backward_kernel",
+        "gather_merge_weights_kernel",
         "begin_kernel",
         "update_kernel",
         "pick_kernel",
@@ -157,5 +160,6 @@ def test_keys_are_loaded_16_bytes_at_a_time(rows):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_merge_loads_several_members_at_once(rows, target):
     """Four before the loop, four in it, each with a load of 16 bytes, and the copied token."""
-    (row,) = [row for row in rows if (row["call"], row["target"]) == ("merge bf16", target)]
-    assert row["loads16"] >= 9
+    for call in ("merge bf16", "gather_merge ones"):
+        (row,) = [row for row in rows if (row["call"], row["target"]) == (call, target)]
+        assert row["loads16"] >= 9
