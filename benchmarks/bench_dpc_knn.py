@@ -6,16 +6,14 @@ import torch
 from harness import Side, Work, main
 from shapes import Shape
 
+from condense_kernels import dpc_knn, similarity
+
 SHAPES = ("llava15-64", "llava15-192", "llava-next-global")
 
 
-def negated_distances(features: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, N]
-    return torch.ops.condense.similarity_and_nearest(features, metric="neg_l2")[0]
-
-
 def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:
-    s, scale = negated_distances(features), shape.channels**-0.5
-    distances = torch.cdist(features, features)
+    s, scale = similarity(features, metric="neg_l2")[0], shape.channels**-0.5
+    distances = torch.cdist(features, features) * scale
     pairs = shape.batch * shape.num_tokens**2
     given = Work(2 * pairs, 4 * pairs)  # every distance is compared with the nearest so far, and with a denser one's
     whole = Work((2 * shape.channels + 2) * pairs, features.nbytes)
@@ -24,7 +22,7 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
     for k_nn in (5, shape.kept):
 
         def check(found, k_nn: int = k_nn) -> None:
-            order = found[0] if isinstance(found, tuple) else found
+            order = found if isinstance(found, torch.Tensor) else found[0]
             gates.check_density_peaks(order, features, k_nn, scale)
 
         def side(call, work: Work, check=check, **options) -> Side:
@@ -34,10 +32,10 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
         result |= {
             f"ours, k_nn = {k_nn}": side(lambda k_nn=k_nn: op(s, shape.kept, k_nn, scale=scale), given),
             f"published, k_nn = {k_nn}": side(
-                lambda k_nn=k_nn: baselines.dpc_knn(distances * scale, shape.kept, k_nn), given, **leaves_out
+                lambda k_nn=k_nn: baselines.dpc_knn(distances, shape.kept, k_nn), given, **leaves_out
             ),
             f"ours from features, k_nn = {k_nn}": side(
-                lambda k_nn=k_nn: op(negated_distances(features), shape.kept, k_nn, scale=scale), whole
+                lambda k_nn=k_nn: dpc_knn(keys=features, k=shape.kept, k_nn=k_nn, scale=scale), whole
             ),
             f"published from features, k_nn = {k_nn}": side(
                 lambda k_nn=k_nn: baselines.dpc_knn(torch.cdist(features, features) * scale, shape.kept, k_nn),

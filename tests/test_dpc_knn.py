@@ -80,7 +80,7 @@ def hostile_problems(draw):
     dtype = draw(st.sampled_from(["float32", "float64"]))
     wild = distances | st.floats(width=32 if dtype == "float32" else 64)
     s = torch.from_numpy(draw(hnp.arrays(dtype, (n, n), elements=wild)))
-    tier = torch.from_numpy(draw(hnp.arrays("int8", n, elements=st.sampled_from([0, 0, 1, 2, 3]))))
+    tier = torch.from_numpy(draw(hnp.arrays("int8", n, elements=st.sampled_from([0, 0, 0, 1, 2, 3, 7, -1]))))
     scale = draw(st.sampled_from([0.0, 0.5, 1.0, 1e30]) | st.floats(0, 10))
     return s, draw(st.integers(0, n)), draw(st.integers(1, n + 3)), tier if draw(st.booleans()) else None, scale
 
@@ -98,7 +98,7 @@ def check_anything(backend, s, k, k_nn, tier, scale):
     assert_same_bits(tuple(dpc_knn(s[None], k, k_nn, **options, backend=backend)), expected)
     given = (torch.zeros(len(s)) if tier is None else tier).tolist()
     picked = [i for i in expected[0][0].tolist() if i >= 0]
-    assert len(set(picked)) == len(picked) == min(k, sum(t != 3 for t in given))
+    assert len(set(picked)) == len(picked) == min(k, sum(t in (0, 1, 2) for t in given))
 
 
 def clusters(n, channels=16, dtype=torch.float64):
@@ -260,6 +260,38 @@ def test_threads_share_the_rows(cpp):
         torch.set_num_threads(threads)
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
+
+
+def test_from_keys(backend):
+    """The result on the s and tier of similarity, whose distances do not cancel: 0.01 at 1000 from the origin."""
+    x = clusters(24, dtype=torch.float32).repeat(2, 1, 1)
+    x[0, 3, 5] = math.nan
+    x[1] = 1000 + 0.01 * x[1]
+    mask = torch.rand(2, 24) > 0.1
+    s, _, _, tier = ck.similarity(x, mask=mask, metric="neg_l2", backend=backend)
+    expected = dpc_knn(s, 9, 4, tier=tier, scale=0.25, backend=backend)
+    found = dpc_knn(keys=x, k=9, k_nn=4, mask=mask, scale=0.25, backend=backend)
+    assert_same_bits(tuple(found), tuple(expected))
+    d, density = peaks([[-math.dist(a, b) for b in x[1].tolist()] for a in x[1].tolist()], 4, 0.25)
+    whole = dpc_knn(keys=x[1:], k=9, k_nn=4, scale=0.25, backend=backend)
+    assert whole.density[0].tolist() == pytest.approx(density, rel=1e-3)
+    score = [math.log(next_denser(d, density, i)) + density[i] for i in range(24)]
+    assert whole.order[0].tolist() == sorted(range(24), key=lambda i: -score[i])[:9]
+
+
+def test_s_or_keys():
+    x = torch.rand(1, 6, 3)
+    s = -torch.cdist(x, x)
+    for options, match in (
+        ({}, "s, keys: expected one of the two, got neither"),
+        ({"s": s, "keys": x}, "s, keys: expected one of the two, got both"),
+        ({"s": s, "mask": torch.ones(1, 6).bool()}, "mask: expected None beside s"),
+        ({"keys": x, "tier": torch.zeros(1, 6).char()}, "tier: expected None beside keys"),
+        ({"keys": x[0]}, "keys: expected 3 axes"),
+        ({"keys": x, "k": 7}, "k: expected 0 <= k <= 6"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dpc_knn(**{"k": 2, **options})
 
 
 def offsets(*counts):

@@ -45,6 +45,13 @@ def test_integers(ptx_engine, name, kind):
     assert equal(compute(ptx_engine, f"{name}.{kind} D, A, B;", TYPES[kind], a, b), expected)
 
 
+def test_pairs_of_integers(ptx_engine):
+    a, b = pairs("u32")
+    expected = (a.view(np.uint16) + b.view(np.uint16)).view(np.uint32)
+    for kind in ("s16x2", "u16x2"):
+        assert equal(compute(ptx_engine, f"add.{kind} D, A, B;", np.uint32, a, b), expected)
+
+
 @pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32"])
 def test_wide_products(ptx_engine, kind):
     wide = kind[0] + str(2 * int(kind[1:]))

@@ -19,6 +19,7 @@ template <class T>
 T add(T a, T b) {
   return static_cast<T>(Cell<T>{a} + b);
 }
+inline u32 add_pair(u32 a, u32 b) { return ((a + (b & 0xffff0000)) & 0xffff0000) | ((a + b) & 0xffff); }
 template <class T>
 T sub(T a, T b) {
   return static_cast<T>(Cell<T>{a} - b);

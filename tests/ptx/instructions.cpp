@@ -110,6 +110,7 @@ const Entry kInstructions[] = {
 
     // Integers
     {"add.s16 add.u16", lanewise<add<u16>>},
+    {"add.s16x2 add.u16x2", lanewise<add_pair>},
     {"add.s32 add.u32", lanewise<add<u32>>},
     {"add.s64 add.u64", lanewise<add<u64>>},
     {"sub.s16 sub.u16", lanewise<sub<u16>>},

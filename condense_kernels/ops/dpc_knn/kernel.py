@@ -149,7 +149,8 @@ def rank_key(score, tier):
     """An int64 that orders like the fp64 score; below those of tier 0, that of tier 1, tier 2 and tier 3."""
     bits = score.to(tl.int64, bitcast=True)
     ordered = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    return tl.where(tier == 0, ordered, NO_KEY - (tier - TAKEN).to(tl.int64))
+    leftover = tl.where(tier == 1, NO_KEY + 2, tl.where(tier == 2, NO_KEY + 1, NO_KEY))
+    return tl.where(tier == 0, ordered, leftover)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -8,6 +8,7 @@ from ..._dispatch.checks import (
     as_count,
     check_count,
     check_num_tokens,
+    check_s_or_keys,
     check_tensor,
     check_tier,
     check_weight,
@@ -15,6 +16,7 @@ from ..._dispatch.checks import (
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, always, random
 from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_rows, look_at_segments
+from ..similarity import similarity
 from . import reference
 
 WORKING = (torch.float32, torch.float64)
@@ -179,12 +181,14 @@ backends.register(
 
 @tracing.leaf(DensityPeaks._make, 3)
 def dpc_knn(
-    s: torch.Tensor,  # [B, N, N]
-    k: int,
+    s: torch.Tensor | None = None,  # [B, N, N]
+    k: int | None = None,
     k_nn: int = 5,
     *,
     tier: torch.Tensor | None = None,  # [B, N]
     scale: float = 1.0,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    mask: torch.Tensor | None = None,  # [B, N]
     backend: str = "auto",
 ) -> DensityPeaks:
     """The k tokens that are density peaks: dense themselves, and far from all that are denser.
@@ -202,6 +206,9 @@ def dpc_knn(
         tier: [B, N] int8; tier 0 is picked by score, then tier 1 by index, then tier 2 by index, tier 3 never. Only
             tier 0 has neighbours or is one. None: all tokens are in tier 0.
         scale: finite, >= 0, of all distances: 1 / sqrt(D) where d is a distance of D channels, as published.
+        keys: [B, N, Dk] floating, instead of s: s and tier are those of :func:`similarity` of keys and mask, with
+            metric="neg_l2".
+        mask: [B, N] bool, False = padding; with keys.
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
@@ -215,9 +222,12 @@ def dpc_knn(
         on every backend.
 
     Raises:
-        TypeError, ValueError: wrong rank, shape, dtype, device, k, k_nn, scale or backend.
+        TypeError, ValueError: wrong rank, shape, dtype, device, k, k_nn, scale or backend; s and keys, or neither.
     """
     k, k_nn = as_count("k", k), as_count("k_nn", k_nn)
+    check_s_or_keys(s, keys, {"tier": tier}, {"mask": (mask, None)})
+    if keys is not None:
+        s, _, _, tier = similarity(keys, mask=mask, metric="neg_l2", backend=backend)
     tracing.checked(check, s, k, k_nn, tier=tier, scale=scale)
     return DensityPeaks(*backends.run("dpc_knn", backend, (s, k, k_nn), {"tier": tier, "scale": scale}))
 
