@@ -51,6 +51,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "similarity_means_kernel",
         "greedy_select_kernel",
         "select_kernel",
+        "dpp_select_kernel",
         "assign_kernel",
         "merge_kernel",
         "merge_backward_kernel",
@@ -67,6 +68,8 @@ def test_every_kernel_compiles_for_every_target(rows):
 # (part of the call, kernel, target): at N = 16384 a register file holds four numbers a token, and what comes before the
 # pick loop wants more; fp32 products keep their operands and two accumulators in registers, too.
 MAY_SPILL = [
+    ("dpp_select N=16384", "dpp_select_kernel", ""),
+    ("dpp_select_varlen", "dpp_select_kernel", "sm_80"),  # up to 4 instructions, of 64 registers
     ("N=16384", "select_kernel", ""),
     ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
     ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),
