@@ -158,7 +158,9 @@ def test_segments_are_images(backend, lengths):
         if n:
             c[start : start + n, :n] = cosines(1, n)[0]
             of_segment = weight[None, start : start + n]
-            expected += coverage_select(c[None, start : start + n, :n], k, weight=of_segment, backend=backend)[0].tolist()
+            expected += coverage_select(c[None, start : start + n, :n], k, weight=of_segment, backend=backend)[
+                0
+            ].tolist()
     order = coverage_select_varlen(c, cu_seqlens, cu_keep, sum(kept), longest, weight=weight, backend=backend)
     assert order.tolist() == expected
 

@@ -11,9 +11,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def leaf(pack: Callable[..., Any] | None = None, count: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def leaf(
+    pack: Callable[..., Any] | None = None, count: int | Callable[[dict[str, Any]], int] = 1
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator: calls of the function are single nodes of what torch.fx.symbolic_trace records, whose Proxies have
-    no shapes to check. ``pack`` makes one result of ``count`` Proxies, which cannot be iterated themselves."""
+    no shapes to check. ``pack`` makes one result of ``count`` Proxies, which cannot be iterated themselves; where their
+    number depends on options, of those."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -21,7 +24,8 @@ def leaf(pack: Callable[..., Any] | None = None, count: int = 1) -> Callable[[Ca
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Proxy):
                     node: Any = value.tracer.create_proxy("call_function", called, args, kwargs)
-                    return node if pack is None else pack(node[i] for i in range(count))
+                    number = count(kwargs) if callable(count) else count
+                    return node if pack is None else pack(node[i] for i in range(number))
             return function(*args, **kwargs)
 
         return called

@@ -14,11 +14,12 @@ from .tables import ALL_BLOCKS, UNIT, Grouping
 # Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
 # a multiple of 16. Strides of keys, features and s are not among them: they are such multiples for all images or none.
 VARYING = (
-    "N", "K", "M", "R", "num_anchors", "num_blocks", "num_tiles", "num_parts", "turns_left", "group", "LOW",
+    "N", "K", "M", "R", "num_anchors", "num_blocks", "num_tiles", "num_parts", "turns_left", "group", "LOW", "ROW",
     "scaled", "HEIGHT", "GRID_WIDTH", "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b",
     "stride_grad_mass_b", "stride_index_b", "stride_assignment_b", "stride_tier_b", "stride_source_b",
     "stride_prior_b", "stride_where_b", "stride_row_b", "stride_lse_b", "stride_lse_h", "stride_first_b",
-    "stride_candidate_b", "stride_quality_b", "K_NN", "WIDTH",
+    "stride_candidate_b", "stride_quality_b", "K_NN", "WIDTH", "stride_neighbour_b", "stride_neighbour_k",
+    "stride_weight_b", "stride_weight_k",
 )  # fmt: skip
 
 

@@ -70,6 +70,21 @@ class SimilarityConfig:
 
 
 @dataclass(frozen=True)
+class DistanceConfig:
+    """Of metric "neg_l2". The order of the channels, and so the bits, depend on block_d alone."""
+
+    block: int = 32  # tokens a side of a tile
+    block_d: int = 8  # channels a step, a sector of 32 bytes of an fp32 row: 64 accumulators a thread
+    num_warps: int = 4
+    block_rows: int = 16  # rows of s that a program adds up,
+    block_columns: int = 64  # so many columns at a time
+
+    @classmethod
+    def for_shape(cls) -> "DistanceConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """An image's tokens in chunks of one size; one program an image. All images of a span are launched alike."""
 
@@ -188,13 +203,14 @@ class AssignConfig:
 
 @dataclass(frozen=True)
 class DpcConfig:
-    block_n: int  # columns of s at a time
-    block_m: int = 4  # rows of a program
-    num_warps: int = 4
+    block_m: int  # rows of a program
+    block_n: int  # their columns, all of them
+    num_warps: int
 
     @classmethod
     def for_shape(cls, n: int) -> "DpcConfig":
-        return _chosen(cls(block_n=max(next_power_of_2(n, 1024), 64)))
+        block_n = max(next_power_of_2(n, MAX_STORED), UNIT)
+        return _chosen(cls(max(4096 // block_n, 1), block_n, num_warps=max(block_n // 1024, 4)))  # 32 numbers a thread
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,42 @@ class MergeBackwardConfig:
         # counted: 8 numbers a thread of each of three tensors, loads of 16 bytes, no spill
         block_d = next_power_of_2(d, 256)
         return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
+
+
+@dataclass(frozen=True)
+class GatherMergeConfig:
+    block_d: int  # channels of a program: K rows alone would not fill a GPU
+    num_warps: int
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeConfig":
+        # 8 numbers of a token a thread, as in MergeConfig
+        block_d = next_power_of_2(d, 512)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeBackwardConfig:
+    block_d: int  # channels at a time: all of them up to 4096, so that a token's places are listed once
+    num_warps: int
+    block: int = 1024  # places looked at together
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeBackwardConfig":
+        block_d = next_power_of_2(d, 4096)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeWeightsConfig:
+    block_m: int  # neighbours of a program
+    block_d: int  # channels at a time
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeWeightsConfig":
+        block_d = next_power_of_2(d, 256)
+        return _chosen(cls(block_m=min(1024 // block_d, 32), block_d=block_d))
 
 
 class Grouping(NamedTuple):

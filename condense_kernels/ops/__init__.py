@@ -16,13 +16,14 @@ from .assign import assign as assign
 from .assign import assign_varlen as assign_varlen
 from .attention_scores import attention_scores as attention_scores
 from .attention_scores_varlen import attention_scores_varlen as attention_scores_varlen
-from .dpp_select import dpp_select as dpp_select
-from .dpp_select import dpp_select_varlen as dpp_select_varlen
+from .coverage_select import coverage_select as coverage_select
+from .coverage_select import coverage_select_varlen as coverage_select_varlen
 from .dpc_knn import DensityPeaks as DensityPeaks
 from .dpc_knn import dpc_knn as dpc_knn
 from .dpc_knn import dpc_knn_varlen as dpc_knn_varlen
-from .coverage_select import coverage_select as coverage_select
-from .coverage_select import coverage_select_varlen as coverage_select_varlen
+from .dpp_select import dpp_select as dpp_select
+from .dpp_select import dpp_select_varlen as dpp_select_varlen
+from .gather_merge import gather_merge as gather_merge
 from .greedy_select import greedy_select as greedy_select
 from .greedy_select import greedy_select_varlen as greedy_select_varlen
 from .merge import merge as merge
@@ -32,3 +33,4 @@ from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes
 from .select_and_merge_varlen import select_and_merge_varlen as select_and_merge_varlen
 from .similarity import similarity as similarity
+from .similarity import similarity_varlen as similarity_varlen

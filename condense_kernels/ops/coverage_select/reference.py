@@ -68,7 +68,11 @@ def coverage_select(
     dtype = torch.float64 if wide else torch.float32
     order = torch.empty(c.shape[0], k, dtype=torch.int64, device=c.device)
     for b in range(c.shape[0]):
-        of_image = None if weight is None else weight[b].to(dtype), combine, None if candidates is None else candidates[b]
+        of_image = (
+            None if weight is None else weight[b].to(dtype),
+            combine,
+            None if candidates is None else candidates[b],
+        )
         picks = coverage_select_one(c[b].to(dtype), k, *of_image)
         order[b] = torch.tensor(picks, dtype=torch.int64, device=c.device)
     return order

@@ -1,3 +1,4 @@
 from .op import similarity
+from .packed import similarity_varlen
 
-__all__ = ["similarity"]
+__all__ = ["similarity", "similarity_varlen"]

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import (
+    FLOAT32_MAX,
     INFINITY_BITS,
     INTERPRETED,
     first_block_of,
@@ -19,7 +20,7 @@ from ..._triton.device import (
     sum_in_pairs,
     tokens_before,
 )
-from ..._triton.launcher import VARYING, launch, new, on_device_of, reject_float64, strides_of, zero
+from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of, zero
 from ..._triton.tables import SimilarityConfig
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
@@ -180,6 +181,7 @@ def similarity_tile_kernel(
     row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns; not STORE: [B, N] int64, over all
     abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal; not STORE: [B, blocks]
     s_ptr,  # STORE: [B, N, WIDTH], columns past N are zeros
+    nearest_ptr,  # NEAREST: [B, blocks, N], the largest s to another token of the block that is in tier 0
     scale_ptr,  # not STORE: [B, N]
     inverse_ptr,  # not STORE: [B, N]
     stride_key_b, stride_key_n, stride_key_d,
@@ -188,7 +190,7 @@ def similarity_tile_kernel(
     N, WIDTH, num_blocks, num_tiles, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr, CAN_OVERFLOW: tl.constexpr, STORE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    NEAREST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if packed is None:
@@ -262,6 +264,13 @@ def similarity_tile_kernel(
             tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
             tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
         tl.store(abs_sums_ptr + first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK) + pid_tile, abs_sum)
+        if NEAREST:
+            nearest_ptr += rows_before * num_blocks
+            others = (tier_i == 0)[:, None] & (tier_j == 0)[None, :] & (offs_i[:, None] != offs_j[None, :])
+            near = tl.where(others, s, float("-inf"))
+            tl.store(nearest_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.max(near, axis=1), mask=offs_i < N)
+            if apart:
+                tl.store(nearest_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.max(near, axis=0), mask=offs_j < N)
     else:  # the sums of all tiles in place: integers, so in any order; [blocks, N] of them would be N * N / 64 again
         row_sums_ptr += first
         tl.atomic_add(row_sums_ptr + offs_i64, tl.sum(fixed, axis=1).to(tl.int64), mask=offs_i < N, sem="relaxed")
@@ -304,30 +313,45 @@ def mean_similarity(abs_sums_ptr, count, num_tiles, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def similarity_means_kernel(
-    tier_ptr,  # [B, N]
+    tier_ptr,  # [B, N], packed: [T]; likewise the rest
     row_sums_ptr,  # [B, blocks, N]
     abs_sums_ptr,  # [B, tiles]
     g_ptr,  # [B, N]
     sbar_ptr,  # [B]
-    N, num_blocks, num_tiles, num_parts,
-    BLOCK: tl.constexpr,
+    parts_ptr,  # NEAREST: [B, blocks, N]
+    nearest_ptr,  # NEAREST: [B, N]
+    N, num_blocks, num_tiles, num_parts, packed,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    pid_b = (pid // num_parts).to(tl.int64)
-    pid_n = pid % num_parts
+    pid_b, pid_n = image_of_block(packed, tl.program_id(0), num_parts, BLOCK)
+    at_b, N = image_tokens(packed, pid_b, N)
+    if has_block(packed, N, pid_n, BLOCK) == 0:
+        return
+    first = tokens_before(packed, at_b, N)
+    blocks = blocks_of_image(packed, N, num_blocks, TILE)
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     mask_n = offs_n < N
-    g = global_similarity(row_sums_ptr + pid_b * num_blocks * N, offs_n, mask_n, N, num_blocks)
-    tl.store(g_ptr + pid_b * N + offs_n, g, mask=mask_n)
+    g = global_similarity(row_sums_ptr + first * num_blocks, offs_n, mask_n, N, blocks)
+    tl.store(g_ptr + first + offs_n, g, mask=mask_n)
+    if NEAREST:
+        most = tl.full([BLOCK], -FLOAT32_MAX, tl.float32)
+        block = tl.zeros([], tl.int64)
+        while block < blocks:
+            part = tl.load(parts_ptr + first * num_blocks + block * N + offs_n, mask=mask_n, other=float("-inf"))
+            most = tl.maximum(most, part)
+            block += 1
+        tl.store(nearest_ptr + first + offs_n, most, mask=mask_n)
     if pid_n == 0:
         count = tl.zeros([BLOCK], tl.int32)
         start = tl.zeros([], tl.int32)
         while start < N:
             offs = start + tl.arange(0, BLOCK)
-            count += (tl.load(tier_ptr + pid_b * N + offs, mask=offs < N, other=2) == 0).to(tl.int32)
+            count += (tl.load(tier_ptr + first + offs, mask=offs < N, other=2) == 0).to(tl.int32)
             start += BLOCK
         num_valid = tl.sum(count, axis=0)
-        tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr + pid_b * num_tiles, num_valid, num_tiles, BLOCK))
+        tiles = tiles_of_image(packed, blocks, num_tiles)
+        abs_sums_ptr += first_tile_of(packed, pid_b, num_blocks, num_tiles, TILE)
+        tl.store(sbar_ptr + pid_b, mean_similarity(abs_sums_ptr, num_valid, tiles, BLOCK))
 
 
 def num_blocks_of(n: int) -> tuple[int, int]:
@@ -336,7 +360,9 @@ def num_blocks_of(n: int) -> tuple[int, int]:
     return blocks, blocks * (blocks + 1) // 2
 
 
-def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None, packed=None):
+def launch_tiles(
+    keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None, packed=None, nearest=None
+):
     """The tile kernel alone. Without s [B, N, >= N] to write to, it writes scale and inverse [B, N], from which any
     cosine can be computed again. Packed: [T, >= max_seqlen] and [T]."""
     b, n, dk = keys.shape if packed is None else (1, packed.max_seqlen, keys.shape[1])
@@ -350,12 +376,13 @@ def launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=Non
         launch(
             similarity_tile_kernel, grid,
             keys, keys if scores is None else scores, keys if mask is None else mask, tier, row_sums, abs_sums,
-            tier if s is None else s, tier if scale is None else scale, tier if inverse is None else inverse,
+            tier if s is None else s, tier if nearest is None else nearest,
+            tier if scale is None else scale, tier if inverse is None else inverse,
             *strides_of(keys, 3), *strides_of(scores, 2), *strides_of(mask, 2),
             n, n if s is None else s.shape[-1], blocks, tiles, dk, packed,
             DK=dk, BLOCK=config.block, BLOCK_D=config.block_d, STAGES=config.num_stages,
             HAS_SCORES=scores is not None, HAS_MASK=mask is not None,
-            CAN_OVERFLOW=can_overflow(keys), STORE=s is not None, INTERPRETED=INTERPRETED,
+            CAN_OVERFLOW=can_overflow(keys), STORE=s is not None, NEAREST=nearest is not None, INTERPRETED=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages,
             enable_fp_fusion=False,  # the dot of fp32 keys and tl.fma are fused all the same
         )  # fmt: skip
@@ -366,13 +393,23 @@ def can_overflow(keys: torch.Tensor) -> bool:
     return keys.dtype != torch.float16
 
 
-def similarity(
-    keys: torch.Tensor,  # [B, N, Dk]
-    scores: torch.Tensor | None = None,  # [B, N]
-    mask: torch.Tensor | None = None,  # [B, N]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return s [B, N, N], sbar [B], g [B, N], tier [B, N] int8."""
-    reject_float64(keys=keys, scores=scores)
+def launch_means(tier, row_sums, abs_sums, g, sbar, parts=None, nearest=None, packed=None) -> None:
+    """sbar, g and, of its parts, nearest, from what launch_tiles has written."""
+    n = tier.shape[-1] if packed is None else packed.max_seqlen
+    blocks, tiles = num_blocks_of(n)
+    block = 256 if packed is None else 64  # a part of a segment is numbered as its blocks are
+    num_parts = triton.cdiv(n, block)
+    programs = sbar.shape[0] * num_parts if packed is None else packed.num_slots(block)
+    if sbar.shape[0] > 0:
+        launch(
+            similarity_means_kernel, (programs,),
+            tier, row_sums, abs_sums, g, sbar, g if parts is None else parts, g if nearest is None else nearest,
+            n, blocks, tiles, num_parts, packed,
+            BLOCK=block, TILE=SimilarityConfig.block, NEAREST=nearest is not None, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def cosines(keys, scores, mask, with_nearest: bool) -> tuple[torch.Tensor, ...]:
     b, n, _ = keys.shape
     with on_device_of(keys):
         blocks, tiles = num_blocks_of(n)
@@ -380,14 +417,74 @@ def similarity(
         tier = new(keys, (b, n), torch.int8)
         row_sums = new(keys, (b, blocks, n), torch.int32)
         abs_sums = new(keys, (b, tiles), torch.int64)
-        launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s)
-        g = new(s, (b, n))
-        sbar = new(s, (b,))
-        block = 256
-        parts = triton.cdiv(n, block)
-        if b > 0:
-            launch(
-                similarity_means_kernel, (b * parts,), tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, parts,
-                BLOCK=block, enable_fp_fusion=False,
-            )  # fmt: skip
-    return s, sbar, g, tier
+        parts = new(s, (b, blocks, n)) if with_nearest else None
+        launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s, nearest=parts)
+        g, sbar = new(s, (b, n)), new(s, (b,))
+        nearest = new(s, (b, n)) if with_nearest else None
+        launch_means(tier, row_sums, abs_sums, g, sbar, parts, nearest)
+    return (s, sbar, g, tier) if nearest is None else (s, sbar, g, tier, nearest)
+
+
+def similarity(
+    keys: torch.Tensor,  # [B, N, Dk]
+    scores: torch.Tensor | None = None,  # [B, N]
+    mask: torch.Tensor | None = None,  # [B, N]
+) -> tuple[torch.Tensor, ...]:
+    """Return s [B, N, N], sbar [B], g [B, N], tier [B, N] int8."""
+    reject_float64(keys=keys, scores=scores)
+    return cosines(keys, scores, mask, False)
+
+
+def similarity_and_nearest(
+    keys: torch.Tensor,  # [B, N, Dk]
+    scores: torch.Tensor | None = None,  # [B, N]
+    mask: torch.Tensor | None = None,  # [B, N]
+    *,
+    metric: str = "cosine",
+) -> tuple[torch.Tensor, ...]:
+    """Return s [B, N, N], sbar [B], g [B, N], tier [B, N] int8, nearest [B, N]."""
+    from .distance import launch_distances
+
+    reject_float64(keys=keys, scores=scores)
+    if metric == "cosine":
+        return cosines(keys, scores, mask, True)
+    b, n, _ = keys.shape
+    s = new(keys, (b, n, n), torch.float32)
+    sbar, g, nearest = new(s, (b,)), new(s, (b, n)), new(s, (b, n))
+    tier = new(keys, (b, n), torch.int8)
+    with on_device_of(keys):
+        launch_distances(keys, scores, mask, s, sbar, g, tier, nearest)
+    return s, sbar, g, tier, nearest
+
+
+def similarity_varlen(
+    keys: torch.Tensor,  # [T, Dk]
+    cu_seqlens: torch.Tensor,  # [S + 1]
+    max_seqlen: int,
+    *,
+    scores: torch.Tensor | None = None,  # [T]
+    mask: torch.Tensor | None = None,  # [T]
+    metric: str = "cosine",
+) -> tuple[torch.Tensor, ...]:
+    """Return s [T, max_seqlen], sbar [S], g [T], tier [T] int8, nearest [T]."""
+    from .distance import launch_distances
+
+    reject_float64(keys=keys, scores=scores)
+    tokens, segments = keys.shape[0], cu_seqlens.shape[0] - 1
+    s = new(keys, (tokens, max_seqlen), torch.float32, fill=0)
+    sbar, g = new(s, (segments,), fill=0), new(s, (tokens,), fill=0)
+    tier = new(keys, (tokens,), torch.int8, fill=2)
+    nearest = new(s, (tokens,), fill=-FLOAT32_MAX.value)
+    if segments > 0 and s.numel() > 0:
+        packed = Packed.kept(cu_seqlens, None, tokens, 0, min(max_seqlen, tokens))
+        with on_device_of(keys):
+            if metric == "cosine":
+                blocks, _ = num_blocks_of(packed.max_seqlen)
+                row_sums = new(s, (tokens, blocks), torch.int32)
+                abs_sums = new(s, (packed.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64)
+                parts = new(s, (tokens, blocks))
+                launch_tiles(keys, scores, mask, tier, row_sums, abs_sums, s, packed=packed, nearest=parts)
+                launch_means(tier, row_sums, abs_sums, g, sbar, parts, nearest, packed)
+            else:
+                launch_distances(keys, scores, mask, s, sbar, g, tier, nearest, packed)
+    return s, sbar, g, tier, nearest

@@ -1,4 +1,4 @@
-"""Cosine similarity of all token pairs, and the means that Eq. 2 to 4 take over it: the definition, in fp64."""
+"""Similarity of all token pairs, and the means that Eq. 2 to 4 take over it: the definition, in fp64."""
 
 import torch
 
@@ -29,19 +29,37 @@ def cosines(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not v
     return torch.stack([(z * row).sum(dim=-1) for row in z])
 
 
+def negated_distances(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not valid -> [N, N]
+    """By differences: |x|^2 + |y|^2 - 2 x y would lose what is small beside the distance from 0."""
+    _, exponent = torch.frexp(z.abs().amax())  # one scale for all: they are subtracted from each other
+    z = torch.ldexp(torch.ldexp(z, -(exponent // 2)), -(exponent - exponent // 2))
+    distance = torch.stack([(z - row).square().sum(dim=-1).sqrt() for row in z])
+    return 0.0 - torch.ldexp(torch.ldexp(distance, exponent // 2), exponent - exponent // 2)
+
+
+def nearest_of(s: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:  # [N, N], [N] bool -> [N]
+    """The largest similarity to another valid token; -infinity where there is none, or the token is not valid."""
+    others = valid[:, None] & valid & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return torch.where(others, s, -torch.inf).amax(dim=-1)
+
+
 def similarity(
     keys: torch.Tensor,  # [B, N, Dk]
     scores: torch.Tensor | None = None,  # [B, N]
     mask: torch.Tensor | None = None,  # [B, N] bool
+    metric: str = "cosine",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return s [B, N, N] fp64, sbar [B] fp64, g [B, N] fp64, tier [B, N] int8."""
+    pairs_of = cosines if metric == "cosine" else negated_distances
     tier = token_tiers(keys, scores, mask)
     batch, n, _ = keys.shape
     s = torch.empty(batch, n, n, dtype=torch.float64, device=keys.device)
     sbar = s.new_empty(batch)
     for b in range(batch):  # image by image, each laid out alike: no bit depends on the batch or on strides
-        s[b] = cosines(torch.where(tier[b, :, None] == VALID, keys[b].double(), 0.0).contiguous())
-        count = (tier[b] == VALID).sum().clamp(min=1)
+        valid = tier[b] == VALID
+        s[b] = pairs_of(torch.where(valid[:, None], keys[b].double(), 0.0).contiguous())
+        s[b] = torch.where(valid[:, None] & valid, s[b], 0.0)  # also of distances
+        count = valid.sum().clamp(min=1)
         sbar[b] = s[b].abs().sum() / (count * count)  # E[|S|] of Eq. 2 and 4
     g = s.sum(dim=-1)  # Eq. 3
     return s, sbar, g, tier
