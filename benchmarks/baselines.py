@@ -253,6 +253,19 @@ def cdpruner(s: torch.Tensor, relevance: torch.Tensor, k: int) -> torch.Tensor: 
     return torch.cat(order, dim=-1)
 
 
+def cdpruner_relevance(scores: torch.Tensor) -> torch.Tensor:  # [.., N]
+    """Scaled to [0, 1] as CDPruner does; of their logarithms, which are spread as cosines with a text are."""
+    x = scores.log()
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return (x - low + 1e-6) / (high - low)
+
+
+def cdpruner_from_features(features: torch.Tensor, relevance: torch.Tensor, k: int) -> torch.Tensor:
+    """The loop with what comes before it: norms, the product of all tokens."""
+    z = unit(features)
+    return cdpruner(torch.matmul(z, z.mT), relevance, k)
+
+
 # IDPruner
 
 

@@ -94,6 +94,8 @@ CPU = (
     ratio("576, K = 192 / plain loop", "llava15-192", "ours fp32", "plain loop", 1 / 6, reason=tiles_alone),
     ratio("576, K = 192 / DivPrune", "llava15-192", "ours fp32", "DivPrune", 1 / 8, reason=tiles_alone),
     ratio("576, K = 192 / CDPruner", "llava15-192", "ours fp32", "CDPruner", 1 / 6, reason=tiles_alone),
+    ratio("DPP, 576, K = 192 / CDPruner", "llava15-192", "whole", "whole, CDPruner", 1 / 5, op="dpp_select"),
+    ratio("DPP, 2880, K = 320 / CDPruner", "llava-next-global", "whole", "whole, CDPruner", 1 / 3, op="dpp_select"),
     ratio("16384, K = 640 / blocked matmul", "long-16384", "ours fp32", "matmul, blocked", 0.70, reason=tiles_alone),
     Target("16384, K = 640: peak extra memory", "select_and_merge", "long-16384", "ours fp32", 120, unit="MB"),
     Target("1 x 16 x 16: a call", "select_and_merge", "overhead", "ours fp32", 15, unit="us"),

@@ -52,6 +52,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "nearest_kernel",
         "greedy_select_kernel",
         "select_kernel",
+        "dpp_select_kernel",
         "density_kernel",
         "peak_kernel",
         "rank_kernel",
@@ -74,6 +75,8 @@ def test_every_kernel_compiles_for_every_target(rows):
 # (part of the call, kernel, target): at N = 16384 a register file holds four numbers a token, and what comes before the
 # pick loop wants more; fp32 products keep their operands and two accumulators in registers, too.
 MAY_SPILL = [
+    ("dpp_select N=16384", "dpp_select_kernel", ""),
+    ("dpp_select_varlen", "dpp_select_kernel", "sm_80"),  # up to 4 instructions, of 64 registers
     ("N=16384", "select_kernel", ""),
     ("three launches", "select_kernel", ""),  # why the assignment is a launch of its own
     ("N=65536 fp32", "assign_streamed_kernel", "sm_80"),

@@ -572,12 +572,13 @@ def cdpruner(keys, relevance, k):
     return plain_loop(r[:, None] * (z @ z.T) * r, k)
 
 
-def openvino(keys, relevance, k, weight=0.5):
-    """The kernel (1 - w) S + w r S r of OpenVINO's FastGreedyDPP, and its 1e-6 under the root."""
+def openvino(keys, relevance, k, weight, mixed):
+    """The kernel (1 - w) S + w r S r of OpenVINO's FastGreedyDPP, or with exponents, and its 1e-6 under the root."""
     z = keys / np.sqrt((keys**2).sum(axis=1, keepdims=True) + 1e-6)
     r = (relevance - relevance.min()) / (relevance.max() - relevance.min() + 1e-6)
-    s = z @ z.T
-    return plain_loop((1 - weight) * s + weight * r[:, None] * s * r, k, damping=1e-6)
+    s, grown = z @ z.T, np.exp(weight / (2 * (1 - weight)) * r)
+    kernel = (1 - weight) * s + weight * r[:, None] * s * r if mixed else grown[:, None] * s * grown
+    return plain_loop(kernel, k, damping=1e-6)
 
 
 def plain_loop(kernel, k, damping=0.0):
@@ -603,6 +604,10 @@ def test_recipes_pick_what_the_libraries_pick(k, backend):
 
     r = (text - low) / (high - low + 1e-6)
     s = similarity(keys, backend=backend)[0].float()
-    kernel = 0.5 * s + 0.5 * r[:, :, None] * s * r[:, None]
+    weight = 0.4
+    kernel = (1 - weight) * s + weight * r[:, :, None] * s * r[:, None]
     order = dpp_select(kernel, None, k, damping=1e-6, backend=backend)[0].tolist()
-    assert order == openvino(features, relevance, k)
+    assert order == openvino(features, relevance, k, weight, mixed=True)
+    grown = (weight / (2 * (1 - weight)) * r).exp()
+    order = dpp_select(s, grown, k, damping=1e-6, backend=backend)[0].tolist()
+    assert order == openvino(features, relevance, k, weight, mixed=False)
