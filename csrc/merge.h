@@ -12,13 +12,12 @@
 namespace condense {
 
 inline Merging merging_of(const std::string& mode, double centre_weight) {
+  check_choice("mode", mode, {"mean", "sum", "lerp"});
   if (!(centre_weight >= 0 && centre_weight <= 1)) {
     fail("centre_weight: expected a number in [0, 1], got ", centre_weight, ".");
   }
-  if (mode == "mean") return {MergeMode::kMean, 0};
-  if (mode == "sum") return {MergeMode::kSum, 0};
-  if (mode == "lerp") return {MergeMode::kLerp, centre_weight};
-  fail("mode: expected one of 'mean', 'sum', 'lerp', got '", mode, "'.");
+  if (mode == "mean") return {};
+  return mode == "sum" ? Merging{MergeMode::kSum} : Merging{MergeMode::kLerp, centre_weight};
 }
 
 inline bool works_in_double(const Tensor& features, const std::optional<Tensor>& scores) {

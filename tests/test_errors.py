@@ -164,7 +164,7 @@ BACKWARD_CASES = [
     ({2: None, 4: None, 0: MERGED[..., :0]}, "grad_merged: expected at least one channel"),
     ({2: None, 4: None, 3: S[0]}, "scores: expected 2 axes [B N], got 1"),
     ({2: None, 4: None, 5: MERGED[:1, :, 0]}, "mass: expected shape [B K] = [2, 2]"),
-    ({3: S.int()}, "scores: expected dtype"),
+    ({3: S.to(torch.complex64)}, "scores: expected dtype"),
     ({4: MERGED[..., :3]}, "merged: expected shape [B K D] = [2, 2, 4]"),
     ({5: MERGED[:1, :, 0]}, "mass: expected shape [B K] = [2, 2]"),
     ({6: IDX.int()}, "indices: expected dtype int64, got int32"),

@@ -176,7 +176,8 @@ class Call:
 
 
 def make_call(mode, dtype=torch.float32, scores="floats", batch=2, n=23, k=7, channels=37) -> Call:
-    """Random clusters; row 2 without mass, row 4 does not exist, nobody is in row 6, whose token is in another."""
+    """Random clusters; row 2 without mass, row 4 does not exist, nobody is in row 6; the tokens that rows 5 and 6 are
+    named after are in others."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, n, channels, generator=generator).to(dtype)
     a = torch.rand(batch, n, generator=generator) + 0.1
@@ -184,6 +185,8 @@ def make_call(mode, dtype=torch.float32, scores="floats", batch=2, n=23, k=7, ch
     assignment = torch.randint(-1, k, (batch, n), generator=generator)
     assignment.scatter_(1, indices, torch.arange(k).expand(batch, k))
     assignment[assignment == 6] = 0
+    assignment.scatter_(1, indices[:, 5:6], 3)
+    assert (assignment == 5).any(dim=1).all()
     a[assignment == 2] = 0
     indices[:, 4] = -1
     a = {"floats": a.to(dtype), "sizes": (a * 9).long(), "none": None}[scores]
@@ -317,6 +320,7 @@ def test_gradcheck_of_a_packed_batch(mode):
         pytest.param([3, 6, 9, 12, 15], [2, 3, 4, 6, 7], 9, id="not from 0"),
         pytest.param([0, 1, 9, 18, 18], [0, 4, 5, 8, 8], 8, id="more rows than tokens, and too long"),
         pytest.param([0, 9, 9, 12, 18], [2, 5, 2**31 - 1, -5, 8], 9, id="rows anyhow"),
+        pytest.param([0, 9, 9, 10, 18], [0, 5, 5, 8, 8], 9, id="a row too many, named after a token"),
         pytest.param([18], [8], 9, id="no segment"),
     ],
 )

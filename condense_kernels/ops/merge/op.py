@@ -3,7 +3,7 @@ import math
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import FLOATS, INTEGERS, check_not_empty, check_tensor, check_values
+from ..._dispatch.checks import FLOATS, INTEGERS, check_choice, check_not_empty, check_tensor, check_values
 from ..._dispatch.debug import check_finite, check_indices, check_scores, refuse
 from ..._dispatch.declaration import Example, Operator, always, random
 from ..similarity.op import compute_dtype
@@ -31,10 +31,7 @@ def check_clusters(name: str, channels, shape: str, scores, indices, assignment)
 
 
 def check_mode(mode, centre_weight) -> None:
-    if not isinstance(mode, str):
-        raise TypeError(f"mode: expected a string, got {type(mode).__name__}: {mode!r}.")
-    if mode not in reference.MODES:
-        raise ValueError(f"mode: expected one of {', '.join(map(repr, reference.MODES))}, got {mode!r}.")
+    check_choice("mode", mode, reference.MODES)
     if isinstance(centre_weight, bool) or not isinstance(centre_weight, (int, float)):
         got = f"{type(centre_weight).__name__}: {centre_weight!r}"
         raise TypeError(f"centre_weight: expected a number, got {got}. Remedy: float(centre_weight).")
@@ -81,14 +78,15 @@ def examples(b: int) -> list[Example]:
     features, scores = random(b, 12, 5) - 0.5, random(b, 12)
     indices = torch.tensor([1, 4, 6, 11], dtype=torch.int64, device="cpu").expand(b, -1)
     assignment = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, -1, 2, 3, 3], dtype=torch.int64, device="cpu").expand(b, -1)
-    found = [Example((x, scores, indices, assignment)) for x in (features, features.half(), features.double())]
     sizes = torch.arange(12, dtype=torch.int32, device="cpu").expand(b, -1)
     blend = {"mode": "lerp", "centre_weight": 0.3}
     return [
-        *found,
+        Example((features, scores, indices, assignment)),
+        Example((features, scores, indices, assignment), blend),
+        Example((features.half(), scores, indices, assignment)),
+        Example((features.double(), scores, indices, assignment)),
         Example((features, None, indices, assignment)),
         Example((features, sizes, indices, assignment), {"mode": "sum"}),
-        Example((features, scores, indices, assignment), blend),
         Example((features.bfloat16(), sizes > 0, indices, assignment), blend),
     ]
 

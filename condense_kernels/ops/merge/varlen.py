@@ -98,10 +98,10 @@ def examples(b: int) -> list[Example]:
     features, scores = random(t, 5) - 0.5, random(t)
     return [
         Example((features, scores, *packed)),
-        Example((features.bfloat16(), scores, *packed)),
+        Example((features.bfloat16(), scores, *packed), {"mode": "lerp", "centre_weight": 0.3}),
+        Example((features.double(), scores, *packed)),
         Example((features, None, *packed)),
         Example((features, places, *packed), {"mode": "sum"}),
-        Example((features.double(), scores, *packed), {"mode": "lerp", "centre_weight": 0.3}),
     ]
 
 
