@@ -53,6 +53,7 @@ struct RowOps {
   // The largest magnitude of x[0, n); infinity where x has a NaN or an infinity.
   T (*max_magnitude)(const T* x, int64_t n);
   double (*sum_of_squares)(const T* x, int64_t n);
+  double (*sum_row)(const T* x, int64_t n);
 
   // panel[depth, kTile] = rows[kTile, kChunk], transposed; depth is a multiple of kStep.
   void (*pack_panel)(const T* rows, int64_t depth, T* panel);

@@ -216,6 +216,24 @@ double sum_of_squares(const T* x, int64_t n) {
   return sum;
 }
 
+template <class T>
+double sum_row(const T* x, int64_t n) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(T))));
+  constexpr int kLanes = Simd<double>::kLanes, kParts = 4;
+  VecD part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts * kLanes <= n; i += kParts * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kParts; ++v) part[v] += __builtin_convertvector(load<Narrow>(x + i + v * kLanes), VecD);
+  }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int v = 0; v < kParts; ++v) sum += part[v][lane];
+  }
+  for (; i < n; ++i) sum += x[i];
+  return sum;
+}
+
 // dst[c, r] = src[r, c] for one block of kLanes x kLanes.
 template <class T>
 inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst) {
@@ -781,6 +799,7 @@ constexpr RowOps<T> table() {
 #endif
   ops.max_magnitude = max_magnitude<T>;
   ops.sum_of_squares = sum_of_squares<T>;
+  ops.sum_row = sum_row<T>;
   ops.pack_panel = pack_panel<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
   ops.distance_tile = multiply_tile<T, Difference<T>>;

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -17,188 +16,15 @@
 
 #include "checks.h"
 #include "packed.h"
+#include "similarity_tiles.h"
 #include "stages.h"
 #include "tensors.h"
 
 namespace condense {
 namespace {
 
-constexpr int kWholePanels = 12;  // up to here a thread packs the whole image once a chunk (576 tokens: 295 KB)
-constexpr int kBlockPanels = 8;   // above, macro-blocks of 384 x 384 tokens
-constexpr int kBlockWidth = kBlockPanels * kTile;
 constexpr bool kSymmetric = true, kSummed = true;
 constexpr int64_t kRun = 1024;  // channels converted at a time
-
-int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
-
-// The tokens along one side of a product: all, or those that are listed.
-struct Side {
-  int64_t count;
-  const int64_t* tokens = nullptr;
-
-  int64_t at(int64_t i) const { return tokens ? tokens[i] : i; }
-  int64_t in_panel(int64_t panel) const { return std::min<int64_t>(kTile, count - panel * kTile); }
-};
-
-// Where tiles go.
-template <class T>
-struct Destination {
-  T* data;     // [a, b]; null: they are dropped once they are summed
-  int64_t ld;  // length of a row
-  bool roomy;  // the last tiles may be written whole
-};
-
-// Similarities of the tokens of one side with those of the other, tile by tile. A cosine's bits depend on its two keys
-// alone, those of a distance on the scale of the image besides: not on the sides, on the place in the tile, or on where
-// the tile goes.
-template <class T>
-struct PairTiles {
-  const RowOps<T>& ops;
-  const Rows& keys;
-  const KeyFactors<T>& factors;
-  Side a, b;
-  bool symmetric;  // a is b: the upper tiles are computed, and mirrored
-  bool summed;     // into the fixed-point sums
-  Destination<T> to;
-  Metric metric = Metric::kCosine;
-  T unscale = 1;               // of distances
-  const T* penalty = nullptr;  // null: nobody asks who is nearest
-
-  bool is_distance() const { return metric == Metric::kNegL2; }
-  bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
-  int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
-
-  // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
-  void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
-            T* packed) const {
-    const int64_t filled = side.in_panel(panel), padded = (depth + kStep - 1) / kStep * kStep;
-    for (int64_t r = 0; r < kTile; ++r) {
-      T* row = memory.rows + r * kChunk;
-      const int64_t i = r < filled ? side.at(panel * kTile + r) : -1;
-      const int64_t length = i >= 0 && factors.inv[i] != 0 ? depth : 0;
-      if (length > 0 && in_pairs()) {
-        ops.load_pairs(keys.at(i, c), keys.stride_d, channels, factors.scale[i], row);
-      } else if (length > 0) {
-        ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, channels, factors.scale[i], row);
-      }
-      std::fill(row + length, row + padded, T{0});
-    }
-    (in_pairs() ? ops.pack_pairs : ops.pack_panel)(memory.rows, padded, packed);
-  }
-
-  // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
-  void multiply(const T* pa, const T* pb, int64_t depth, int64_t rows, int64_t columns, T* sums, int64_t ld_tile,
-                bool accumulate, TileMemory<T>& memory) const {
-    const auto multiply_tile = is_distance() ? ops.distance_tile : in_pairs() ? ops.multiply_pairs : ops.multiply_tile;
-    if (to.roomy || !to.data || (rows == kTile && columns == kTile)) {
-      return multiply_tile(pa, pb, depth, rows, sums, ld_tile, accumulate);
-    }
-    T* tile = memory.tile;
-    multiply_tile(pa, pb, depth, rows, tile, kTile, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        sums[i * ld_tile + j] = accumulate ? sums[i * ld_tile + j] + tile[i * kTile + j] : tile[i * kTile + j];
-      }
-    }
-  }
-
-  void load_inverses(const Side& side, int64_t panel, T* inv) const {
-    const int64_t filled = side.in_panel(panel);
-    for (int64_t r = 0; r < kTile; ++r) inv[r] = r < filled ? factors.inv[side.at(panel * kTile + r)] : T{0};
-  }
-
-  // Scales tile (I, J), puts it where it belongs, on both sides of the diagonal, and adds it to the sums.
-  void finish(int64_t I, int64_t J, T* sums, int64_t ld_tile, TileMemory<T>& memory) const {
-    const int64_t rows = a.in_panel(I), columns = b.in_panel(J);
-    const bool mirrored = symmetric && I != J;
-    T *tile = memory.tile, *mirror = memory.mirror;
-    T inv_i[kTile], inv_j[kTile];
-    load_inverses(a, I, inv_i);
-    load_inverses(b, J, inv_j);
-    if (rows < kTile || columns < kTile) std::memset(tile, 0, kTile * kTile * sizeof(T));
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
-    if (is_distance()) {  // squares of tokens without similarities become 0 before their root is taken
-      ops.scale_tile(tile, inv_i, inv_j, nullptr);
-      ops.negate_root_tile(tile, unscale);
-      std::fill(inv_i, inv_i + kTile, T{1});
-      std::fill(inv_j, inv_j + kTile, T{1});
-    }
-    ops.scale_tile(tile, inv_i, inv_j, to.data && mirrored ? mirror : nullptr);
-    if (to.data) {
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
-      for (int64_t j = 0; j < columns && mirrored; ++j) {
-        std::memcpy(to.data + (J * kTile + j) * to.ld + I * kTile, mirror + j * kTile, rows * sizeof(T));
-      }
-    }
-    if constexpr (sizeof(T) == 4) {
-      if (summed) {
-        const int64_t magnitudes = ops.sum_tile(tile, memory.g + I * kTile, mirrored ? memory.g + J * kTile : nullptr);
-        memory.magnitudes += mirrored ? 2 * magnitudes : magnitudes;
-      }
-    }
-    if (!penalty) return;
-    for (int64_t i = 0; I == J && i < kTile; ++i) tile[i * (kTile + 1)] = -std::numeric_limits<T>::infinity();
-    ops.nearest_tile(tile, penalty + I * kTile, penalty + J * kTile, memory.nearest + I * kTile,
-                     mirrored ? memory.nearest + J * kTile : nullptr);
-  }
-
-  // The tiles [lo, hi) of a block of panels [I0, I1) x [J0, J1), counted along its rows; I <= J where symmetric.
-  void block(int64_t I0, int64_t I1, int64_t J0, int64_t J1, int64_t lo, int64_t hi, TileMemory<T>& memory) const {
-    const bool diagonal = symmetric && I0 == J0;
-    T* pa = memory.panels;
-    T* pb = diagonal ? pa : pa + (I1 - I0) * panel_size();
-    const int64_t ld_tile = to.data ? to.ld : kBlockWidth;
-    const auto for_each_tile = [&](const auto& f) {
-      int64_t t = 0;
-      for (int64_t I = I0; I < I1; ++I) {
-        for (int64_t J = diagonal ? I : J0; J < J1; ++J, ++t) {
-          if (t < lo || t >= hi) continue;
-          f(I, J,
-            to.data ? to.data + I * kTile * to.ld + J * kTile
-                    : memory.block + ((I - I0) * kBlockWidth + (J - J0)) * kTile);
-        }
-      }
-    };
-    int64_t first_row = I1, last_row = I0, first_column = J1, last_column = J0;
-    for_each_tile([&](int64_t I, int64_t J, T*) {
-      first_row = std::min(first_row, I), last_row = std::max(last_row, I);
-      first_column = std::min(first_column, J), last_column = std::max(last_column, J);
-    });
-    const int64_t most = in_pairs() ? 2 * kChunk : kChunk;
-    for (int64_t c = 0; c < keys.d; c += most) {
-      const int64_t channels = std::min(most, keys.d - c), depth = in_pairs() ? (channels + 1) / 2 : channels;
-      const int64_t last_packed = diagonal ? std::max(last_row, last_column) : last_row;
-      for (int64_t I = first_row; I <= last_packed; ++I) {
-        pack(a, I, c, channels, depth, memory, pa + (I - I0) * panel_size());
-      }
-      for (int64_t J = first_column; J <= last_column && !diagonal; ++J) {
-        pack(b, J, c, channels, depth, memory, pb + (J - J0) * panel_size());
-      }
-      for_each_tile([&](int64_t I, int64_t J, T* sums) {
-        multiply(pa + (I - I0) * panel_size(), pb + (J - J0) * panel_size(), depth, a.in_panel(I), b.in_panel(J), sums,
-                 ld_tile, c > 0, memory);
-      });
-    }
-    for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
-  }
-
-  // This slot's equal share of all tiles, taken block by block.
-  void run(int slot, int slots, TileMemory<T>& memory) const {
-    const int64_t rows = panels_of(a.count), columns = panels_of(b.count);
-    const int64_t side = to.data && symmetric && rows <= kWholePanels ? rows : kBlockPanels;
-    const Share share(symmetric ? rows * (rows + 1) / 2 : rows * columns, slot, slots);
-    int64_t t = 0;  // tiles before this block
-    for (int64_t I0 = 0; I0 < rows; I0 += side) {
-      for (int64_t J0 = symmetric ? I0 : 0; J0 < columns; J0 += side) {
-        const int64_t I1 = std::min(I0 + side, rows), J1 = std::min(J0 + side, columns);
-        const int64_t tiles = symmetric && I0 == J0 ? (I1 - I0) * (I1 - I0 + 1) / 2 : (I1 - I0) * (J1 - J0);
-        const int64_t lo = std::max(share.lo - t, int64_t{0}), hi = std::min(share.hi - t, tiles);
-        if (lo < hi) block(I0, I1, J0, J1, lo, hi, memory);
-        t += tiles;
-      }
-    }
-  }
-};
 
 // tier, scale and inv of token i; row holds kRun channels.
 template <class T>
@@ -241,29 +67,35 @@ double add_sums(const SimilarityMemory<T>& memory, int64_t n, T* g) {
   return static_cast<double>(magnitudes) * kUnit;
 }
 
-// Of fp64 and of distances, the sums are plain, in fp64: each row's and then the rows' in index order.
+// Of fp64 and of distances, the sums are plain, in fp64: each row's, of fp64 in index order, and then the rows' in that
+// order.
 template <class T>
 void sum_rows(const T* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, T* g, double* magnitudes) {
   crew.run([&](int slot) {
     const Share share(rows, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
       double sum = 0;
-      magnitudes[i] = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        sum += s[i * ld + j];
-        magnitudes[i] += std::fabs(s[i * ld + j]);
+      if constexpr (sizeof(T) == 4) {
+        sum = row_ops<T>().sum_row(s + i * ld, n);
+        magnitudes[i] = 0 - sum;  // no distance has the other sign
+      } else {
+        magnitudes[i] = 0;
+        for (int64_t j = 0; j < n; ++j) {
+          sum += s[i * ld + j];
+          magnitudes[i] += std::fabs(s[i * ld + j]);
+        }
       }
       constexpr double kMax = std::numeric_limits<T>::max();
-      g[i] = static_cast<T>(sum > kMax ? kMax : sum < -kMax ? -kMax : sum);
+      g[i] = static_cast<T>(std::clamp(sum, -kMax, kMax));
     }
   });
 }
 
 template <class T>
-double plain_sums(const Rows& keys, const T* s, Crew& crew, SimilarityMemory<T>& memory, T* g) {
+double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, SimilarityMemory<T>& memory, T* g) {
   const int64_t n = keys.n;
   if (s) {
-    sum_rows(s, n, n, n, crew, g, memory.sums);
+    sum_rows(s, ld, n, n, crew, g, memory.sums);
   } else {  // every tile twice, once for each of its rows
     std::vector<int64_t> tokens(kTile);
     for (int64_t first = 0; first < n; first += kTile) {
@@ -294,19 +126,23 @@ void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, b
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
-// Of distances: one power of two for all tokens of the image, found in scale, where each token's own is.
+// Of distances: one power of two for all tokens of the image, from scale, where each token's own is. It brings the
+// largest key into [2^48, 2^49), of fp64 [2^384, 2^385): squares of differences of up to 2^25 channels do not overflow,
+// and the smallest distances keep theirs.
 template <class T>
 void share_scale(int64_t n, const int8_t* tier, SimilarityMemory<T>& memory) {
-  T least = std::numeric_limits<T>::max();
+  constexpr int kHigh = std::numeric_limits<T>::max_exponent * 3 / 8, kMost = std::numeric_limits<T>::max_exponent - 2;
+  T scale = std::numeric_limits<T>::max();
   for (int64_t i = 0; i < n; ++i) {
-    if (memory.factors.scale[i] > 0) least = std::min(least, memory.factors.scale[i]);
+    if (memory.factors.scale[i] > 0) scale = std::min(scale, memory.factors.scale[i]);
   }
-  if (least == std::numeric_limits<T>::max()) least = 1;  // zeros, or no token at all
+  const bool is_any = scale < std::numeric_limits<T>::max();  // else zeros, or no token at all
+  scale = is_any ? std::ldexp(T{1}, std::min(std::ilogb(scale) + kHigh, kMost)) : T{1};
   for (int64_t i = 0; i < n; ++i) {
-    memory.factors.scale[i] = least;
+    memory.factors.scale[i] = scale;
     memory.factors.inv[i] = tier[i] == kValid ? T{1} : T{0};
   }
-  memory.unscale = 1 / least;
+  memory.unscale = 1 / scale;
 }
 
 // penalty, and nothing found yet.
@@ -326,7 +162,7 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
     for (int slot = 0; slot < memory.slots && tier[i] == kValid; ++slot) {
       most = std::max(most, memory.of_slot[slot].nearest[i]);
     }
-    nearest[i] = most;
+    nearest[i] = most + T{0};  // never -0, of which a maximum takes the one or the other
   }
 }
 
@@ -378,15 +214,16 @@ void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& 
 
 template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier, T* nearest) {
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest, int64_t ld) {
   const int64_t n = keys.n;
+  if (ld == 0) ld = n;
   measure_keys(keys, scores, mask, crew, memory, tier);
   if (nearest) begin_nearest(n, tier, memory);
   const bool fixed = !memory.sums_are_plain();
   if (s || fixed || nearest) {
-    run_tiles<T>(keys, {n}, {n}, kSymmetric, fixed, nearest != nullptr, {s, n, false}, crew, memory);
+    run_tiles<T>(keys, {n}, {n}, kSymmetric, fixed, nearest != nullptr, {s, ld, false}, crew, memory);
   }
-  const double magnitude = fixed ? add_sums(memory, n, g) : plain_sums(keys, s, crew, memory, g);
+  const double magnitude = fixed ? add_sums(memory, n, g) : plain_sums(keys, s, ld, crew, memory, g);
   const auto valid = static_cast<double>(std::count(tier, tier + n, kValid));
   const double mean = valid > 0 ? magnitude / (valid * valid) : 0;
   *sbar = static_cast<T>(std::min<double>(mean, std::numeric_limits<T>::max()));
@@ -432,7 +269,7 @@ void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Cre
   template struct SimilarityMemory<T>;                                                                              \
   template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
-                                    int8_t*, T*);                                                                   \
+                                    int8_t*, T*, int64_t);                                                          \
   template void similarity_diagonal<T>(const Rows&, Crew&, SimilarityMemory<T>&, T*);                               \
   template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
   template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);
@@ -522,34 +359,36 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   const Tensor g = empty("g", {tokens}, kScalarType<T>);
   const Tensor tier = empty("tier", {tokens}, ScalarType::Char);
   const Tensor nearest = empty("nearest", {tokens}, kScalarType<T>);
-  std::fill(output<T>(s), output<T>(s) + tokens * max_seqlen, T{0});
-  std::fill(output<T>(sbar), output<T>(sbar) + segments, T{0});
-  std::fill(output<T>(g), output<T>(g) + tokens, T{0});
-  std::fill(output<int8_t>(tier), output<int8_t>(tier) + tokens, kMasked);
-  std::fill(output<T>(nearest), output<T>(nearest) + tokens, std::numeric_limits<T>::lowest());
-  const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
-  const int64_t most = longest(parts);
-  const double work = static_cast<double>(most) * most * keys.size(1);
-  const Schedule schedule = Schedule::for_batch(static_cast<int64_t>(parts.size()), work);
-  const auto take = [&](Memory& memory, int64_t n) {
-    T* square = memory.take<T>(n * n);
-    return std::pair{square, SimilarityMemory<T>(memory, n, schedule.slots, true, arguments.metric, true)};
+  std::fill_n(output<T>(sbar), segments, T{0});
+  const auto fill_until = [&](int64_t first, int64_t end) {  // tokens of no segment
+    std::fill_n(output<T>(s) + first * max_seqlen, (end - first) * max_seqlen, T{0});
+    std::fill(output<T>(g) + first, output<T>(g) + end, T{0});
+    std::fill(output<int8_t>(tier) + first, output<int8_t>(tier) + end, kMasked);
+    std::fill(output<T>(nearest) + first, output<T>(nearest) + end, std::numeric_limits<T>::lowest());
   };
-  Memory count;
-  take(count, most);
-  const Workspace workspace(schedule.at_a_time * count.taken());
-  for_each_image(static_cast<int64_t>(parts.size()), schedule, workspace, count.taken(),
-                 [&](int64_t p, Memory memory, Crew& crew) {
+  const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
+  int64_t end = 0;
+  double work = 0;
+  for (const Part& part : parts) {
+    fill_until(end, part.first_token);
+    end = part.first_token + part.num_tokens;
+    work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens * keys.size(1));
+  }
+  fill_until(end, tokens);
+  const auto count = static_cast<int64_t>(parts.size());
+  const auto pieces = [&](Memory& memory, int slots) {
+    return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
+  };
+  for_each_image(count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces,
+                 [&](int64_t p, auto& memory, Crew& crew) {
                    const Part& part = parts[p];
                    const int64_t first = part.first_token, n = part.num_tokens;
-                   auto [square, similarity] = take(memory, n);
+                   T* rows = output<T>(s) + first * max_seqlen;
                    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
-                                       row_of<uint8_t>(arguments.mask, first, 1), crew, similarity, square,
+                                       row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows,
                                        output<T>(sbar) + part.number, output<T>(g) + first,
-                                       output<int8_t>(tier) + first, output<T>(nearest) + first);
-                   for (int64_t i = 0; i < n; ++i) {
-                     std::copy_n(square + i * n, n, output<T>(s) + (first + i) * max_seqlen);
-                   }
+                                       output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
+                   for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
                  });
   return {s, sbar, g, tier, nearest};
 }

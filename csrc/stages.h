@@ -95,10 +95,10 @@ constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; 
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
 // scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
-// lowest number where there is none.
+// lowest number where there is none. ld: the length of a row of s, if not n.
 template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
-                      T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr);
+                      T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr, int64_t ld = 0);
 
 // tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
 template <class T>

@@ -38,8 +38,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def similarity_bound(channels: int, dtype: torch.dtype) -> float:
-    """How far a cosine in ``dtype`` arithmetic may be from the exact one.
+def similarity_bound(channels: int, dtype: torch.dtype, metric: str = "cosine") -> float:
+    """How far a cosine in ``dtype`` arithmetic may be from the exact one; with metric "neg_l2", a distance, relatively.
 
     Three sums of ``channels`` products (the dot product and both squared norms, which enter under a root), each with
     relative error lambda * sqrt(channels) * eps: the errors of a sum are a random walk (Higham and Mary, 2019). At
@@ -49,7 +49,14 @@ def similarity_bound(channels: int, dtype: torch.dtype) -> float:
     The tensor cores of a GPU, which the fp32 sum of the dot product may be made on, cut what lies below the last bit
     instead of rounding it. That is a drift, not a walk: with 8 products or more added at once, up to an ulp, 2 eps, for
     every 8 channels.
+
+    A distance is the root of one sum of squares of differences. Nothing cancels, so every rounding is at most eps of
+    the whole, and there is no need for a walk, which equal differences would not be: a difference counts twice, its
+    square once, then at most 128 additions in a row and those of one sum for every 8 channels; the root halves all of
+    that, and adds one for itself and one for the factor that scales back.
     """
+    if metric == "neg_l2":
+        return unit_roundoff(dtype) * ((3 + min(channels, 128) + channels / 8) / 2 + 2)
     drift = channels / 4 if dtype == torch.float32 else 0.0
     return unit_roundoff(dtype) * (2 * 4 * math.sqrt(channels) + 8 + drift)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..._triton.device import INTERPRETED, has_block, image_of_block, image_tokens, sum_in_pairs
 from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import AttentionConfig
-from ..similarity.kernel import load_rows
+from ..similarity.cosine import load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponents are of 2, as the hardware's are
 NONE = tl.constexpr(-(2**30))  # no query: below the place of every key, also less or plus a number of tokens

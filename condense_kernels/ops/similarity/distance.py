@@ -21,7 +21,8 @@ from ..._triton.device import (
 )
 from ..._triton.launcher import VARYING, launch, new, strides_of
 from ..._triton.tables import DistanceConfig
-from .kernel import blocks_of_image, load_rows, tile_of, tiles_of_image, token_tier
+from .cosine import load_rows
+from .kernel import blocks_of_image, tile_of, tiles_of_image, token_tier
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -62,7 +63,8 @@ def magnitudes_kernel(
 
 @triton.jit
 def image_exponent(tops_ptr, N, BLOCK: tl.constexpr):
-    """e of the largest power of two 2**e that is not above all magnitudes of the image, within [-126, 126]."""
+    """e, such that 2**e brings the largest key of the image into [2**48, 2**49): squares of differences of up to 2**25
+    channels do not overflow, and the smallest distances keep theirs. At most 126, so that it can be undone."""
     most = tl.zeros([BLOCK], tl.int32)
     start = tl.zeros([], tl.int32)
     while start < N:
@@ -70,7 +72,7 @@ def image_exponent(tops_ptr, N, BLOCK: tl.constexpr):
         most = tl.maximum(most, tl.load(tops_ptr + offs, mask=offs < N, other=0))
         start += BLOCK
     exponent = (tl.max(most, axis=0) >> 23) - 127
-    return tl.where(tl.max(most, axis=0) > 0, tl.minimum(tl.maximum(exponent, -126), 126), 0)
+    return tl.where(tl.max(most, axis=0) > 0, tl.minimum(48 - exponent, 126), 0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -100,7 +102,7 @@ def distance_tile_kernel(
     first = tokens_before(packed, at_b, N)
     keys_ptr += at_b * stride_key_b
     exponent = image_exponent(tops_ptr + first, N, BLOCK_TOPS)
-    scale = power_of_two(-exponent)
+    scale = power_of_two(exponent)
     offs_i = pid_i * BLOCK + tl.arange(0, BLOCK)
     offs_j = pid_j * BLOCK + tl.arange(0, BLOCK)
     rows_i = tl.minimum(offs_i, N - 1).to(tl.int64)
@@ -114,7 +116,7 @@ def distance_tile_kernel(
         lanes = tl.fma(apart, apart, lanes)
         d += BLOCK_D
     square = tl.reshape(sum_in_pairs(tl.reshape(lanes, [BLOCK * BLOCK, BLOCK_D])), [BLOCK, BLOCK])
-    s = 0.0 - tl.minimum(tl.sqrt_rn(square) * power_of_two(exponent), FLOAT32_MAX)
+    s = 0.0 - tl.minimum(tl.sqrt_rn(square) * power_of_two(-exponent), FLOAT32_MAX)
     tier_i = tl.load(tier_ptr + first + offs_i, mask=offs_i < N, other=2)
     tier_j = tl.load(tier_ptr + first + offs_j, mask=offs_j < N, other=2)
     s = tl.where((tier_i == 0)[:, None] & (tier_j == 0)[None, :], s, 0.0)

@@ -40,7 +40,7 @@ def negated_distances(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros w
 def nearest_of(s: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:  # [N, N], [N] bool -> [N]
     """The largest similarity to another valid token; -infinity where there is none, or the token is not valid."""
     others = valid[:, None] & valid & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    return torch.where(others, s, -torch.inf).amax(dim=-1)
+    return torch.where(others, s, -torch.inf).amax(dim=-1) + 0.0  # not -0, of which a maximum may take any
 
 
 def similarity(
