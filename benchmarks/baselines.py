@@ -202,6 +202,23 @@ def divprune(s: torch.Tensor, k: int) -> torch.Tensor:  # [.., N, N]
     return torch.stack(order, dim=-1)
 
 
+# Density peaks
+
+
+def dpc_knn(distances: torch.Tensor, k: int, k_nn: int) -> torch.Tensor:  # [B, N, N]
+    """The function of TCFormer, Chat-UniVi, SparseVLM, PruneVid, FastVID and HoliTom.
+
+    It adds noise so that no two densities are equal: left out, so that the result can be checked. Leaves out masks, and
+    the assignment of tokens to the centres.
+    """
+    nearest = distances.topk(k_nn, dim=-1, largest=False).values
+    density = (-nearest.square().mean(dim=-1)).exp()
+    denser = (density[:, None, :] > density[:, :, None]).to(distances.dtype)
+    farthest = distances.flatten(1).amax(dim=-1)[:, None, None]
+    peak = (distances * denser + farthest * (1 - denser)).amin(dim=-1)
+    return (peak * density).topk(k, dim=-1).indices
+
+
 # CDPruner
 
 

@@ -1,4 +1,7 @@
-"""greedy_select given S, against the other methods' loops given S and against a top-k."""
+"""greedy_select given S, against the other methods' loops given S and against a top-k.
+
+Two of these methods are here as they are and as calls of ours, given S and from the features on: "whole" has S in it.
+"""
 
 from collections.abc import Callable
 
@@ -22,6 +25,50 @@ def top_k_side(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> Si
         Work(shape.batch * shape.num_tokens, 2 * chosen + scores.nbytes),
         leaves_out="similarity, merging",
     )
+
+
+def our_divprune(s: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.ops.condense.greedy_select(s, None, k, max_min=True)
+
+
+def our_idpruner(s: torch.Tensor, importance: torch.Tensor, k: int, balance: float = 0.5) -> torch.Tensor:
+    low, high = importance.aminmax(dim=-1, keepdim=True)
+    prior = balance * (importance - low) / (high - low)
+    return torch.ops.condense.greedy_select(s, prior, k, suppression=1 - balance)
+
+
+def other_methods(
+    shape: Shape, features: torch.Tensor, scores: torch.Tensor, s: torch.Tensor, loop: Work
+) -> dict[str, Side]:
+    """DivPrune and IDPruner, given S and from the features on: ours, and as their authors write them."""
+    pairs, k = shape.num_tokens * (shape.num_tokens + 1) / 2, shape.kept
+    whole = Work(2 * shape.batch * pairs * shape.channels + loop.flop, features.nbytes)
+    found = {}
+    for name, ours, theirs, definition, prior in (
+        ("DivPrune", our_divprune, baselines.divprune, gates.divprune_definition, ()),
+        ("IDPruner", our_idpruner, baselines.idpruner, gates.idpruner_definition, (scores,)),
+    ):
+
+        def check(order: torch.Tensor, definition=definition, prior=prior) -> None:
+            gates.check_loop(order, features, definition, *prior)
+
+        def on_s(select: Callable, s: torch.Tensor, prior=prior) -> torch.Tensor:
+            one, *of_one = baselines.one_or_batch(s, *prior)
+            return baselines.batched(shape.batch, select(one, *of_one, k))
+
+        def by_ours(ours=ours, prior=prior) -> torch.Tensor:
+            return ours(similarity(features)[0], *prior, k)
+
+        def by_torch(theirs=theirs, on_s=on_s) -> torch.Tensor:
+            return on_s(theirs, baselines.matmul(baselines.unit(features)))
+
+        found |= {
+            name: Side(lambda on_s=on_s, theirs=theirs: on_s(theirs, s), check, loop, capturable=False),
+            f"{name}, ours": Side(lambda ours=ours, prior=prior: ours(s, *prior, k), check, loop),
+            f"{name}, whole": Side(by_torch, check, whole, capturable=False),
+            f"{name}, whole, ours": Side(by_ours, check, whole),
+        }
+    return found
 
 
 def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[str, Side]:
@@ -54,11 +101,10 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
         ),
         "plain loop": loop(baselines.greedy_running_maximum, one_utility, **condense),
         "plain loop, as printed": loop(baselines.greedy_as_printed, one_utility, **condense),
-        "DivPrune": loop(baselines.divprune, define=gates.divprune_definition, leaves_out="importance"),
         "CDPruner": loop(
             baselines.cdpruner, one_scores, define=gates.cdpruner_definition, scores=(scores,), leaves_out="text"
         ),
-        "IDPruner": loop(baselines.idpruner, one_scores, define=gates.idpruner_definition, scores=(scores,)),
+        **other_methods(shape, features, scores, s, work),
     }
     if shape.batch == 1 and shape.num_tokens in baselines.COMPILED:
         result["plain loop, compiled"] = loop(baselines.greedy_compiled, one_utility, **condense)

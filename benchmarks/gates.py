@@ -137,6 +137,31 @@ def check_loop(order: torch.Tensor, keys: torch.Tensor, define: Callable, scores
         check_picks(order[b], define(s, *prior), error)
 
 
+def check_density_peaks(order: torch.Tensor, features: torch.Tensor, k_nn: int, scale: float) -> None:  # [B, k]
+    """Each pick's score, log(distance) + density, may be the largest of those that are left.
+
+    A squared distance is off by what a product of features loses, 2**-21 of their squares. Densities that are closer
+    than that may come in another order, which makes another token the next denser one.
+    """
+    for b in ends(len(features)):
+        x = features[b].double()
+        d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * scale
+        off = 2.0**-21 * float(x.square().sum(dim=1).max()) * scale**2
+        density = -d.topk(k_nn, dim=-1, largest=False).values.square().mean(dim=-1)
+        apart, farthest = d.clone().fill_diagonal_(torch.inf), d.amax(dim=-1, keepdim=True)
+        denser = density - density[:, None]  # [i, j]: by how much j is
+        nearest = torch.where(denser > -2 * off, apart, torch.inf).minimum(farthest).amin(dim=-1)
+        certain = torch.where(denser > 2 * off, apart, torch.inf).minimum(farthest).amin(dim=-1)
+        low = (nearest.square() - off).clamp(min=0).sqrt().log() + density - off
+        high = (certain.square() + off).sqrt().log() + density + off
+        picks = order[b].tolist()
+        if len(set(picks)) != len(picks):
+            raise Mismatch(f"order: expected distinct tokens, got {len(set(picks))} of {len(picks)}")
+        for i, pick in enumerate(picks):
+            hold(f"order, pick {i}", low.amax() - high[pick], 2.0**-18)  # fp32 of an exponential and a product
+            low[pick] = -torch.inf
+
+
 def check_gram(s: torch.Tensor, keys: torch.Tensor, rounding: float = 0.0) -> None:  # [B, N, N], [B, N, D]
     """Some rows of the first and last image; ``rounding`` is that of a 16-bit result."""
     for b in ends(len(keys)):
@@ -171,14 +196,17 @@ def check_assignment(assignment, s_kept, indices, grid, bound: float) -> None:  
     hold("assignment", gap, 2 * (bound + 16 * EPS))
 
 
-def check_merged(merged, mass, features, scores, indices, assignment) -> None:  # of one image
-    """Eq. 8: products, additions and a quotient relative to the sum of magnitudes, then one rounding."""
+def check_merged(merged, mass, features, scores, indices, assignment, **mode) -> None:  # of one image
+    """Eq. 8: products, additions and a quotient relative to the sum of magnitudes, then one rounding. A blend has three
+    operations more."""
     args = indices.cpu()[None], assignment.cpu()[None]
     x, a = features.cpu().double()[None], scores.cpu().double()[None]
-    expected, expected_mass = merge(x, a, *args)
-    magnitude, _ = merge(x.abs(), a, *args)
+    expected, expected_mass = merge(x, a, *args, **mode)
+    magnitude, _ = merge(x.abs(), a, *args, **mode)
     members = assignment.cpu().bincount(minlength=len(indices)).double()
-    bound = (2 * members + 4)[:, None] * EPS * magnitude[0] + unit_roundoff(features.dtype) * expected[0].abs()
+    bound = (2 * members + (7 if mode else 4))[:, None] * EPS * magnitude[0] + unit_roundoff(features.dtype) * expected[
+        0
+    ].abs()
     hold("mass", (mass.cpu() - expected_mass[0]).abs(), (members + 1) * EPS * expected_mass[0])
     hold("merged", (merged.cpu() - expected[0]).abs(), bound)
 

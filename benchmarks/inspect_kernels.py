@@ -41,8 +41,10 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
-from condense_kernels.ops.greedy_select.kernel import greedy_select
-from condense_kernels.ops.merge.kernel import merge, merge_backward
+from condense_kernels.ops.dpc_knn.kernel import dpc_knn, dpc_knn_varlen
+from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
+from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_select_varlen
+from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.ops.similarity.kernel import similarity
@@ -99,6 +101,16 @@ def attention_calls() -> dict[str, tuple]:
     return cases
 
 
+def dpp_calls() -> dict[str, tuple]:
+    cases = {}
+    for n in (576, 2880, 16384):
+        options = {"tier": empty(2, n, dtype=torch.int8), "eps": 1e-5, "damping": 0.0}
+        cases[f"dpp_select N={n}"] = (dpp_select, (empty(2, n, n), empty(2, n), 64), options)
+    packed = empty(20000, 2880), empty(20000), *[empty(10, dtype=torch.int32)] * 2, 500, 2880
+    cases["dpp_select_varlen"] = (dpp_select_varlen, packed, {"eps": 1e-5, "damping": 0.0})
+    return cases
+
+
 def calls() -> dict[str, tuple]:
     """Label -> (launcher, positional arguments, keyword arguments)."""
     bf16, int64 = torch.bfloat16, torch.int64
@@ -109,6 +121,13 @@ def calls() -> dict[str, tuple]:
     for n in (576, 729, 2880, 16384):
         options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)
+    options = {"candidates": empty(2, 576, dtype=torch.bool), "combine": "mul", "max_min": True}
+    cases["greedy_select, products N=576"] = (greedy_select, (empty(2, 576, 576), empty(2, 576), 64), options)
+    cases |= dpp_calls()
+    for n in (576, 2880, 16384):
+        cases[f"dpc_knn N={n}"] = (dpc_knn, (empty(2, n, n), 64), {"tier": empty(2, n, dtype=torch.int8)})
+    offsets = [empty(10, dtype=torch.int32)] * 2
+    cases["dpc_knn_varlen N=2880"] = (dpc_knn_varlen, (empty(20000, 2880), *offsets, 500, 2880), {})
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},
@@ -130,6 +149,22 @@ def calls() -> dict[str, tuple]:
         cases[f"merge_backward {TYPES[dtype]}"] = (merge_backward, arguments, {})
         of_features = (merged, mass, None, tensors[0], None, mass, *tensors[1:])
         cases[f"merge_backward of features {TYPES[dtype]}"] = (merge_backward, of_features, {})
+        for mode in ("sum", "lerp"):
+            cases[f"merge {mode} {TYPES[dtype]}"] = merge, (arguments[2], *tensors), {"mode": mode}
+            cases[f"merge_backward {mode} {TYPES[dtype]}"] = merge_backward, arguments, {"mode": mode}
+    image, kept = empty(2, 576, 1024, dtype=bf16), tensors[1:]
+    for label, sizes in (
+        ("no scores", None),
+        ("sizes", empty(2, 576, dtype=int64)),
+        ("bools", empty(2, 576, dtype=torch.bool)),
+    ):
+        cases[f"merge {label}"] = merge, (image, sizes, *kept), {"mode": "sum"}
+    arguments = merged, mass, None, None, None, mass, *kept
+    cases["merge_backward no scores"] = merge_backward, arguments, {"mode": "lerp"}
+    packed = empty(20000, 1024, dtype=bf16), None, empty(500, dtype=int64), empty(20000, dtype=int64)
+    offsets = *[empty(10, dtype=torch.int32)] * 2, 2880
+    for mode in ("mean", "lerp"):
+        cases[f"merge_varlen {mode}"] = merge_varlen, (*packed, *offsets), {"mode": mode}
     for n, grid in ((576, (24, 24)), (729, (27, 27)), (2880, (5, 24, 24)), (16384, (128, 128))):
         features, scores = empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16)
         cases[f"select_and_merge N={n}"] = (select_and_merge, (features, scores, 48, 16), {"grid": grid})
@@ -143,6 +178,10 @@ def calls() -> dict[str, tuple]:
     for n, kept in ((576, 500), (2880, 500), (65536, 2)):  # of the longest of 9 segments, and of all
         tokens = max(n, 20000)
         packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3
+        if n < 65536:
+            packed_s = empty(tokens, n), empty(tokens), *[empty(10, dtype=torch.int32)] * 2, kept, n
+            options = {"tier": empty(tokens, dtype=torch.int8), "first": empty(9, dtype=int64)}
+            cases[f"greedy_select_varlen N={n}"] = (greedy_select_varlen, packed_s, options)
         options = {"positions": empty(tokens, 2)}
         cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
     return cases | attention_calls()

@@ -6,7 +6,17 @@ from typing import Any
 import torch
 
 from ._dispatch import tracing
-from ._dispatch.checks import FLOATS, INTEGERS, as_count, check_count, check_not_empty, check_tensor, is_int, shown
+from ._dispatch.checks import (
+    FLOATS,
+    INTEGERS,
+    as_count,
+    check_choice,
+    check_count,
+    check_not_empty,
+    check_tensor,
+    is_int,
+    shown,
+)
 
 RULES = ("largest_remainder", "floor_largest", "int_clamp", "round_min1")
 MOST = torch.iinfo(torch.int32).max  # tokens of a call, as offsets are int32
@@ -266,8 +276,7 @@ def places(
 def check_allocation(weights: Any, total: Any, rule: Any, capacity: Any, minimum: Any) -> None:
     check_rows("weights", weights, "... C", FLOATS + INTEGERS)
     check_not_empty("weights", weights, -1, "segment")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {rule!r}.")
+    check_choice("rule", rule, RULES)
     check_counts("total", total, weights.shape[:-1], weights)
     if capacity is not None:
         check_counts("capacity", capacity, weights.shape, weights)

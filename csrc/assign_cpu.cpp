@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -251,11 +252,92 @@ Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_se
   return run(s, indices, cu_seqlens, cu_keep, max_seqlen, tier, positions, spatial_weight, sources);
 }
 
+// What an image's assignment from keys takes: the rows of its kept tokens are all of s that is computed.
+template <class T>
+struct FromKeysMemory {
+  FromKeysMemory(Memory& memory, const Space& space, int64_t n, int64_t k, int slots)
+      : tier(memory.take<int8_t>(n)),
+        tokens(memory.take<int64_t>(k)),
+        rows(memory.take<T>(k + kTile, width_of(n))),
+        where(memory, space, n),
+        assign(memory, n, k),
+        similarity(memory, n, slots, true) {}
+  int8_t* tier;
+  int64_t* tokens;
+  T* rows;  // [k, width_of(n)] and room for a tile
+  SpaceMemory<T> where;
+  AssignMemory<T> assign;
+  SimilarityMemory<T> similarity;
+};
+
+template <class T>
+void assign_from_keys_image(const Rows& keys, const int64_t* indices, int64_t k, const uint8_t* mask,
+                            const Space& space, const uint8_t* sources, Crew& crew, FromKeysMemory<T>& memory,
+                            int64_t* assignment) {
+  measure_keys<T>(keys, nullptr, mask, crew, memory.similarity, memory.tier);
+  for (int64_t row = 0; row < k; ++row) {
+    memory.tokens[row] = std::max<int64_t>(indices[row], 0);
+    memory.assign.s_rows[row] = memory.rows + row * width_of(keys.n);
+  }
+  if (k > 0) similarity_rows<T>(keys, memory.tokens, k, crew, memory.similarity, memory.rows);
+  memory.where.fill(space, keys.n, memory.tier);
+  assign_image<T>(indices, memory.tier, memory.where.layout, keys.n, k, crew, memory.assign, assignment);
+  leave_alone(sources, indices, keys.n, assignment);
+}
+
+template <class T>
+Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std::optional<Tensor>& mask,
+                           const std::optional<std::vector<int64_t>>& grid, const std::optional<Tensor>& positions,
+                           double spatial_weight, const std::optional<Tensor>& sources) {
+  const int64_t B = keys.size(0), N = keys.size(1), K = indices.size(1);
+  const Tensor kept = contiguous_as("indices", indices, ScalarType::Long);
+  check_values("indices", data_of<int64_t>(kept), B * K, -1, N);
+  const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
+  const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
+  const Space first = space_of(grid, positions, spatial_weight, 0);
+  const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
+  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, first, N, K, slots); };
+  for_each_image(B, static_cast<double>(N) * K * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+    assign_from_keys_image<T>(rows_of(keys, b), data_of<int64_t>(kept) + b * K, K, row_of<uint8_t>(valid, b, N),
+                              space_of(grid, positions, spatial_weight, b), row_of<uint8_t>(may_merge, b, N), crew,
+                              memory, output<int64_t>(assignment) + b * N);
+  });
+  return assignment;
+}
+
+Tensor assign_from_keys(const Tensor& keys, const Tensor& indices, std::optional<Tensor> mask,
+                        std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions,
+                        double spatial_weight, std::optional<Tensor> sources, std::string metric) {
+  check_rank("keys", keys, "B N Dk", 3);
+  check_floating("keys", keys);
+  check_not_empty("keys", keys, 1, "token");
+  check_num_tokens("keys", keys);
+  check_not_empty("keys", keys, 2, "channel");
+  const std::vector<int64_t> tokens = {keys.size(0), keys.size(1)};
+  check_rank("indices", indices, "B K", 2);
+  check_shape("indices", indices, "B K", {keys.size(0), indices.size(1)});
+  check_dtype("indices", indices, {ScalarType::Long}, "int64");
+  if (mask) {
+    check_shape("mask", *mask, "B N", tokens);
+    check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
+  }
+  check_weight("spatial_weight", spatial_weight);
+  check_where(grid, positions, spatial_weight, keys.size(0), keys.size(1));
+  if (sources) {
+    check_shape("sources", *sources, "B N", tokens);
+    check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
+  }
+  check_choice("metric", metric, {"cosine"});
+  const auto run = is_double(keys) ? assign_from_keys_as<double> : assign_from_keys_as<float>;
+  return run(keys, indices, mask, grid, positions, spatial_weight, sources);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(condense, CPU, m) {
   m.impl("assign", TORCH_BOX(&assign));
   m.impl("assign_varlen", TORCH_BOX(&assign_varlen));
+  m.impl("assign_from_keys", TORCH_BOX(&assign_from_keys));
 }
 
 }  // namespace condense

@@ -18,13 +18,14 @@
 namespace condense {
 namespace {
 
-constexpr int kVector = 16;  // no instruction set has more lanes
+constexpr int64_t kVector = 16;   // no instruction set has more lanes
+constexpr int64_t kSample = 128;  // columns, in runs of a vector
 
 template <class T>
 struct DpcMemory {
   DpcMemory(Memory& memory, int64_t n, int64_t k_nn, int slots)
-      : room(std::max<int64_t>(2 * std::min(k_nn, n), 32)),
-        found_stride(room + kVector + 1),
+      : room(std::max(2 * std::min(k_nn, n), kSample)),
+        found_stride(room + 2 * kVector),
         cap(memory.take<T>(n + kVector, slots)),
         found(memory.take<T>(found_stride, slots)),
         score(memory.take<double>(n)),
@@ -35,20 +36,57 @@ struct DpcMemory {
   int64_t* ranked;  // the valid tokens
 };
 
-// Of row i, the `others` largest come first in found: exact values, in no order. cap is 0 of a candidate, -infinity
-// else.
+// A bar that at least `others` of the row are above, and few more. The largest of each of many parts of a row are
+// among its largest.
+template <class T>
+T certain_bar(const T* row, const T* cap, int64_t n, int64_t others, T* found) {
+  row_ops<T>().column_maxima(row, cap, n, found);
+  std::nth_element(found, found + (others - 1), found + kColumns, std::greater<T>());
+  return std::nextafter(found[others - 1], -std::numeric_limits<T>::infinity());
+}
+
+// The same by a sample of the row: most likely.
+template <class T>
+T likely_bar(const T* row, const T* cap, int64_t n, int64_t others, int64_t room, T* found) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  int64_t count = 0;
+  for (int64_t part = 0; part < kSample / kVector; ++part) {
+    const int64_t from = part * n / (kSample / kVector);
+    row_ops<T>().collect_above(row, cap, kNone, from, from + kVector, room, found, &count);
+  }
+  const double expected = static_cast<double>(others) * kSample / static_cast<double>(n);
+  const auto rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected)) + 1;
+  if (rank >= count) return kNone;
+  std::nth_element(found, found + rank, found + count, std::greater<T>());
+  return found[rank];
+}
+
+// Of a row, the `others` largest come first in found, in no order. cap is 0 of a candidate, -infinity else.
 template <class T>
 void nearest(const T* row, const T* cap, int64_t n, int64_t others, int64_t room, T* found) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
   const RowOps<T>& ops = row_ops<T>();
-  T bar = -std::numeric_limits<T>::infinity();
-  int64_t count = 0;
-  for (int64_t from = 0; from < n;) {
-    from = ops.collect_above(row, cap, bar, from, n, room, found, &count);
-    if (count <= others) continue;
-    std::nth_element(found, found + (others - 1), found + count, std::greater<T>());
-    bar = found[others - 1];
-    count = others;
+  T bar = kNone;
+  if (n >= 2 * kColumns && others <= kColumns / 2) {
+    bar = certain_bar(row, cap, n, others, found);
+  } else if (n >= 4 * kSample) {
+    bar = likely_bar(row, cap, n, others, room, found);
   }
+  int64_t count = 0;
+  const auto collect = [&] {
+    for (int64_t from = 0; from < n;) {
+      from = ops.collect_above(row, cap, bar, from, n, room, found, &count);
+      if (count <= others) continue;
+      std::nth_element(found, found + (others - 1), found + count, std::greater<T>());
+      bar = found[others - 1];
+      count = others;
+    }
+  };
+  collect();
+  if (count >= others) return;
+  bar = kNone;  // the sample was none
+  count = 0;
+  collect();
 }
 
 // Minus the mean square of the distances and of a 0, times scale^2; the sum is one of integers, so its order is free.

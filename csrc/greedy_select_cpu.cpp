@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "checks.h"
+#include "greedy_select.h"
 #include "packed.h"
 #include "stages.h"
 #include "tensors.h"
@@ -84,24 +86,37 @@ int64_t pick_first(const Selection<T>& selection, const T* nu, int64_t n, T* scr
   return ops.first_pick(scratch, n);
 }
 
-// The candidate whose nearest other candidate is farthest: the rows of the others have the least for it.
+// Raises `nearest` by the rows [first, first + count) of s, which begin at `rows`, but for the tokens themselves.
 template <class T>
-int64_t pick_farthest(const T* s, int64_t ld, const T* nu, int64_t n, Crew& crew, T* nearest) {
+void raise_nearest(const T* rows, int64_t ld, int64_t first, int64_t count, const T* nu, int64_t n, Crew& crew,
+                   T* nearest) {
   const RowOps<T>& ops = row_ops<T>();
   crew.run([&](int slot) {
     const auto [lo, hi] = Share(n, slot, crew.size());
-    std::fill(nearest + lo, nearest + hi, -std::numeric_limits<T>::infinity());
-    for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = first; j < first + count; ++j) {
       if (std::isnan(nu[j])) continue;
-      const int64_t before = std::clamp(j, lo, hi), after = std::clamp(j + 1, lo, hi);  // less the token itself
-      ops.raise_row(s + j * ld + lo, before - lo, nearest + lo);
-      ops.raise_row(s + j * ld + after, hi - after, nearest + after);
+      const T* row = rows + (j - first) * ld;
+      const int64_t before = std::clamp(j, lo, hi), after = std::clamp(j + 1, lo, hi);
+      ops.raise_row(row + lo, before - lo, nearest + lo);
+      ops.raise_row(row + after, hi - after, nearest + after);
     }
   });
+}
+
+template <class T>
+int64_t farthest(const T* nu, int64_t n, T* nearest) {
   for (int64_t i = 0; i < n; ++i) {
     if (std::isnan(nu[i])) nearest[i] = nu[i];
   }
-  return ops.first_pick(nearest, n);
+  return row_ops<T>().first_pick(nearest, n);
+}
+
+// The candidate whose nearest other candidate is farthest: the rows of the others have the least for it.
+template <class T>
+int64_t pick_farthest(const T* s, int64_t ld, const T* nu, int64_t n, Crew& crew, T* nearest) {
+  std::fill(nearest, nearest + n, -std::numeric_limits<T>::infinity());
+  raise_nearest(s, ld, 0, n, nu, n, crew, nearest);
+  return farthest(nu, n, nearest);
 }
 
 // What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as only tier 3 is left.
@@ -118,20 +133,42 @@ void fill_by_index(const Selection<T>& selection, int64_t n, int64_t picks, int6
 
 }  // namespace
 
+namespace {
+
+// The picks after the first `made`, whose last one may have been seen in m or not.
+template <class T>
+void pick_on(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t picks,
+             const GreedyMemory<T>& memory, int64_t* order) {
+  const RowOps<T>& ops = row_ops<T>();
+  const auto [nu, m] = memory;
+  for (int64_t step = made; step < picks; ++step) {
+    order[step] = ops.next_pick(s + order[step - 1] * ld, nu, selection.suppression, selection.combine, n, m);
+    nu[order[step]] = std::numeric_limits<T>::quiet_NaN();
+  }
+}
+
+}  // namespace
+
 template <class T>
 void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
                          Crew& crew, const GreedyMemory<T>& memory, int64_t* order) {
-  const RowOps<T>& ops = row_ops<T>();
   const auto [nu, m] = memory;
   const int64_t picks = std::min(k, negate_utility(selection, n, nu));
-  int64_t pick = -1;
-  if (picks > 0) pick = max_min ? pick_farthest(s, ld, nu, n, crew, m) : pick_first(selection, nu, n, m);
-  std::fill(m, m + n, -std::numeric_limits<T>::infinity());
-  for (int64_t step = 0; step < picks; ++step) {
-    if (step > 0) pick = ops.next_pick(s + pick * ld, nu, selection.suppression, selection.combine, n, m);
-    order[step] = pick;
-    nu[pick] = std::numeric_limits<T>::quiet_NaN();
+  if (picks > 0) {
+    order[0] = max_min ? pick_farthest(s, ld, nu, n, crew, m) : pick_first(selection, nu, n, m);
+    nu[order[0]] = std::numeric_limits<T>::quiet_NaN();
   }
+  std::fill(m, m + n, -std::numeric_limits<T>::infinity());
+  pick_on(s, ld, selection, n, 1, picks, memory, order);
+  fill_by_index(selection, n, picks, k, order);
+}
+
+template <class T>
+void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t k,
+                           const GreedyMemory<T>& memory, int64_t* order) {
+  const auto is_live = [](T nu) { return !std::isnan(nu); };
+  const int64_t picks = std::min(k, made + std::count_if(memory.nu, memory.nu + n, is_live));
+  pick_on(s, ld, selection, n, made, picks, memory, order);
   fill_by_index(selection, n, picks, k, order);
 }
 
@@ -139,8 +176,6 @@ void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, 
 // the best of a pool of exact scores comes before the best old one outside, it is the pick, whatever the new scores
 // outside may be. Then all scores are brought up to date with the round's picks at once, by one product.
 namespace {
-
-constexpr int64_t kPool = 512;  // tokens: 1 MB of similarities among them
 
 template <class T>
 struct Pool {
@@ -160,12 +195,12 @@ struct Pool {
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isnan(memory.t[i])) tokens[live++] = i;
     }
-    size = std::min(live, kPool);
+    size = std::min(live, memory.most);
     bound_token = -1;
-    if (live > kPool) {
-      std::nth_element(tokens, tokens + kPool, tokens + live,
+    if (live > size) {
+      std::nth_element(tokens, tokens + size, tokens + live,
                        [&](int64_t i, int64_t j) { return before(memory.t[i], i, memory.t[j], j); });
-      bound_token = tokens[kPool];
+      bound_token = tokens[size];
       bound = memory.t[bound_token];
     }
     std::sort(tokens, tokens + size);
@@ -197,18 +232,19 @@ struct Pool {
 }  // namespace
 
 template <class T>
-StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n)
-    : all(memory, n),
-      pool(memory, std::min(n, kPool)),
+StreamedGreedyMemory<T>::StreamedGreedyMemory(Memory& memory, int64_t n, int64_t most)
+    : most(std::min(n, most)),
+      all(memory, n),
+      pool(memory, this->most),
       t(memory.take<T>(n)),
-      pool_t(memory.take<T>(std::min(n, kPool))),
-      square(memory.take<T>(std::min(n, kPool) * std::min(n, kPool))),
+      pool_t(memory.take<T>(this->most)),
+      square(memory.take<T>(this->most, this->most)),
       tokens(memory.take<int64_t>(n)) {}
 
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows) {
+                               T* rows, Rounds rounds) {
   const RowOps<T>& ops = row_ops<T>();
   const T suppression = selection.suppression;
   const Combine combine = selection.combine;
@@ -218,11 +254,12 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
 
   // Brings all scores up to date with the picks [from, to).
   const auto update = [&](int64_t from, int64_t to) {
-    similarity_rows(keys, order + from, to - from, crew, similarity, rows + from * width);
+    T* fresh = rows + (rounds.keep_rows ? from * width : 0);
+    similarity_rows(keys, order + from, to - from, crew, similarity, fresh);
     crew.run([&](int slot) {
       const Share share(n, slot, crew.size());
       const int64_t lo = share.lo, length = share.hi - lo;
-      for (int64_t step = from; step < to; ++step) ops.raise_row(rows + step * width + lo, length, m + lo);
+      for (int64_t i = 0; i < to - from; ++i) ops.raise_row(fresh + i * width + lo, length, m + lo);
       ops.score_row(m + lo, nu + lo, suppression, combine, length, memory.t + lo);
     });
   };
@@ -234,6 +271,7 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
   }
   Pool<T> pool{memory.all, memory};
   for (int64_t step = 1; step < picks;) {
+    if (rounds.most-- == 0) return step;
     pool.fill(n);
     similarity_among(keys, memory.tokens, pool.size, crew, similarity, memory.square);
     const int64_t more = pool.pick(suppression, combine, picks - step, order + step);
@@ -244,95 +282,38 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
   return picks;
 }
 
+template <class T>
+int64_t pick_farthest_streamed(const Rows& keys, const Selection<T>& selection, Crew& crew,
+                               SimilarityMemory<T>& similarity, const GreedyMemory<T>& memory, T* rows) {
+  const auto [nu, nearest] = memory;
+  const int64_t n = keys.n;
+  if (negate_utility(selection, n, nu) == 0) return -1;
+  std::fill(nearest, nearest + n, -std::numeric_limits<T>::infinity());
+  int64_t tokens[kTile];
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t count = std::min<int64_t>(kTile, n - first);
+    std::iota(tokens, tokens + count, first);
+    similarity_rows(keys, tokens, count, crew, similarity, rows);
+    raise_nearest(rows, width_of(n), first, count, nu, n, crew, nearest);
+  }
+  return farthest(nu, n, nearest);
+}
+
 #define CONDENSE_INSTANTIATE(T)                                                                                      \
   template struct StreamedGreedyMemory<T>;                                                                           \
   template void greedy_select_image<T>(const T*, int64_t, const Selection<T>&, bool, int64_t, int64_t, Crew&,        \
                                        const GreedyMemory<T>&, int64_t*);                                            \
+  template void greedy_select_resumed<T>(const T*, int64_t, const Selection<T>&, int64_t, int64_t, int64_t,          \
+                                         const GreedyMemory<T>&, int64_t*);                                          \
   template int64_t greedy_select_streamed<T>(const Rows&, const Selection<T>&, int64_t, Crew&, SimilarityMemory<T>&, \
-                                             const StreamedGreedyMemory<T>&, int64_t*, T*);
+                                             const StreamedGreedyMemory<T>&, int64_t*, T*, Rounds);                  \
+  template int64_t pick_farthest_streamed<T>(const Rows&, const Selection<T>&, Crew&, SimilarityMemory<T>&,          \
+                                             const GreedyMemory<T>&, T*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE
 
 namespace {
-
-// The optional arguments, which the dense and the packed operator share.
-struct Options {
-  std::optional<Tensor> sbar, tier, first, candidates;
-  double suppression;
-  Combine combine;
-  bool max_min;
-};
-
-// Of an operator's arguments in the working type: each image's part of them.
-template <class T>
-struct Arguments {
-  Arguments(const std::optional<Tensor>& prior, const Options& options)
-      : prior(contiguous_as("prior", prior, kScalarType<T>)),
-        sbar(contiguous_as("sbar", options.sbar, kScalarType<T>)),
-        tier(contiguous_as("tier", options.tier, ScalarType::Char)),
-        candidates(contiguous_as("candidates", options.candidates, ScalarType::Bool)),
-        has_index(options.first && options.first->scalar_type() == ScalarType::Long),
-        first(contiguous_as("first", options.first, has_index ? ScalarType::Long : kScalarType<T>)),
-        suppression(static_cast<T>(options.suppression)),
-        combine(options.combine) {}
-
-  // Of image b, whose tokens are from `token` on.
-  Selection<T> image(int64_t b, int64_t token) const {
-    return {row_of<T>(prior, token, 1),
-            row_of<T>(sbar, b, 1),
-            row_of<int8_t>(tier, token, 1),
-            row_of<uint8_t>(candidates, token, 1),
-            has_index ? nullptr : row_of<T>(first, token, 1),
-            has_index ? *row_of<int64_t>(first, b, 1) : -1,
-            suppression,
-            combine};
-  }
-
-  std::optional<Tensor> prior, sbar, tier, candidates;
-  bool has_index;
-  std::optional<Tensor> first;
-  T suppression;
-  Combine combine;
-};
-
-// Images, tokens: what the axes of the arguments beside s are named and sized.
-void check_options(const Options& options, const char* image_axis, const std::vector<int64_t>& images,
-                   const char* token_axes, const std::vector<int64_t>& tokens) {
-  if (options.sbar) {
-    check_shape("sbar", *options.sbar, image_axis, images);
-    check_working("sbar", *options.sbar);
-  }
-  if (options.tier) {
-    check_shape("tier", *options.tier, token_axes, tokens);
-    if (options.tier->scalar_type() == ScalarType::Bool) {
-      fail("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.");
-    }
-    check_dtype("tier", *options.tier, {ScalarType::Char}, "int8");
-  }
-  if (options.first && options.max_min) {
-    fail("first, max_min: expected one of the two, got both. Remedy: leave out first.");
-  }
-  if (options.first) {
-    const ScalarType dtype = options.first->scalar_type();
-    const bool is_utility = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
-                            dtype == ScalarType::Double;
-    check_shape("first", *options.first, is_utility ? token_axes : image_axis, is_utility ? tokens : images);
-    check_dtype("first", *options.first,
-                {ScalarType::Long, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double},
-                "int64, float32, float16, bfloat16, float64");
-  }
-  if (options.candidates) {
-    check_shape("candidates", *options.candidates, token_axes, tokens);
-    check_dtype("candidates", *options.candidates, {ScalarType::Bool}, "bool");
-  }
-  check_weight("suppression", options.suppression);
-}
-
-Combine combine_of(const std::string& name) {
-  check_choice("combine", name, {"sub", "mul"});
-  return name == "sub" ? Combine::kSub : Combine::kMul;
-}
 
 template <class T>
 Tensor greedy_select_as(const Tensor& s, const std::optional<Tensor>& prior, int64_t k, const Options& options) {

@@ -15,6 +15,8 @@ constexpr int kTile = 48;    // tokens a side of a similarity tile: a multiple o
 constexpr int kChunk = 128;  // channels, or pairs, summed in registers before a partial dot product is stored
 constexpr int kStep = 16;    // they are packed in so many at a time, zeros beyond the last: a multiple of every vector
 
+constexpr int kColumns = 64;  // of column_maxima: a multiple of every vector
+
 // How a token's score comes from its utility u and m, its largest similarity to a pick: u - suppression * m, or
 // u * (1 - suppression * m) with u >= 0. Every operation is rounded; of the second, the factor is finite.
 enum class Combine { kSub, kMul };
@@ -83,8 +85,10 @@ struct RowOps {
   // m = max(m, row); the smallest t, as above. A row value that is not finite counts as 0.
   int64_t (*next_pick)(const T* row, const T* nu, T suppression, Combine combine, int64_t n, T* m);
 
-  // Appends to found those of row[from, n) above bar, each cut to its cap and 0 where it is not finite, and stops when
-  // there are more than room: where it did is returned. found holds a vector more.
+  // maxima[c] = the largest of row[c], row[c + kColumns], ..., each cut to its cap and 0 where it is not finite.
+  void (*column_maxima)(const T* row, const T* cap, int64_t n, T* maxima);
+  // Appends to found those of row[from, n), likewise cut, that are above bar, and stops when there are more than room:
+  // where it did is returned. found holds two vectors more.
   int64_t (*collect_above)(const T* row, const T* cap, T bar, int64_t from, int64_t n, int64_t room, T* found,
                            int64_t* count);
   // The largest of row[0, n) whose key is above bar, cut to 0 and 0 where it is not finite; -infinity of none.

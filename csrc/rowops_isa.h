@@ -531,23 +531,59 @@ int64_t next_pick(const T* row, const T* nu, T suppression, Combine combine, int
   return pick >= 0 ? pick : first_candidate(nu, n);
 }
 
-// Bit i of the result is lane i of a comparison.
-template <class I>
-inline unsigned lanes_of(I compared) {
+template <class T>
+void column_maxima(const T* row, const T* cap, int64_t n, T* maxima) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes, kVectors = kColumns / kLanes;
+  V most[kVectors];
+#pragma GCC unroll 32
+  for (int v = 0; v < kVectors; ++v) most[v] = -static_cast<T>(__builtin_inf()) - V{};
+  int64_t i = 0;
+  for (; i + kColumns <= n; i += kColumns) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v) {
+      V x = load<V>(row + i + v * kLanes);
+      x = x - x == 0 ? x : V{};
+      const V limit = load<V>(cap + i + v * kLanes);
+      x = x < limit ? x : limit;
+      most[v] = x > most[v] ? x : most[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(maxima + v * kLanes, most[v]);
+  for (int column = 0; i < n; ++i, ++column) {
+    T x = row[i] - row[i] == 0 ? row[i] : T{};
+    x = x < cap[i] ? x : cap[i];
+    maxima[column] = x > maxima[column] ? x : maxima[column];
+  }
+}
+
+// Appends the lanes of x where `chosen` is true to found[count ...); a vector may be written. Returns the new count.
+template <class V, class I, class T>
+inline int64_t append_lanes(V x, I chosen, T* found, int64_t count) {
 #if CONDENSE_ISA_BYTES == 64
-  if constexpr (sizeof(compared[0]) == 4)
-    return _mm512_movepi32_mask((__m512i)compared);
-  else
-    return _mm512_movepi64_mask((__m512i)compared);
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 lanes = _mm512_movepi32_mask((__m512i)chosen);
+    store(found + count, _mm512_maskz_compress_ps(lanes, (__m512)x));
+    return count + __builtin_popcount(lanes);
+  } else {
+    const __mmask8 lanes = _mm512_movepi64_mask((__m512i)chosen);
+    store(found + count, _mm512_maskz_compress_pd(lanes, (__m512d)x));
+    return count + __builtin_popcount(lanes);
+  }
 #elif CONDENSE_ISA_BYTES == 32
-  if constexpr (sizeof(compared[0]) == 4)
-    return _mm256_movemask_ps((__m256)compared);
-  else
-    return _mm256_movemask_pd((__m256d)compared);
+  unsigned lanes;
+  if constexpr (sizeof(T) == 4) {
+    lanes = static_cast<unsigned>(_mm256_movemask_ps((__m256)chosen));
+  } else {
+    lanes = static_cast<unsigned>(_mm256_movemask_pd((__m256d)chosen));
+  }
+  for (; lanes; lanes &= lanes - 1) found[count++] = x[__builtin_ctz(lanes)];
+  return count;
 #else
-  unsigned lanes = 0;
-  for (unsigned i = 0; i < sizeof(I) / sizeof(compared[0]); ++i) lanes |= static_cast<unsigned>(compared[i] & 1) << i;
-  return lanes;
+  for (int lane = 0; lane < Simd<T>::kLanes; ++lane) {
+    if (chosen[lane]) found[count++] = x[lane];
+  }
+  return count;
 #endif
 }
 
@@ -562,9 +598,9 @@ int64_t collect_above(const T* row, const T* cap, T bar, int64_t from, int64_t n
     x = x - x == 0 ? x : V{};
     const V most = load<V>(cap + i);
     x = x < most ? x : most;
-    for (unsigned lanes = lanes_of(x > bar); lanes; lanes &= lanes - 1) found[c++] = x[__builtin_ctz(lanes)];
+    c = append_lanes(x, x > bar, found, c);
   }
-  if (i + kLanes > n) {
+  if (i + kLanes > n && c <= room) {
     for (; i < n; ++i) {
       T x = row[i] - row[i] == 0 ? row[i] : T{};
       x = x < cap[i] ? x : cap[i];
@@ -795,6 +831,7 @@ constexpr RowOps<T> table() {
   ops.sum_tile = sum_tile<T>;
   ops.first_pick = first_pick<T>;
   ops.next_pick = next_pick<T>;
+  ops.column_maxima = column_maxima<T>;
   ops.collect_above = collect_above<T>;
   ops.max_where = max_where<T>;
   ops.raise_row = raise_row<T>;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "memory.h"
@@ -149,9 +150,22 @@ template <class T>
 void greedy_select_image(const T* s, int64_t ld, const Selection<T>& selection, bool max_min, int64_t n, int64_t k,
                          Crew& crew, const GreedyMemory<T>& memory, int64_t* order);
 
+// The same from `made` picks on, 1 or more, that greedy_select_streamed has left in memory.
+template <class T>
+void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t k,
+                           const GreedyMemory<T>& memory, int64_t* order);
+
+constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed: 1 MB of similarities among them
+
+struct Rounds {
+  int64_t most = std::numeric_limits<int64_t>::max();  // after these it ends, be the picks complete or not
+  bool keep_rows = true;                               // else `rows` are those of one round
+};
+
 template <class T>
 struct StreamedGreedyMemory {
-  StreamedGreedyMemory(Memory& memory, int64_t n);
+  StreamedGreedyMemory(Memory& memory, int64_t n, int64_t most = kPool);
+  int64_t most;  // tokens of a round
   GreedyMemory<T> all, pool;
   T *t, *pool_t, *square;
   int64_t* tokens;
@@ -162,7 +176,12 @@ struct StreamedGreedyMemory {
 template <class T>
 int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, int64_t k, Crew& crew,
                                SimilarityMemory<T>& similarity, const StreamedGreedyMemory<T>& memory, int64_t* order,
-                               T* rows);
+                               T* rows, Rounds rounds = {});
+
+// The first pick by max_min, -1 where there is no candidate; rows [kTile, width_of(n)] are scratch.
+template <class T>
+int64_t pick_farthest_streamed(const Rows& keys, const Selection<T>& selection, Crew& crew,
+                               SimilarityMemory<T>& similarity, const GreedyMemory<T>& memory, T* rows);
 
 // Coordinates as [num_axes, n], scaled, and what Eq. 6 multiplies a distance with.
 template <class T>

@@ -146,6 +146,7 @@ def calls(device: str) -> dict[str, tuple]:
         "one token": (lambda f, s: ck.select_and_merge(f, s, 1, 0, grid=(1, 1)), (of(1, 1, 64), of(1, 1))),
         "similarity": (ck.similarity, (features, scores)),
         "greedy_select": (lambda s, p: ck.greedy_select(s, p, 48), (s, scores)),
+        "dpc_knn": (lambda s: ck.dpc_knn(s, 48), (s,)),
         "assign": (lambda s, i: ck.assign(s, i, grid=(24, 24)), (s, indices)),
         "merge": (ck.merge, (features, scores, indices, assignment)),
         "merge_backward": (

@@ -69,6 +69,7 @@ OF_SCHEMAS = {
     "float": {float},
     "Optional[float]": {float, types.NoneType},
     "bool": {bool},
+    "str": {str},
 }
 
 

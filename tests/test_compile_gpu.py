@@ -19,6 +19,7 @@ LAUNCHES = {  # of a call on a GPU; none: the graph has the operator
     "one token": DENSE,
     "similarity": ["similarity_tile_kernel", "similarity_means_kernel"],
     "greedy_select": ["greedy_select_kernel"],
+    "dpc_knn": ["density_kernel", "peak_kernel", "rank_kernel"],
     "assign": ["assign_kernel"],
     "merge": ["merge_kernel"],
     "merge_backward": ["merge_backward_kernel"] * 2,

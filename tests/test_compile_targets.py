@@ -49,8 +49,12 @@ def test_every_kernel_compiles_for_every_target(rows):
         "attention_columns_kernel",
         "similarity_tile_kernel",
         "similarity_means_kernel",
+        "nearest_kernel",
         "greedy_select_kernel",
         "select_kernel",
+        "density_kernel",
+        "peak_kernel",
+        "rank_kernel",
         "assign_kernel",
         "merge_kernel",
         "merge_backward_kernel",
@@ -76,6 +80,8 @@ MAY_SPILL = [
     ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("N=65536 fp32", "pick_kernel", "sm_90"),
     ("attention_scores rows, lse", "attention_columns_kernel", "sm_100"),  # a thread has the row of every column
+    ("merge_varlen lerp", "merge_kernel", "sm_80"),  # one number, outside of the loops, as
+    ("merge_backward sum", "merge_backward_kernel", "sm_100"),  # here
 ]
 
 

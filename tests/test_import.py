@@ -82,7 +82,7 @@ def test_the_exit_is_quiet(tmp_path):
 
 OURS, THEIRS = "condense_kernels", "engine._vendor.condense_kernels"
 NEWER = {"_version.py": (VERSION, "9.8.7")}
-OTHER_SCHEMA = {"ops/greedy_select/schema.txt": ("suppression=1.0", "suppression=2.0")}
+OTHER_SCHEMA = {"ops/greedy_select/schema.txt": ("max_min=False", "max_min=True")}
 ONE_MORE = {"ops/merge/schema.txt": ("merge(Tensor", "pool(Tensor features) -> Tensor\n\nmerge(Tensor")}
 
 
@@ -96,8 +96,8 @@ def imports_newer_second(folder: Path, first: str, second: str):
     ("edits", "first", "second", "missing"),
     [
         (NEWER, OURS, THEIRS, None),
-        ({**NEWER, **OTHER_SCHEMA}, OURS, THEIRS, "float suppression=1.) -> Tensor order"),
-        ({**NEWER, **OTHER_SCHEMA}, THEIRS, OURS, "float suppression=2.) -> Tensor order"),
+        ({**NEWER, **OTHER_SCHEMA}, OURS, THEIRS, "bool max_min=False) -> Tensor order"),
+        ({**NEWER, **OTHER_SCHEMA}, THEIRS, OURS, "bool max_min=True) -> Tensor order"),
         ({**NEWER, **ONE_MORE}, OURS, THEIRS, "no such operator"),
     ],
     ids=["same schemas", "another schema", "another schema, the other way round", "one operator more"],
@@ -248,7 +248,7 @@ def fails_twice(folder: Path) -> list[str]:
     ("old", "new", "found"),
     [
         (b"\0merge_backward(Tensor", b"\0merge_backwarm(Tensor", "no such operator"),
-        (b"suppression=1.0) -> Tensor order", b"suppression=2.0) -> Tensor order", "suppression=2.) -> Tensor order"),
+        (b"max_min=False) -> Tensor order", b"min_max=False) -> Tensor order", "min_max=False) -> Tensor order"),
     ],
     ids=["lacks an operator", "another schema"],
 )

@@ -30,10 +30,11 @@ def permuted(value):
 
 
 def with_gradients(operator: Operator, example: Example, count: int) -> Example:
-    """Of the first so many arguments."""
+    """Of the first so many arguments, where they are floating."""
     args = list(example.args)
-    for i in range(count):
-        args[i] = args[i].clone().requires_grad_()
+    for i in range(min(count, len(args))):
+        if isinstance(args[i], torch.Tensor) and args[i].is_floating_point():
+            args[i] = args[i].clone().requires_grad_()
     return Example(tuple(args), example.kwargs)
 
 

@@ -269,7 +269,7 @@ WRONG = {
     "a number": (ValueError, "weights: expected axes", lambda: ck.allocate_budget(torch.tensor(1.0), 3)),
     "no segment": (ValueError, "weights: expected at least one", lambda: ck.allocate_budget(torch.empty(2, 0), 3)),
     "bool": (TypeError, "weights: expected dtype", lambda: ck.allocate_budget(torch.tensor([True]), 3)),
-    "rule": (ValueError, "rule: expected one of", lambda: ck.allocate_budget(rand(2), 3, rule="floor")),
+    "rule": (ValueError, "rule: expected 'largest_remainder' or", lambda: ck.allocate_budget(rand(2), 3, rule="floor")),
     "total": (ValueError, "total: expected 0 <=", lambda: ck.allocate_budget(rand(2), -1)),
     "a ratio": (TypeError, "total: expected an int", lambda: ck.allocate_budget(rand(2), 0.5)),
     "totals": (ValueError, "total: expected an int, or", lambda: ck.allocate_budget(rand(2), torch.ones(3).int())),

@@ -20,9 +20,9 @@ from condense_kernels.ops.assign import kernel as assign
 from condense_kernels.ops.assign import reference as assign_reference
 from condense_kernels.ops.greedy_select import kernel as greedy_select
 from condense_kernels.ops.greedy_select import reference as greedy_reference
+from condense_kernels.ops.greedy_select import turns
 from condense_kernels.ops.merge import kernel as merge
 from condense_kernels.ops.select_and_merge import kernel as select_and_merge
-from condense_kernels.ops.select_and_merge import turns
 from condense_kernels.ops.similarity import kernel as similarity
 from condense_kernels.ops.similarity import reference as similarity_reference
 from condense_kernels.testing import KINDS, Inputs, make_inputs

@@ -24,10 +24,10 @@ from condense_kernels._triton.tables import (
     StreamConfig,
     trying,
 )
+from condense_kernels.ops.greedy_select.turns import launch_turns
 from condense_kernels.ops.merge.kernel import merge_backward
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge.streamed import pieces_of
-from condense_kernels.ops.select_and_merge.turns import launch_turns
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
 from condense_kernels.ops.select_and_merge_varlen.reference import for_each_segment, segments_of
 from condense_kernels.testing import KINDS, Inputs, PackedInputs, assert_same_bits, make_inputs

@@ -35,6 +35,8 @@ def check_tensor(
     if value.dim() != len(axes):
         missing = f"{name}[None], the batch axis" if axes[0] == "B" else f"{name}[:, None], the coordinates' axis"
         hint = f" Remedy: add {missing}." if value.dim() == len(axes) - 1 else ""
+        if value.dim() == len(axes) + 1 and value.shape[-1] == 1:
+            hint = f" Remedy: {name}.squeeze(-1)."
         raise ValueError(f"{name}: expected {len(axes)} axes [{shape}], got {value.dim()}: {list(value.shape)}.{hint}")
     known = {axis: size for axis, size in sizes.items() if axis in axes}
     if any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, value.shape, strict=True)):
@@ -186,6 +188,22 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         allowed = " or ".join(map(repr, choices))
         raise ValueError(f"{name}: expected {allowed}, got {value!r}.")
+
+
+def check_s_or_keys(s: Any, keys: Any, of_s: dict[str, Any], of_keys: dict[str, tuple[Any, Any]]) -> None:
+    """Exactly one of the two, and nothing that goes with the other: of_s are to be None, of_keys (value, default)."""
+    if (s is None) == (keys is None):
+        got = "neither" if s is None else "both"
+        raise ValueError(
+            f"s, keys: expected one of the two, got {got}. Remedy: s of similarity, or the keys that it would "
+            "be computed from."
+        )
+    beside = "s, which has no need of it" if keys is None else "keys, from which it follows"
+    given = of_keys if keys is None else {name: (value, None) for name, value in of_s.items()}
+    for name, (value, default) in given.items():
+        if isinstance(value, torch.Tensor) or value != default:
+            got = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {default!r} beside {beside}, got {got}. Remedy: leave out {name}.")
 
 
 def check_budget(num_anchors: int, num_background: int, num_tokens: int) -> None:

@@ -132,13 +132,13 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class DppConfig:
-    """An image's tokens in chunks, one program an image, as of SelectConfig; but a pick works on all picks before it."""
+    """As SelectConfig, but with more warps: a pick has work with all picks before it."""
 
     low: int
     span: int
     block: int  # tokens of a chunk
     num_warps: int
-    unroll: int = 4  # earlier picks whose loads overlap
+    unroll: int = 2  # earlier picks whose loads overlap
 
     SPANS: ClassVar = (256, 640, 1024, 2048, 3072, 4096, 8192, MAX_STORED)
     CLASSES: ClassVar = (1024, 4096)  # tokens up to which the segments of a packed batch share a launch
@@ -146,6 +146,7 @@ class DppConfig:
     @classmethod
     def for_shape(cls, n: int) -> "DppConfig":
         low, span = next((low, span) for low, span in itertools.pairwise((0, *cls.SPANS)) if n <= span)
+        # Counted: no spill with a number a thread and chunk. Above 4096 tokens there are four, and 128 registers.
         if span <= 1024:
             return _chosen(cls(low, span, block=128, num_warps=4))
         if span <= 4096:
@@ -202,13 +203,14 @@ class AssignConfig:
 
 @dataclass(frozen=True)
 class DpcConfig:
-    block_n: int  # columns of s at a time
-    block_m: int = 4  # rows of a program
-    num_warps: int = 4
+    block_m: int  # rows of a program
+    block_n: int  # their columns, all of them
+    num_warps: int
 
     @classmethod
     def for_shape(cls, n: int) -> "DpcConfig":
-        return _chosen(cls(block_n=max(next_power_of_2(n, 1024), 64)))
+        block_n = max(next_power_of_2(n, MAX_STORED), UNIT)
+        return _chosen(cls(max(4096 // block_n, 1), block_n, num_warps=max(block_n // 1024, 4)))  # 32 numbers a thread
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,42 @@ class MergeBackwardConfig:
         # counted: 8 numbers a thread of each of three tensors, loads of 16 bytes, no spill
         block_d = next_power_of_2(d, 256)
         return _chosen(cls(block_n=1024 // block_d, block_d=block_d))
+
+
+@dataclass(frozen=True)
+class GatherMergeConfig:
+    block_d: int  # channels of a program: K rows alone would not fill a GPU
+    num_warps: int
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeConfig":
+        # 8 numbers of a token a thread, as in MergeConfig
+        block_d = next_power_of_2(d, 512)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeBackwardConfig:
+    block_d: int  # channels at a time: all of them up to 4096, so that a token's places are listed once
+    num_warps: int
+    block: int = 1024  # places looked at together
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeBackwardConfig":
+        block_d = next_power_of_2(d, 4096)
+        return _chosen(cls(block_d, num_warps=max(block_d // 256, 1)))
+
+
+@dataclass(frozen=True)
+class GatherMergeWeightsConfig:
+    block_m: int  # neighbours of a program
+    block_d: int  # channels at a time
+    num_warps: int = 4
+
+    @classmethod
+    def for_shape(cls, d: int) -> "GatherMergeWeightsConfig":
+        block_d = next_power_of_2(d, 256)
+        return _chosen(cls(block_m=min(1024 // block_d, 32), block_d=block_d))
 
 
 class Grouping(NamedTuple):

@@ -1,3 +1,4 @@
+from . import from_keys  # noqa: F401  an operator of its own
 from .op import assign
 from .varlen import assign_varlen
 

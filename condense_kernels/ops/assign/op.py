@@ -3,9 +3,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import as_grid, check_tensor, check_tier, check_values, check_weight, check_where
+from ..._dispatch.checks import (
+    as_grid,
+    check_s_or_keys,
+    check_tensor,
+    check_tier,
+    check_values,
+    check_weight,
+    check_where,
+)
 from ..._dispatch.debug import check_finite, check_indices, check_positions, refuse
-from ..._dispatch.declaration import Example, Operator, always, random
+from ..._dispatch.declaration import OPERATORS, Example, Operator, always, random
 from ...tokens import take_rows
 from . import reference
 
@@ -90,14 +98,17 @@ backends.register(
 
 @tracing.leaf()
 def assign(
-    s: torch.Tensor,  # [B, N, N]
-    indices: torch.Tensor,  # [B, K]
+    s: torch.Tensor | None = None,  # [B, N, N]
+    indices: torch.Tensor | None = None,  # [B, K]
     *,
     tier: torch.Tensor | None = None,  # [B, N]
     grid: Sequence[int] | None = None,
     positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
     spatial_weight: float = 1.0,
     sources: torch.Tensor | None = None,  # [B, N]
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    mask: torch.Tensor | None = None,  # [B, N]
+    metric: str = "cosine",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Send every token to the kept token that is most similar and near (Eq. 6 and 7).
@@ -117,6 +128,11 @@ def assign(
         spatial_weight: finite, >= 0; 0 gives assignment by similarity alone.
         sources: [B, N] bool, who may be merged: a token that is not a source goes nowhere, -1. Kept tokens go to
             their own rows whatever it says.
+        keys: [B, N, Dk] floating, instead of s: the assignment is that on the s and tier of
+            :func:`similarity(keys, mask=mask)`, of which the kept tokens' rows alone are computed. The raw operator is
+            assign_from_keys.
+        mask: [B, N] bool, False = padding; with keys.
+        metric: of keys, "cosine".
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
@@ -129,6 +145,11 @@ def assign(
             nobody.
     """
     grid = as_grid(grid)
-    options = {"tier": tier, "grid": grid, "positions": positions, "spatial_weight": spatial_weight, "sources": sources}
-    tracing.checked(check, s, indices, **options)
-    return backends.run("assign", backend, (s, indices), options)
+    check_s_or_keys(s, keys, {"tier": tier}, {"mask": (mask, None), "metric": (metric, "cosine")})
+    options = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight, "sources": sources}
+    if keys is None:
+        op, on, options = "assign", s, {"tier": tier, **options}
+    else:
+        op, on, options = "assign_from_keys", keys, {"mask": mask, **options, "metric": metric}
+    tracing.checked(OPERATORS[op].check, on, indices, **options)
+    return backends.run(op, backend, (on, indices), options)

@@ -1,9 +1,9 @@
 """Density peaks in three launches, as each needs all of the one before: densities, the nearest denser token and the
 score that it makes, and each token's rank among the scores, which is its place in the order.
 
-A program has some rows of an image's s and goes over their columns in blocks. A distance is kept as the bits of the
-float, which order like it; the k_nn smallest of a row are found bit by bit, with a count of the smaller ones for each,
-so that any k_nn costs the same. What decides between tokens is fp64, and there are few of them.
+A program has some whole rows of an image's s, in registers. A distance is the bits of the float, which order like it;
+how far the k_nn nearest of a row reach is found bit by bit, with a count of the nearer ones for each, so that every
+k_nn costs the same. What decides between tokens is in fp64, a number a token.
 """
 
 import torch
@@ -23,12 +23,14 @@ from ..._triton.device import (
     tokens_before,
 )
 from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
-from ..._triton.tables import DpcConfig
+from ..._triton.tables import MAX_STORED, DpcConfig
 
 FIXED_POINT = tl.constexpr(1099511627776.0)  # 2**40: squares are summed as integers, so that the order is free
 LN_2_BITS = tl.constexpr(0x3FE62E42FEFA39EF)  # of fp64; as a number, Triton would round it to fp32
 LOG_TERMS = tl.constexpr(10)
-NO_KEY = tl.constexpr(-0x7FFFFFFFFFFFFFFF - 1)  # below those of all scores, -infinity's too, and there is room for tiers
+NO_KEY = tl.constexpr(
+    -0x7FFFFFFFFFFFFFFF - 1
+)  # below those of all scores, -infinity's too, and there is room for tiers
 TAKEN = tl.constexpr(3)  # the tier that is never picked
 
 
@@ -42,31 +44,29 @@ def tier_of(tier_ptr, stride_tier, tokens, N, HAS_TIER: tl.constexpr):
 
 
 @triton.jit
-def distance_bits(
-    s_ptr, tier_ptr, rows, start, stride_s_i, stride_s_j, stride_tier, N, BLOCK_N: tl.constexpr, HAS_TIER: tl.constexpr
-):
-    """The bits of the distances [BLOCK_M, BLOCK_N], infinity's where there is no other valid token; and the columns."""
-    columns = start + tl.arange(0, BLOCK_N)
+def distance_bits(s_ptr, tier_ptr, rows, columns, stride_s_i, stride_s_j, stride_tier, N, HAS_TIER: tl.constexpr):
+    """The bits of the distances [BLOCK_M, BLOCK_N], infinity's where there is no other valid token."""
     valid = tier_of(tier_ptr, stride_tier, columns, N, HAS_TIER) == 0
-    at = tl.minimum(columns, N - 1).to(tl.int64)
-    s = tl.load(s_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * stride_s_i + at[None, :] * stride_s_j)
+    i, j = tl.minimum(rows, N - 1).to(tl.int64), tl.minimum(columns, N - 1).to(tl.int64)
+    s = tl.load(s_ptr + i[:, None] * stride_s_i + j[None, :] * stride_s_j)
     bits = bits_of(tl.where(is_finite(s) & (s < 0), 0.0 - s, 0.0))
-    return tl.where(valid[None, :] & (rows[:, None] != columns[None, :]), bits, INFINITY_BITS), columns
+    return tl.where(valid[None, :] & (rows[:, None] != columns[None, :]), bits, INFINITY_BITS)
 
 
 @triton.jit
-def count_below(
-    s_ptr, tier_ptr, rows, bar, stride_s_i, stride_s_j, stride_tier, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TIER: tl.constexpr,
-):  # fmt: skip
-    """How many distances of each row have bits below its bar [BLOCK_M]."""
-    count = tl.zeros([BLOCK_M], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        bits, _ = distance_bits(s_ptr, tier_ptr, rows, start, stride_s_i, stride_s_j, stride_tier, N, BLOCK_N, HAS_TIER)
-        count += tl.sum((bits < bar[:, None]).to(tl.int32), axis=1)
-        start += BLOCK_N
-    return count
+def count_below(bits, bar):
+    return tl.sum((bits < bar[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def farthest_of(bits, due, BLOCK_M: tl.constexpr):
+    """Of each row, the largest bits that fewer than `due` are below: those of its neighbour number `due`."""
+    bar = tl.zeros([BLOCK_M], tl.int32)
+    bit = tl.full([], 1 << 30, tl.int32)
+    while bit > 0:
+        bar = tl.where(count_below(bits, bar | bit) < due, bar | bit, bar)
+        bit = bit >> 1
+    return bar
 
 
 @triton.jit
@@ -99,42 +99,30 @@ def density_kernel(
         return
     s_ptr += at_b * stride_s_b
     tier_ptr += at_b * stride_tier_b
-    rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    bar = tl.full([BLOCK_M], INFINITY_BITS, tl.int32)
-    others = count_below(
-        s_ptr, tier_ptr, rows, bar, stride_s_i, stride_s_j, stride_tier_n, N, BLOCK_M, BLOCK_N, HAS_TIER
-    )
+    rows, columns = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    bits = distance_bits(s_ptr, tier_ptr, rows, columns, stride_s_i, stride_s_j, stride_tier_n, N, HAS_TIER)
+    others = tl.sum((bits < INFINITY_BITS).to(tl.int32), axis=1)
     due = tl.minimum(others, K_NN - 1)  # the token itself, at distance 0, is the first of its neighbours
-    # The largest bits that fewer than `due` distances are below: those of the farthest neighbour.
-    bar = tl.zeros([BLOCK_M], tl.int32)
-    bit = tl.full([], 1 << 30, tl.int32)
-    while bit > 0:
-        below = count_below(
-            s_ptr, tier_ptr, rows, bar | bit, stride_s_i, stride_s_j, stride_tier_n, N, BLOCK_M, BLOCK_N, HAS_TIER
-        )
-        bar = tl.where(below < due, bar | bit, bar)
-        bit = bit >> 1
+    bar = farthest_of(bits, due, BLOCK_M)
     first, second = downscale(bar.to(tl.float32, bitcast=True))
-    total = tl.zeros([BLOCK_M], tl.int64)
-    below = tl.zeros([BLOCK_M], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        bits, _ = distance_bits(
-            s_ptr, tier_ptr, rows, start, stride_s_i, stride_s_j, stride_tier_n, N, BLOCK_N, HAS_TIER
-        )
-        near = bits < bar[:, None]
-        below += tl.sum(near.to(tl.int32), axis=1)
-        total += tl.sum(fixed_square(tl.where(near, bits, 0), first[:, None], second[:, None]), axis=1)
-        start += BLOCK_N
-    total += (due - below).to(tl.int64) * fixed_square(bar, first, second)  # those as far as the farthest
+    near = tl.where(bits < bar[:, None], bits, 0)
+    total = tl.sum(fixed_square(near, first[:, None], second[:, None]), axis=1)
+    total += (due - count_below(bits, bar)).to(tl.int64) * fixed_square(bar, first, second)  # as far as the farthest
     mean = total.to(tl.float64) / (due + 1).to(tl.float64) * (1.0 / FIXED_POINT)
     wide = (tl.zeros([BLOCK_M], tl.float32) + scale).to(tl.float64)
     mean = times_power_of_two(times_power_of_two(mean * (wide * wide), first, second), first, second)
-    limit = tl.full([BLOCK_M], FLOAT32_MAX, tl.float32)
-    density = 0.0 - tl.where(mean < limit.to(tl.float64), mean.to(tl.float32), limit)
+    limit = tl.full([BLOCK_M], FLOAT32_MAX, tl.float32).to(tl.float64)
+    density = 0.0 - tl.where(mean < limit, mean, limit).to(tl.float32)
     valid = tier_of(tier_ptr, stride_tier_n, rows, N, HAS_TIER) == 0
     density_ptr += tokens_before(packed, at_b, N)
     tl.store(density_ptr + rows, tl.where(valid, density, float("-inf")), mask=rows < N)
+
+
+@triton.jit
+def comes_before(value, token, own_value, own_token):
+    """[BLOCK_M, BLOCK_N]: is larger, or the same of a lower index."""
+    earlier = token[None, :] < own_token[:, None]
+    return (value[None, :] > own_value[:, None]) | ((value[None, :] == own_value[:, None]) & earlier)
 
 
 @triton.jit
@@ -187,19 +175,12 @@ def peak_kernel(
     density_ptr += at_token
     rows = part * BLOCK_M + tl.arange(0, BLOCK_M)
     own = tl.load(density_ptr + rows, mask=rows < N, other=0.0)
-    nearest = tl.full([BLOCK_M], INFINITY_BITS, tl.int32)
-    farthest = tl.zeros([BLOCK_M], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        bits, columns = distance_bits(
-            s_ptr, tier_ptr, rows, start, stride_s_i, stride_s_j, stride_tier_n, N, BLOCK_N, HAS_TIER
-        )
-        density = tl.load(density_ptr + columns, mask=columns < N, other=float("-inf"))[None, :]
-        earlier = columns[None, :] < rows[:, None]
-        denser = (density > own[:, None]) | ((density == own[:, None]) & earlier)
-        nearest = tl.minimum(nearest, tl.min(tl.where(denser, bits, INFINITY_BITS), axis=1))
-        farthest = tl.maximum(farthest, tl.max(tl.where(bits < INFINITY_BITS, bits, 0), axis=1))
-        start += BLOCK_N
+    columns = tl.arange(0, BLOCK_N)
+    bits = distance_bits(s_ptr, tier_ptr, rows, columns, stride_s_i, stride_s_j, stride_tier_n, N, HAS_TIER)
+    density = tl.load(density_ptr + columns, mask=columns < N, other=float("-inf"))
+    before = comes_before(density, columns, own, rows)
+    nearest = tl.min(tl.where(before, bits, INFINITY_BITS), axis=1)
+    farthest = tl.max(tl.where(bits < INFINITY_BITS, bits, 0), axis=1)
     peak = tl.where(nearest < INFINITY_BITS, nearest, farthest).to(tl.float32, bitcast=True)  # else the densest of all
     tier = tier_of(tier_ptr, stride_tier_n, rows, N, HAS_TIER)
     key = rank_key(log(peak) + own.to(tl.float64), tier)
@@ -223,15 +204,18 @@ def rank_kernel(
     key_ptr += tokens_before(packed, at_b, N)
     tokens = part * BLOCK_M + tl.arange(0, BLOCK_M)
     own = tl.load(key_ptr + tokens, mask=tokens < N, other=NO_KEY)
-    rank = tl.zeros([BLOCK_M], tl.int32)
-    start = tl.zeros([], tl.int32)
-    while start < N:
-        columns = start + tl.arange(0, BLOCK_N)
-        key = tl.load(key_ptr + columns, mask=columns < N, other=NO_KEY)[None, :]
-        earlier = columns[None, :] < tokens[:, None]
-        rank += tl.sum(((key > own[:, None]) | ((key == own[:, None]) & earlier)).to(tl.int32), axis=1)
-        start += BLOCK_N
+    columns = tl.arange(0, BLOCK_N)
+    key = tl.load(key_ptr + columns, mask=columns < N, other=NO_KEY)
+    rank = tl.sum(comes_before(key, columns, own, tokens).to(tl.int32), axis=1)
     tl.store(order_ptr + row + rank, tokens.to(tl.int64), mask=(tokens < N) & (own > NO_KEY) & (rank < K))
+
+
+def check_is_stored(name: str, n: int) -> None:
+    if n > MAX_STORED:
+        raise ValueError(
+            f"{name}: expected at most {MAX_STORED} tokens an image in the Triton dpc_knn, got {n}. "
+            "Remedy: windows or frames apart, or CPU tensors."
+        )
 
 
 def launch_dpc_knn(s, tier, k_nn, scale, order, density, peak_distance, packed=None):
@@ -271,6 +255,7 @@ def dpc_knn(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return order [B, k] int64, density [B, N], peak_distance [B, N]."""
     reject_float64(s=s)
+    check_is_stored("N", s.shape[1])
     order = new(s, (s.shape[0], k), torch.int64, fill=-1)
     density, peak_distance = new(s, s.shape[:2]), new(s, s.shape[:2])
     launch_dpc_knn(s, tier, k_nn, scale, order, density, peak_distance)
@@ -290,6 +275,7 @@ def dpc_knn_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return order [total_keep] int64 within the segment, density [T], peak_distance [T]."""
     reject_float64(s=s)
+    check_is_stored("max_seqlen", max_seqlen)
     t = s.shape[0]
     order = new(s, (total_keep,), torch.int64, fill=-1)
     density, peak_distance = new(s, (t,), fill=0), new(s, (t,), fill=0)

@@ -3,7 +3,15 @@ from typing import NamedTuple
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import MAX_TOKENS, as_count, check_count, check_num_tokens, check_tensor, check_weight
+from ..._dispatch.checks import (
+    MAX_TOKENS,
+    as_count,
+    check_count,
+    check_num_tokens,
+    check_tensor,
+    check_tier,
+    check_weight,
+)
 from ..._dispatch.debug import check_finite, refuse
 from ..._dispatch.declaration import Example, Operator, always, random
 from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_rows, look_at_segments
@@ -22,8 +30,7 @@ class DensityPeaks(NamedTuple):
 
 def check_options(k_nn, tier, shape, sizes, like, scale) -> None:
     check_count("k_nn", k_nn, 1, MAX_TOKENS, "tokens, a token itself among them")
-    if tier is not None:
-        check_tensor("tier", tier, shape, sizes, (torch.int8,), like)
+    check_tier(tier, shape, sizes, like)
     check_weight("scale", scale)
 
 
@@ -77,7 +84,7 @@ def examples(b: int) -> list[Example]:
     tier = (random(b, 12) < 0.2).to(torch.int8)
     return [
         Example((s, 5, 4), {"tier": tier, "scale": 0.5}),
-        Example((s.double(), 0)),
+        Example((s.double(), 0), {"tier": tier}),
         Example((s, 12, 12)),
     ]
 

@@ -1,7 +1,7 @@
 """Density peaks with k nearest neighbours (Rodriguez and Laio 2014; Du et al. 2016): the definition.
 
-It works in the dtype of s, one rounded operation at a time, since the contract fixes the order bit for bit for a given s:
-no kernel may pick differently from this file. The sum of squares is one of integers, so that its order is free, and
+It works in the dtype of s, one rounded operation at a time, since the contract fixes the order bit for bit for a given
+s: no kernel may pick differently from this file. The sum of squares is one of integers, so that its order is free, and
 what decides between tokens is in fp64, of which every operation is written out.
 """
 
@@ -67,10 +67,8 @@ def dpc_knn_one(
     for i in token[valid].tolist():
         denser = valid & ((density > density[i]) | ((density == density[i]) & (token < i)))
         others = d[i][valid & (token != i)]
-        if bool(denser.any()):
-            peak = d[i][denser].amin()
-        else:  # the densest of all
-            peak = others.amax() if len(others) > 0 else d.new_zeros(())
+        farthest = others.amax() if len(others) > 0 else d.new_zeros(())
+        peak = d[i][denser].amin() if bool(denser.any()) else farthest  # the densest of all
         peak_distance[i] = peak * scale
         score[i] = log(peak.double()) + density[i].double()
     order = sorted(token[valid].tolist(), key=lambda i: (-score[i].item(), i))

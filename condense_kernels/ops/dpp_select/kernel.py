@@ -188,7 +188,8 @@ def dpp_select_kernel(
     floor_ptr += first
     first_k, K, _ = image_rows(packed, pid_b, N, K, 0)
     if packed is not None:
-        if (N <= LOW) | (BLOCK * CHUNKS < N) | (K == 0):  # of another size, so of another launch
+        elsewhere = (N <= LOW) | (BLOCK * CHUNKS < N)  # of another size, so of another launch
+        if elsewhere | (K == 0):
             return
     s_ptr += at_b * stride_s_b
     if quality_ptr is not None:
@@ -254,8 +255,8 @@ def dpp_select(
     *,
     tier: torch.Tensor | None = None,  # [B, N] int8
     candidates: torch.Tensor | None = None,  # [B, N] bool
-    eps: float,
-    damping: float,
+    eps: float = 1e-5,
+    damping: float = 0.0,
 ) -> torch.Tensor:
     """Return order [B, k] int64: the picked tokens, first pick first."""
     reject_float64(s=s, quality=quality)
@@ -278,8 +279,8 @@ def dpp_select_from_keys(
     *,
     tier: torch.Tensor | None = None,  # [B, N] int8
     candidates: torch.Tensor | None = None,  # [B, N] bool
-    eps: float,
-    damping: float,
+    eps: float = 1e-5,
+    damping: float = 0.0,
 ) -> torch.Tensor:
     """Likewise, given keys: their cosines are stored, as the picks need the rows of any token."""
     reject_float64(keys=keys, quality=quality)
@@ -310,8 +311,8 @@ def dpp_select_varlen(
     *,
     tier: torch.Tensor | None = None,  # [T] int8
     candidates: torch.Tensor | None = None,  # [T] bool
-    eps: float,
-    damping: float,
+    eps: float = 1e-5,
+    damping: float = 0.0,
 ) -> torch.Tensor:
     """Return order [total_keep] int64 within the segment."""
     reject_float64(s=s, quality=quality)

@@ -4,6 +4,8 @@ It works in the dtype of its inputs (fp32, or fp64 where one of them is), one ro
 contract fixes the picks bit for bit for a given s and quality: no kernel may pick differently from this file.
 """
 
+import math
+
 import torch
 
 from ..._dispatch.packing import parts_of
@@ -12,6 +14,11 @@ from ..similarity.reference import MASKED, NON_FINITE, TAKEN, VALID
 
 def working_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def rounded_root(x: torch.Tensor) -> torch.Tensor:  # []
+    """The square root, rounded to nearest; that of torch may be off by an ulp on a CPU, in fp32 for one in six."""
+    return torch.tensor(math.sqrt(float(x)), dtype=x.dtype, device=x.device)
 
 
 def dpp_select_one(
@@ -40,13 +47,15 @@ def dpp_select_one(
         row = s[pick] if quality is None else quality[pick] * s[pick] * quality
         for earlier in factor:
             row = row - earlier[pick] * earlier
-        row = row / (gain[pick] + damping).sqrt()
+        row = row / rounded_root(gain[pick] + damping)
         gain = gain - row * row
         factor.append(row)
         order.append(pick)
         open_[pick] = False
     by = diagonal if quality is None else quality  # the rest adds nothing to the volume
-    order += (torch.where(open_, by, -torch.inf).sort(descending=True, stable=True).indices[: int(open_.sum())]).tolist()
+    order += (
+        torch.where(open_, by, -torch.inf).sort(descending=True, stable=True).indices[: int(open_.sum())]
+    ).tolist()
     for leftover in (NON_FINITE, MASKED):  # K distinct tokens are due even where fewer are valid
         order += (tier == leftover).nonzero().flatten().tolist()
     return order[:k] + [-1] * (k - len(order))  # -1: nothing was left that may be picked

@@ -69,8 +69,8 @@ def examples(b: int) -> list[Example]:
     offsets = cu_seqlens, cu_keep, total_keep, 12
     return [
         Example((s, quality, *offsets), {"tier": tier, "candidates": candidates, "eps": 1e-4, "damping": 1e-6}),
-        Example((s, None, *offsets)),
         Example((s.double(), quality.half(), *offsets)),
+        Example((s, None, *offsets)),
     ]
 
 

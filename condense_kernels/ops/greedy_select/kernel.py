@@ -33,6 +33,19 @@ def fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, TIE
 
 
 @triton.jit
+def fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, HAS_TIER: tl.constexpr, BLOCK: tl.constexpr):
+    """What is due beyond the candidates: tier 1 by index, then tier 2, then -1, as nothing is left to pick."""
+    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 1, BLOCK)
+        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier, 2, BLOCK)
+    if HAS_TIER or candidates is not None:
+        while place < K:
+            late = place + tl.arange(0, BLOCK)
+            tl.store(order_ptr + late, tl.full([BLOCK], -1, tl.int64), mask=late < K)
+            place += BLOCK
+
+
+@triton.jit
 def candidates_of(candidates_ptr, stride_b, stride_n, at_b):
     """Of an image, a pointer and a stride; None where all tokens are candidates."""
     if candidates_ptr is None:
@@ -131,14 +144,7 @@ def greedy_select_kernel(
         s_ptr + at_b * stride_s_b, order_ptr, nu, starts, place, suppression, tl.cast(stride_s_i, tl.int64),
         stride_s_j, columns, packed, N, BLOCK, 0 if WHOLE == 0 else CHUNKS, AHEAD, True, True, MUL, first,
     )  # fmt: skip
-    if HAS_TIER:  # K distinct tokens are due even where fewer are valid
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 1, BLOCK_FILL)
-        place = fill_by_index(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, 2, BLOCK_FILL)
-    if HAS_TIER or candidates_ptr is not None:
-        while place < K:  # nothing is left that may be picked
-            late = place + tl.arange(0, BLOCK_FILL)
-            tl.store(order_ptr + late, tl.full([BLOCK_FILL], -1, tl.int64), mask=late < K)
-            place += BLOCK_FILL
+    fill_order(order_ptr, tier_ptr, candidates, place, N, K, stride_tier_n, HAS_TIER, BLOCK_FILL)
 
 
 def check_is_stored(n: int) -> None:
@@ -168,7 +174,9 @@ def distances(s, tier, candidates, packed=None) -> torch.Tensor:
 def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, candidates, combine, max_min, packed):
     """One launch, or one for each class of segments: `configs` are (more than so many tokens, config)."""
     images, n = s.shape[:2] if packed is None else (packed.num_segments, packed.max_seqlen)
-    sbar = None if prior is None else sbar  # of zeros there is nothing to scale
+    products = combine == "mul"
+    if prior is None:  # nothing to scale; and where it is multiplied, all scores are 0
+        sbar, suppression, products = None, 0.0 if products else suppression, False
     if max_min:
         first = distances(s, tier, candidates, packed)
     for low, config in configs:
@@ -178,7 +186,7 @@ def launch_select(s, prior, order, configs, *, sbar, tier, suppression, first, c
             as_fp32(suppression), *strides_of(s, 3), *strides_of(prior, 2), *strides_of(sbar, 1), *strides_of(tier, 2),
             *strides_of(first, 2), *strides_of(candidates, 2), n, order.shape[-1], low, packed,
             **config.chunks, BLOCK_FILL=256, HAS_SBAR=sbar is not None, HAS_TIER=tier is not None,
-            MUL=combine == "mul", num_warps=config.num_warps, enable_fp_fusion=False,
+            MUL=products, num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

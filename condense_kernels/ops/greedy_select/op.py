@@ -1,14 +1,24 @@
+from typing import Any
+
 import torch
 
 from ..._dispatch import backends, tracing
-from ..._dispatch.checks import FLOATS, as_count, check_choice, check_count, check_flag, check_tensor, check_weight
+from ..._dispatch.checks import (
+    FLOATS,
+    as_count,
+    check_choice,
+    check_count,
+    check_flag,
+    check_s_or_keys,
+    check_tensor,
+    check_weight,
+)
 from ..._dispatch.debug import check_finite, refuse
-from ..._dispatch.declaration import Example, Operator, always, random
+from ..._dispatch.declaration import OPERATORS, Example, Operator, always, random
 from ..._dispatch.packing import NO_SHARDS, check_rows, check_segments, look_at_rows, look_at_segments
 from . import reference
 
 COMBINE = ("sub", "mul")
-DEFAULTS = {"first": None, "candidates": None, "combine": "sub", "max_min": False}
 
 
 def check_options(sbar, tier, suppression, first, candidates, combine, max_min, sizes, axes, s) -> None:
@@ -16,21 +26,22 @@ def check_options(sbar, tier, suppression, first, candidates, combine, max_min, 
     images, tokens = axes
     if sbar is not None:
         check_tensor("sbar", sbar, images, sizes, (torch.float32, torch.float64), s)
-    if isinstance(tier, torch.Tensor) and tier.dtype == torch.bool:
-        raise TypeError("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.")
     if tier is not None:
+        if getattr(tier, "dtype", None) == torch.bool:
+            raise TypeError("tier: expected dtype int8, got bool. Remedy: candidates= says which tokens may be picked.")
         check_tensor("tier", tier, tokens, sizes, (torch.int8,), s)
     check_weight("suppression", suppression)
-    if isinstance(first, torch.Tensor) and not first.is_floating_point():
-        check_tensor("first", first, images, sizes, (torch.int64, *FLOATS), s)
-    elif first is not None:
-        check_tensor("first", first, tokens, sizes, (torch.int64, *FLOATS), s)
+    if first is not None:
+        is_index = isinstance(first, torch.Tensor) and not first.is_floating_point()
+        check_tensor("first", first, images if is_index else tokens, sizes, (torch.int64, *FLOATS), s)
+        if max_min:
+            raise ValueError("first, max_min: expected one of the two, got both. Remedy: leave out first.")
     if candidates is not None:
         check_tensor("candidates", candidates, tokens, sizes, (torch.bool,), s)
-    check_choice("combine", combine, COMBINE)
-    check_flag("max_min", max_min)
-    if max_min and first is not None:
-        raise ValueError("first, max_min: expected one of the two, got both. Remedy: leave out first.")
+    if combine != "sub":
+        check_choice("combine", combine, COMBINE)
+    if max_min is not False:
+        check_flag("max_min", max_min)
 
 
 def check(
@@ -101,10 +112,15 @@ def look(
 ) -> None:
     refuse("s", s, ~s.isfinite(), "finite numbers", ("image", "token", "token"), REMEDY)
     look_at_options(prior, sbar, tier, first, candidates, combine, ("image", "token"))
+    look_at_indices(first, tier, candidates, s[:, 0])
+
+
+def look_at_indices(first, tier, candidates, tokens) -> None:
+    """A first pick of each image by index; tokens is anything [B, N]."""
     if first is not None and not first.is_floating_point():
-        b, n = s.shape[:2]
-        starts = n * torch.arange(b, device=s.device)
-        look_at_first(first, torch.full_like(starts, n), starts, is_candidate(tier, candidates, s[:, 0]).flatten())
+        b, n = tokens.shape
+        starts = n * torch.arange(b, device=tokens.device)
+        look_at_first(first, torch.full_like(starts, n), starts, is_candidate(tier, candidates, tokens).flatten())
 
 
 def examples(b: int) -> list[Example]:
@@ -214,20 +230,29 @@ backends.register(
 )
 
 
-def as_rule(first: object, max_min: object) -> tuple:
-    """(first, max_min) as the operator takes them, of the name of a rule."""
-    if not isinstance(first, str):
-        return first, max_min
-    if first not in ("prior", "max_min"):
-        raise ValueError(f"first: expected 'prior', 'max_min' or a tensor, got {first!r}.")
-    return None, max_min or first == "max_min"
+def options_of(sbar, tier, suppression, first, candidates, combine, max_min) -> dict[str, Any]:
+    """As the operators take them; those that came later are left out of most calls, as each costs a little time."""
+    options = {"sbar": sbar, "tier": tier, "suppression": suppression}
+    if isinstance(first, str):
+        if first not in ("prior", "max_min"):
+            raise ValueError(f"first: expected 'prior', 'max_min' or a tensor, got {first!r}.")
+        first, max_min = None, max_min or first == "max_min"
+    if first is not None:
+        options["first"] = first
+    if candidates is not None:
+        options["candidates"] = candidates
+    if combine != "sub":
+        options["combine"] = combine
+    if max_min is not False:
+        options["max_min"] = max_min
+    return options
 
 
 @tracing.leaf()
 def greedy_select(
-    s: torch.Tensor,  # [B, N, N]
-    prior: torch.Tensor | None,  # [B, N]
-    k: int,
+    s: torch.Tensor | None = None,  # [B, N, N]
+    prior: torch.Tensor | None = None,  # [B, N]
+    k: int | None = None,
     *,
     sbar: torch.Tensor | None = None,  # [B]
     tier: torch.Tensor | None = None,  # [B, N]
@@ -236,6 +261,10 @@ def greedy_select(
     candidates: torch.Tensor | None = None,  # [B, N]
     combine: str = "sub",
     max_min: bool = False,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
+    mask: torch.Tensor | None = None,  # [B, N]
+    scale_prior: bool = True,
+    metric: str = "cosine",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Greedy selection of k tokens that suppresses what is similar to those already picked (Eq. 2 and 4).
@@ -263,6 +292,12 @@ def greedy_select(
         candidates: [B, N] bool; a token that is False is never picked. In tier 0, it counts in mean|prior|.
         combine: "sub", or "mul", where a negative utility counts as 0.
         max_min: True is the same as first="max_min", by which the raw operator knows it.
+        keys: [B, N, Dk] floating, instead of s: the picks are those on the s, sbar and tier of
+            :func:`similarity(keys, prior, mask)`, which are not returned, and of s only what is needed is computed. The
+            raw operator is greedy_select_from_keys.
+        mask: [B, N] bool, False = padding; with keys.
+        scale_prior: with keys, whether sbar scales the prior; False: the prior is the utility.
+        metric: of keys, "cosine".
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
@@ -277,12 +312,16 @@ def greedy_select(
         RuntimeError: on CPU, an index first that is not in [-1, N).
     """
     k = as_count("k", k)
-    first, max_min = as_rule(first, max_min)
-    options = {"sbar": sbar, "tier": tier, "suppression": suppression}
-    rest = {"first": first, "candidates": candidates, "combine": combine, "max_min": max_min}
-    options |= {name: value for name, value in rest.items() if value is not DEFAULTS[name]}  # each costs a little time
-    tracing.checked(check, s, prior, k, **options)
-    return backends.run("greedy_select", backend, (s, prior, k), options)
+    of_keys = {"mask": (mask, None), "scale_prior": (scale_prior, True), "metric": (metric, "cosine")}
+    check_s_or_keys(s, keys, {"sbar": sbar, "tier": tier}, of_keys)
+    options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
+    op, on = "greedy_select", s
+    if keys is not None:
+        op, on = "greedy_select_from_keys", keys
+        del options["sbar"], options["tier"]
+        options |= {"mask": mask, "scale_prior": scale_prior, "metric": metric}
+    tracing.checked(OPERATORS[op].check, on, prior, k, **options)
+    return backends.run(op, backend, (on, prior, k), options)
 
 
 @tracing.leaf()
@@ -329,9 +368,7 @@ def greedy_select_varlen(
         RuntimeError: on CPU, an index first that is not in its segment, nor -1.
     """
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
-    first, max_min = as_rule(first, max_min)
-    options = {"sbar": sbar, "tier": tier, "suppression": suppression, "first": first, "candidates": candidates}
-    options |= {"combine": combine, "max_min": max_min}
+    options = options_of(sbar, tier, suppression, first, candidates, combine, max_min)
     args = (s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen)
     tracing.checked(check_varlen, *args, **options)
     return backends.run("greedy_select_varlen", backend, args, options)

@@ -93,7 +93,8 @@ def merge_tangent(
         apart = apart_of(features, merged, indices, assignment, mode, centre_weight, mass.dtype)
         moved = row_sums(apart * tangent_scores, indices, assignment)
         if mode != "sum":
-            moved = torch.where(mass[..., None] == 0, 0, moved / mass[..., None])
+            empty = mass[..., None] == 0  # no 0 / 0, of which the derivative would be NaN
+            moved = torch.where(empty, 0, moved / torch.where(empty, 1, mass[..., None]))
         tangent_merged = tangent_merged + moved.to(merged.dtype)
         tangent_mass = row_sums(tangent_scores, indices, assignment)[..., 0]
     return tangent_merged, tangent_mass
@@ -238,7 +239,8 @@ class MergeBackward(Function):
         with outer_tangents(ctx.saved_tensors) as saved:
             given = MergeBackward.given(saved)
             tangents = tuple(torch.zeros_like(t) if tangents[i] is None else tangents[i] for i, t in given.items())
-            grad_merged, mass, assignment = given[0], given[5], saved[7]
+            grad_merged, mass = given[0], given[5]
+            *_, assignment = (t for t in saved if t is not None)  # features, scores and merged alone may be None
             of_scores = torch.zeros_like(given[3]) if 3 in given else mass.new_zeros((mass.shape[0], 0))
             zeros = torch.zeros_like(take_rows(grad_merged, assignment)), of_scores
             return torch.func.vjp(MergeBackward.pullback(saved, ctx.merging), zeros)[1](tangents)[0]

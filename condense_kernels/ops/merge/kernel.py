@@ -386,7 +386,8 @@ def merge_backward(
     mode: str = "mean",
     centre_weight: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of features [B, N, D] and of scores [B, N], in their dtypes; [B, 0] of no floating scores."""
+    """Return the gradients of features [B, N, D] and of scores [B, N], in their dtypes; [B, 0] where scores are no
+    floating tensor."""
     reject_float64(features=grad_merged, scores=scores)  # features have the dtype of their slopes
     (b, n), (k, d) = assignment.shape, grad_merged.shape[1:]
     grad_features = new(grad_merged, (b, n, d))

@@ -10,7 +10,6 @@ from ..similarity.op import compute_dtype
 from . import reference
 from .derivatives import OF_MERGE, OF_MERGE_BACKWARD
 
-
 WEIGHTS = (*FLOATS, *INTEGERS, torch.bool)  # dtypes of scores here: sizes of clusters, and who counts, weigh as well
 
 
@@ -198,8 +197,8 @@ def merge(
     centre_weight: float = 0.5,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge each cluster into the mean of its tokens, weighted by their scores (Eq. 8), into their weighted sum, or into
-    that mean blended with the kept token.
+    """Merge each cluster into the mean of its tokens, weighted by their scores (Eq. 8), into their weighted sum, or
+    into that mean blended with the kept token.
 
     Reusable on other planes of the same tokens: deepstack features, a second encoder's output, the keys and values of a
     cache. The products scores_i * features_i and their sums have to lie in the range of the arithmetic, fp32 unless an
@@ -209,7 +208,8 @@ def merge(
         features: [B, N, D] fp32, fp16, bf16 or fp64; or planes [B, ..., N, D], such as [B, H, N, d] of a cache, which
             share the clusters. Axes between B and N that do not fold into one are copied.
         scores: [B, N] floating, >= 0; or integers, the sizes of clusters, or bool; [B, N, 1] will do. None: 1 each.
-        indices: [B, K] int64, each row's own token, its centre; in any order, distinct; -1 is no row: zeros with mass 0.
+        indices: [B, K] int64, each row's own token, its centre; distinct, in any order; -1 is no row: zeros with
+            mass 0.
         assignment: [B, N] int64 in [-1, K), the row of each token; -1 belongs to none.
         mode: "mean", the weighted mean of a row's tokens; "sum", their weighted sum; "lerp", centre_weight * centre +
             (1 - centre_weight) * weighted mean.
@@ -217,9 +217,9 @@ def merge(
         backend: "auto" (by device), "cpp", "triton" or "reference".
 
     Returns:
-        merged: [B, K, D], or [B, ..., K, D], dtype of features; summed in fp32 (fp64 where features or scores are fp64),
-            rounded once. A mean or blend of a row that holds only its own token, or whose mass is 0, is that token bit
-            for bit; a sum is zeros where no token is in the row, and, without scores, its only token bit for bit.
+        merged: [B, K, D], or [B, ..., K, D], dtype of features: summed in fp32 (fp64 where features or scores are
+            fp64), rounded once. A row that holds only its own token, or whose mass is 0, is that token bit for bit; but
+            a sum of no tokens is zeros, and a sum of one without scores that one bit for bit.
         mass: [B, K] fp32 (or fp64), the sum of the row's scores; without scores the number of its tokens.
 
     Raises:
@@ -233,7 +233,8 @@ def merge(
         tracing.checked(check_planes, features, scores, indices, assignment, **options)
         return merge_planes(features, scores, indices, assignment, backend, options)
     tracing.checked(check, features, scores, indices, assignment, **options)
-    return backends.run("merge", backend, (features, scores, indices, assignment), options)
+    given = {} if mode == "mean" else options  # torch takes 2 us to pass on what is the default
+    return backends.run("merge", backend, (features, scores, indices, assignment), given)
 
 
 def as_column(scores):

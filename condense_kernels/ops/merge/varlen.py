@@ -75,7 +75,14 @@ def look(features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen,
     again = torch.triu(token == token[:, None], diagonal=1).any(dim=0) & (token >= 0)
     refuse("indices", indices, again, "distinct tokens", ("row",), "Remedy: those that greedy_select returns.")
     outside = (assignment < -1) | (assignment >= kept[of_tokens])
-    refuse("assignment", assignment, outside, "rows of the token's image, or -1", ("token",), "Remedy: what assign returns.")
+    refuse(
+        "assignment",
+        assignment,
+        outside,
+        "rows of the token's image, or -1",
+        ("token",),
+        "Remedy: what assign returns.",
+    )
 
 
 def examples(b: int) -> list[Example]:

@@ -17,6 +17,7 @@ from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, rej
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
+from ..assign.streamed import launch_assign as assign_streamed
 from ..greedy_select.loop import (
     chunk_starts,
     count_tiers,
@@ -253,6 +254,6 @@ def select_and_merge(
         elif b > 0:
             launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
             streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior)
-            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment)
+            assign_streamed(w, keys, indices, space, spatial_weight, assignment)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass)
     return out

@@ -12,6 +12,7 @@ from ..._triton.launcher import Packed, new, on_device_of, reject_float64, strid
 from ..._triton.tables import FusedConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, carve
 from ..assign.kernel import Space, launch_assign
+from ..assign.streamed import launch_assign as assign_streamed
 from ..merge.kernel import launch_merge
 from ..select_and_merge import streamed
 from ..select_and_merge.kernel import launch_select
@@ -22,7 +23,7 @@ from ..similarity.kernel import launch_tiles, num_blocks_of
 def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
     """What the launches of a call hand to each other."""
     if not config.store_s:
-        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(streamed.BLOCK))
+        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(SimilarityConfig.block))
     blocks, _ = num_blocks_of(packed.max_seqlen)
     group = next(packed.groups(config.grouping))
     rows = num_tokens if config.grouping is None else config.grouping.rows(packed.max_seqlen)
@@ -83,6 +84,6 @@ def select_and_merge_varlen(
         else:
             launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
             streamed.launch_select(w, keys, scores, indices, 0, suppressions, scale_prior, packed)
-            streamed.launch_assign(w, keys, indices, space, spatial_weight, assignment, packed)
+            assign_streamed(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass, packed)
     return merged, indices, assignment, mass

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import (
-    INTERPRETED,
     NOWHERE,
     first_block_of,
     has_block,
     image_of_block,
+    image_rows,
     image_tokens,
     inside,
     order_key,
@@ -32,8 +32,9 @@ from ..._triton.device import (
 )
 from ..._triton.launcher import VARYING, launch, strides_of
 from ..._triton.tables import SimilarityConfig, StreamConfig
-from ..greedy_select.loop import dead
-from ..similarity.kernel import blocks_of_image, can_overflow, cosine_tile, num_blocks_of
+from ..similarity.kernel import blocks_of_image, num_blocks_of
+from ..similarity.measure import cosines_of, tile_options
+from .loop import dead, negated_product
 
 BLOCK = SimilarityConfig.block  # tokens of a tile, so of a turn's picks, and of an update
 NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above the place of every token
@@ -52,18 +53,12 @@ def live_key(t, nu):
 
 
 @triton.jit
-def cosines_of(
-    keys_ptr, scale_ptr, inverse_ptr, tokens_i, tokens_j, stride_key_n, stride_key_d, num_channels,
-    DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK, BLOCK] cosines of two lists of tokens of one image, with the factors that the first pass stored."""
-    channels = DK if INTERPRETED else num_channels
-    return cosine_tile(
-        keys_ptr, tokens_i, tokens_j, tl.load(scale_ptr + tokens_i), tl.load(scale_ptr + tokens_j),
-        tl.load(inverse_ptr + tokens_i), tl.load(inverse_ptr + tokens_j), stride_key_n, stride_key_d, channels,
-        DK, BLOCK, BLOCK_D, CAN_OVERFLOW, INTERPRETED,
-    )  # fmt: skip
+def score_key(m, nu, suppression, MUL: tl.constexpr):
+    """The order key of a token's negated score, given its largest cosine to a pick."""
+    if MUL:
+        return live_key(negated_product(nu, m, suppression), nu)
+    else:
+        return live_key(suppression * m + nu, nu)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -81,7 +76,7 @@ def update_kernel(
     stride_key_b, stride_key_n, stride_key_d,
     N, num_blocks, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr, MUL: tl.constexpr,
 ):  # fmt: skip
     """m, scores and the best token of a block, given the last picks."""
     pid = tl.program_id(0)
@@ -106,7 +101,7 @@ def update_kernel(
         at = first + offs_n
         nu = tl.load(nu_ptr + at, mask=mask_n, other=float("nan"))
         m = tl.maximum(tl.load(m_ptr + at, mask=mask_n, other=0.0), tl.max(s, axis=1))
-        key = live_key(suppression * m + nu, nu)
+        key = score_key(m, nu, suppression, MUL)
         tl.store(m_ptr + at, m, mask=mask_n)
         tl.store(key_ptr + at, key, mask=mask_n)
         tl.store(best_ptr + pid, tl.min(place_of(key, offs_n), axis=0))
@@ -143,12 +138,14 @@ def pick_kernel(
     batch_ptr,  # [B, BLOCK]
     fresh_ptr,  # [B]
     due_ptr,  # [B]
+    order_ptr,  # [B, K] or None: where the picks are written in their order,
+    count_ptr,  # [B] how many they will be; None
     turns_left,
     suppression,
     stride_key_b, stride_key_n, stride_key_d,
-    N, num_blocks, num_channels, packed,
+    N, K, num_blocks, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr, MUL: tl.constexpr,
 ):  # fmt: skip
     """The next picks of an image: of one round of candidates, or as many as leave turns_left turns enough.
 
@@ -164,6 +161,11 @@ def pick_kernel(
     batch = pid_b * BLOCK
     offs_c = tl.arange(0, BLOCK)
     due = tl.minimum(tl.load(due_ptr + pid_b), N)
+    if order_ptr is not None:
+        first_k, K, _anchors = image_rows(packed, pid_b, N, K, 0)
+        made = tl.maximum(tl.minimum(tl.load(count_ptr + pid_b), K) - due, 0)
+        order_ptr += first_k + made
+        room = K - made
     fresh = tl.zeros([], tl.int32)
     idle = tl.zeros([], tl.int32)  # rounds since the last pick
     goes_on = due > 0
@@ -188,18 +190,20 @@ def pick_kernel(
         nu = tl.where(candidates < N, tl.load(nu_ptr + at), float("nan"))
         m = tl.maximum(m, tl.load(m_ptr + at))
         before = fresh
-        place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
+        place = tl.min(place_of(score_key(m, nu, suppression, MUL), candidates), axis=0)
         while (fresh < due) & (fresh < BLOCK) & (place < outside):
             pick = inside(packed, place.to(tl.int32), N)
             tl.store(nu_ptr + first + pick, dead(tl.zeros([], tl.int32)))
             tl.store(batch_ptr + batch + fresh, pick)
+            if order_ptr is not None:
+                tl.store(order_ptr + fresh, pick.to(tl.int64), mask=fresh < room)
             row = tl.max(tl.where((candidates == pick)[:, None], s, float("-inf")), axis=0)
             m = tl.maximum(m, row)
             nu = tl.where(candidates == pick, float("nan"), nu)
-            place = tl.min(place_of(live_key(suppression * m + nu, nu), candidates), axis=0)
+            place = tl.min(place_of(score_key(m, nu, suppression, MUL), candidates), axis=0)
             fresh += 1
 
-        tl.store(key_ptr + at, live_key(suppression * m + nu, nu), mask=candidates < N)
+        tl.store(key_ptr + at, score_key(m, nu, suppression, MUL), mask=candidates < N)
         tl.debug_barrier()  # the keys are read back by other threads
         theirs = candidates // BLOCK
         offs_n = theirs[:, None] * BLOCK + offs_c[None, :]
@@ -215,23 +219,21 @@ def pick_kernel(
     tl.store(fresh_ptr + pid_b, fresh)
 
 
-def launch_turns(w, keys, count, suppression, packed=None):
+def launch_turns(w, keys, count, suppression, packed=None, order=None, mul=False):
     """All picks but the first of a loop, which has at most count. Turns enough: each makes a pick, or 64 if need be."""
     n, dk = keys.shape[-2:]
     if packed is not None:
         n = packed.max_seqlen
     blocks, _ = num_blocks_of(n)
-    similarity, config = SimilarityConfig.for_shape(keys.dtype), StreamConfig.for_shape()
-    tile = {
-        "DK": dk, "BLOCK": BLOCK, "BLOCK_D": similarity.block_d, "CAN_OVERFLOW": can_overflow(keys),
-        "INTERPRETED": INTERPRETED, "num_warps": similarity.num_warps, "num_stages": similarity.num_stages,
-    }  # fmt: skip
+    spare = StreamConfig.for_shape().spare_turns
+    options = {**tile_options(keys), "MUL": mul}
     factors = (keys, w.scale, w.inverse, w.nu, w.m, w.key, w.best, w.batch, w.fresh)
-    sizes = (suppression, *strides_of(keys, 3), n, blocks, dk, packed)
-    turns = min(count - 1, triton.cdiv(count - 1, BLOCK) + config.spare_turns)
+    strides = (suppression, *strides_of(keys, 3))
+    out = (None, None) if order is None else (order, w.count)
+    turns = min(count - 1, triton.cdiv(count - 1, BLOCK) + spare)
     for turns_left in reversed(range(turns)):
-        launch(update_kernel, (w.best.numel(),), *factors, *sizes, **tile, enable_fp_fusion=False)
+        launch(update_kernel, (w.best.numel(),), *factors, *strides, n, blocks, dk, packed, **options)
         launch(
-            pick_kernel, (w.due.numel(),), *factors, w.due, turns_left, *sizes, **tile,
-            BLOCKS=triton.next_power_of_2(blocks), enable_fp_fusion=False,
+            pick_kernel, (w.due.numel(),), *factors, w.due, *out, turns_left, *strides, n, count, blocks, dk, packed,
+            **options, BLOCKS=triton.next_power_of_2(blocks),
         )  # fmt: skip

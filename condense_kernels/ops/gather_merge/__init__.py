@@ -1,0 +1,3 @@
+from .op import gather_merge
+
+__all__ = ["gather_merge"]
