@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "merge.h"
 #include "stages.h"
 #include "tensors.h"
 

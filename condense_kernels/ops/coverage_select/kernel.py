@@ -30,10 +30,7 @@ def score_of(gain, weight_ptr, offset, mask, HAS_WEIGHT: tl.constexpr, MULTIPLIE
     if HAS_WEIGHT:
         w = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         w = tl.where(w != w, -FLOAT32_MAX, tl.minimum(tl.maximum(w, -FLOAT32_MAX), FLOAT32_MAX))
-        if MULTIPLIED:
-            score = score * tl.maximum(w, 0.0)
-        else:
-            score = score + w
+        score = score * tl.maximum(w, 0.0) if MULTIPLIED else score + w
     return score
 
 

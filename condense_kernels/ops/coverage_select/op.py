@@ -99,8 +99,8 @@ def coverage_select(
     Args:
         c: [B, M, N] fp32 or fp64; the rows may be other things than tokens. NaN and infinities count as 0.
         k: picks per image, 0 <= k <= N.
-        weight: [B, N] floating. A NaN is the lowest weight, an infinity the largest or lowest finite one. None: the gain
-            alone counts.
+        weight: [B, N] floating. A NaN is the lowest weight, an infinity the largest or lowest finite one. None: the
+            gain alone counts.
         combine: "mul", where a negative weight counts as 0, or "add".
         candidates: [B, N] bool; a token that is False is never picked.
         backend: "auto" (by device), "cpp", "triton" or "reference".
