@@ -47,26 +47,22 @@ template <class T>
 struct Coverage {
   const T* c;
   int64_t ld, m, n;
-  const T* weight;             // [n] null: gains alone
-  const uint8_t* candidates;   // [n] null: all are
+  const T* weight;            // [n] null: gains alone
+  const uint8_t* candidates;  // [n] null: all are
   bool multiplied;
 
-  // Columns [lo, hi), in blocks that stay in the cache.
-  void transpose(int64_t lo, int64_t hi, T* columns) const {
+  // Columns [lo, hi) and their first scores, in blocks that stay in the cache.
+  void start(int64_t lo, int64_t hi, const CoverageMemory<T>& memory) const {
     constexpr int64_t kBlock = 32;
     const int64_t length = padded(m);
+    T* columns = memory.columns;
     for (int64_t j0 = lo; j0 < hi; j0 += kBlock) {
       const int64_t j1 = std::min(j0 + kBlock, hi);
-      for (int64_t i0 = 0; i0 < m; i0 += kBlock) {
-        const int64_t i1 = std::min(i0 + kBlock, m);
-        for (int64_t j = j0; j < j1; ++j) {
-          for (int64_t i = i0; i < i1; ++i) {
-            const T x = c[i * ld + j];
-            columns[j * length + i] = x - x == 0 ? x : T{0};
-          }
-        }
+      row_ops<T>().transpose_finite(c + j0, ld, m, j1 - j0, columns + j0 * length, length);
+      for (int64_t j = j0; j < j1; ++j) {
+        std::fill(columns + j * length + m, columns + (j + 1) * length, T{0});
+        memory.heap[j] = {score(j, memory), j, 0};
       }
-      for (int64_t j = j0; j < j1; ++j) std::fill(columns + j * length + m, columns + (j + 1) * length, T{0});
     }
   }
 
@@ -86,8 +82,7 @@ struct Coverage {
     std::fill(memory.covered, memory.covered + length, T{0});
     crew.run([&](int slot) {
       const Share share(n, slot, crew.size());
-      transpose(share.lo, share.hi, memory.columns);
-      for (int64_t j = share.lo; j < share.hi; ++j) memory.heap[j] = {score(j, memory), j, 0};
+      start(share.lo, share.hi, memory);
     });
     Score<T>* end = memory.heap + n;
     if (candidates) {
@@ -150,8 +145,7 @@ Tensor coverage_select_as(const Tensor& c, int64_t k, const Arguments<T>& argume
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return CoverageMemory<T>(memory, M, N); };
   for_each_image(B, static_cast<double>(M) * N, pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    arguments.of(matrices.at<T>(b), matrices.ld, M, N, b * N)
-        .select(k, crew, memory, output<int64_t>(order) + b * k);
+    arguments.of(matrices.at<T>(b), matrices.ld, M, N, b * N).select(k, crew, memory, output<int64_t>(order) + b * k);
   });
   return order;
 }

@@ -108,6 +108,8 @@ struct RowOps {
   // The sum of max(0, column - covered) over n rows, a multiple of kGainLanes: row i is added to lane i % kGainLanes,
   // then neighbouring lanes to each other, and so on.
   T (*coverage_gain)(const T* column, const T* covered, int64_t n);
+  // dst[c, r] = src[r, c], 0 where it is not finite.
+  void (*transpose_finite)(const T* src, int64_t ld_src, int64_t rows, int64_t columns, T* dst, int64_t ld_dst);
 
   // best[lo, hi), best_row: where row k, that of token kept, is strictly nearer than the best so far, take it.
   // positions is [num_axes, n]; score = s - factor * distance.

@@ -680,12 +680,53 @@ T coverage_gain(const T* column, const T* covered, int64_t n) {
       part[v] = part[v] + (more > 0 ? more : V{});
     }
   }
-  T lane[kGainLanes];
-  for (int v = 0; v < kVectors; ++v) store(lane + v * kLanes, part[v]);
-  for (int left = kGainLanes / 2; left > 0; left /= 2) {
+#if defined(__clang__)
+  constexpr int kLeft = kVectors;
+#else
+  typedef typename Simd<T>::I I;
+  constexpr int kLeft = 1;
+  I even, odd;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    even[lane] = 2 * lane;
+    odd[lane] = 2 * lane + 1;
+  }
+  for (int left = kVectors / 2; left > 0; left /= 2) {  // whole vectors of neighbours' sums
+#pragma GCC unroll 8
+    for (int v = 0; v < left; ++v) {
+      const V low = part[2 * v], high = part[2 * v + 1];
+      part[v] = __builtin_shuffle(low, high, even) + __builtin_shuffle(low, high, odd);
+    }
+  }
+#endif
+  T lane[kLeft * kLanes];
+  for (int v = 0; v < kLeft; ++v) store(lane + v * kLanes, part[v]);
+  for (int left = kLeft * kLanes / 2; left > 0; left /= 2) {
     for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
   }
   return lane[0];
+}
+
+template <class T>
+void transpose_finite(const T* src, int64_t ld_src, int64_t rows, int64_t columns, T* dst, int64_t ld_dst) {
+  typedef typename Simd<T>::V V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+  T block[kLanes * kLanes];
+  for (int64_t r = 0; r < whole_rows; r += kLanes) {
+    for (int64_t c = 0; c < whole_columns; c += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const V x = load<V>(src + (r + i) * ld_src + c);
+        store(block + i * kLanes, x - x == 0 ? x : V{});
+      }
+      transpose_block(block, kLanes, dst + c * ld_dst + r, ld_dst);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
+      const T x = src[r * ld_src + c];
+      dst[c * ld_dst + r] = x - x == 0 ? x : T{0};
+    }
+  }
 }
 
 template <class T>
@@ -817,6 +858,7 @@ constexpr RowOps<T> table() {
   ops.factor_rows = factor_rows<T>;
   ops.best_gain = best_gain<T>;
   ops.coverage_gain = coverage_gain<T>;
+  ops.transpose_finite = transpose_finite<T>;
   ops.consider_row = consider_row<T>;
   ops.accumulate_row = accumulate_row<T>;
   ops.fold_row = fold_row<T>;

@@ -7,7 +7,8 @@ from hypothesis.extra import numpy as hnp
 
 from condense_kernels import coverage_select, coverage_select_varlen, debug, similarity
 from condense_kernels._dispatch import backends
-from condense_kernels.ops.coverage_select import reference
+from condense_kernels._triton.tables import MAX_STORED, CoverageConfig, trying
+from condense_kernels.ops.coverage_select import kernel, reference
 from condense_kernels.testing import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -79,23 +80,42 @@ def cosines(b, n, d=24):
     return similarity(keys)[0]
 
 
-@pytest.mark.parametrize(("n", "k"), [(130, 12), (300, 5)])
+# Rows on both sides of 128, the partial sums, and of what a Triton program loads at once; tokens, and so gains computed
+# anew, only as many as the interpreter does in a second.
+@pytest.mark.parametrize(("m", "n", "k", "rows"), [(127, 9, 4, 8), (130, 9, 4, 1), (300, 8, 3, 2), (1030, 3, 2, 8)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_more_rows_than_lanes(backend, n, k, weighted):
-    c = cosines(2, n)
+def test_more_rows_than_lanes(backend, m, n, k, rows, weighted):
+    c = cosines(2, m)[:, :, :n]
     weight = torch.rand(2, n) if weighted else None
     expected = reference.coverage_select(c, k, weight=weight)
-    assert torch.equal(coverage_select(c, k, weight=weight, backend=backend), expected)
-    assert torch.equal(coverage_select(c, k // 2, weight=weight, backend=backend), expected[:, : k // 2])  # a prefix
+    with trying(CoverageConfig, rows=rows):
+        order = coverage_select(c, k, weight=weight, backend=backend)
+        first = coverage_select(c, k // 2, weight=weight, backend=backend)
+    assert torch.equal(order, expected) and torch.equal(first, expected[:, : k // 2])  # a prefix
+
+
+@pytest.mark.parametrize("kind", ["cosines", "independent", "few values"])
+@pytest.mark.parametrize("combine", ["mul", "add"])
+def test_many_picks_of_many_tokens(cpp, kind, combine):
+    """What a heap has to keep in order: gains that fall together, gains that fall alone, ties by the dozen."""
+    n, k = 200, 120
+    c = {
+        "cosines": cosines(2, n),
+        "independent": torch.rand(2, n, n),
+        "few values": torch.randint(0, 3, (2, n, n)).float(),
+    }[kind]
+    weight = torch.randint(1, 4, (2, n)).float()
+    expected = reference.coverage_select(c, k, weight=weight, combine=combine)
+    assert torch.equal(coverage_select(c, k, weight=weight, combine=combine, backend=cpp), expected)
 
 
 def test_picks_cover_as_much_as_the_best_in_fp64(backend):
     """Rectangular: what is covered are other things than tokens."""
-    c = torch.rand(2, 70, 50) - 0.2
-    order = coverage_select(c, 8, backend=backend)
+    c = torch.rand(2, 30, 14) - 0.2
+    order = coverage_select(c, 5, backend=backend)
     for b in range(2):
-        exact, covered = c[b].double(), torch.zeros(70, dtype=torch.float64)
-        left = torch.ones(50, dtype=torch.bool)
+        exact, covered = c[b].double(), torch.zeros(30, dtype=torch.float64)
+        left = torch.ones(14, dtype=torch.bool)
         for pick in order[b].tolist():
             gain = (exact - covered[:, None]).clamp(min=0).sum(dim=0)
             assert gain[left].amax() - gain[pick] <= 1e-5
@@ -115,16 +135,16 @@ def test_column_not_row_is_what_a_token_covers(backend):
 
 
 def test_layout_batch_and_dtype_do_not_matter(backend):
-    c, weight = cosines(2, 20), torch.rand(2, 20)
-    expected = coverage_select(c, 8, weight=weight, backend=backend)
-    strided = torch.empty(2, 20, 40)[..., ::2].copy_(c)
+    c, weight = cosines(2, 12), torch.rand(2, 12)
+    expected = coverage_select(c, 4, weight=weight, backend=backend)
+    strided = torch.empty(2, 12, 24)[..., ::2].copy_(c)
     for other in (c.mT.contiguous().mT, strided, c[:, :, None].expand(-1, -1, 1, -1)[:, :, 0]):
-        assert torch.equal(coverage_select(other, 8, weight=weight, backend=backend), expected)
+        assert torch.equal(coverage_select(other, 4, weight=weight, backend=backend), expected)
     for b in range(2):
-        alone = coverage_select(c[b : b + 1], 8, weight=weight[b : b + 1], backend=backend)
+        alone = coverage_select(c[b : b + 1], 4, weight=weight[b : b + 1], backend=backend)
         assert_same_bits(alone[0], expected[b])
     half = weight.bfloat16()
-    narrow, wide = (coverage_select(c, 8, weight=w, backend=backend) for w in (half, half.float()))
+    narrow, wide = (coverage_select(c, 4, weight=w, backend=backend) for w in (half, half.float()))
     assert torch.equal(narrow, wide)
 
 
@@ -146,10 +166,10 @@ def test_fp64():
     assert torch.equal(coverage_select(c, 30), reference.coverage_select(c, 30))
 
 
-@pytest.mark.parametrize("lengths", [[7, 0, 130, 3], [1], [20, 20]])
+@pytest.mark.parametrize("lengths", [[7, 0, 130, 3], [1], [8, 8]])
 def test_segments_are_images(backend, lengths):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    kept = [min((n + 1) // 2, 4) for n in lengths]
+    kept = [min((n + 1) // 2, 3) for n in lengths]
     cu_keep = torch.tensor([0, *kept]).cumsum(0).int()
     t, longest = sum(lengths), max(lengths) + 2
     c, weight = torch.full((t, longest), torch.nan), torch.rand(t)
@@ -172,6 +192,13 @@ def test_wrong_offsets_are_harmless(backend, offsets):
     for cu_seqlens, cu_keep in ((wrong, right), (right, wrong), (wrong, wrong)):
         order = coverage_select_varlen(c, cu_seqlens, cu_keep, 15, 12, backend=backend)
         assert order.min() >= -1 and order.max() < 12
+
+
+def test_the_kernel_refuses_what_does_not_fit_registers():
+    c = torch.zeros(1, 1, MAX_STORED + 1)
+    with pytest.raises(ValueError, match="N: expected at most 16384 tokens an image in the Triton coverage_select"):
+        kernel.coverage_select(c, 1)
+    assert kernel.coverage_select(c, 0).shape == (1, 0)
 
 
 def test_debug_names_what_is_wrong():

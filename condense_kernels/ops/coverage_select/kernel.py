@@ -19,7 +19,7 @@ from ..._triton.device import (
     sum_in_pairs,
 )
 from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of
-from ..._triton.tables import CoverageConfig
+from ..._triton.tables import MAX_STORED, CoverageConfig
 
 LANES = tl.constexpr(128)  # partial sums of a gain, as in the reference
 
@@ -156,6 +156,11 @@ def coverage_select_kernel(
 def launch_picks(c, weight, combine, candidates, order, rows, strides, packed) -> None:
     """Both launches, into order, which is -1 everywhere. rows and strides are those of c [B, M, N]."""
     images, n = (order.shape[0], c.shape[2]) if packed is None else (packed.num_segments, packed.max_seqlen)
+    if n > MAX_STORED:
+        raise ValueError(
+            f"N: expected at most {MAX_STORED} tokens an image in the Triton coverage_select, got {n}. "
+            "Remedy: CPU tensors, or windows of the image."
+        )
     num_tokens = images * n if packed is None else packed.num_tokens
     config = CoverageConfig.for_shape(n)
     width = -(-rows // LANES.value) * LANES.value
