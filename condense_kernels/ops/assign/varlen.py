@@ -1,5 +1,7 @@
 """The same on a packed batch: every segment as :func:`assign` on it alone."""
 
+from typing import Any
+
 import torch
 
 from ..._dispatch import backends, tracing
@@ -162,7 +164,7 @@ def assign_varlen(
             nobody.
     """
     check_s_or_keys(s, keys, {"tier": tier}, {"mask": (mask, None), "metric": (metric, "cosine")})
-    options = {"positions": positions, "spatial_weight": spatial_weight, "sources": sources}
+    options: dict[str, Any] = {"positions": positions, "spatial_weight": spatial_weight, "sources": sources}
     if keys is None:
         op, on, options = "assign_varlen", s, {"tier": tier, **options}
     else:
