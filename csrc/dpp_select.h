@@ -44,17 +44,17 @@ struct Factored {
   T* factor;                  // [blocks, k, kFactorBlock]
 };
 
-constexpr int64_t kDppPool = 256;  // tokens that a round picks from
+constexpr int64_t kDppPool = 256;   // tokens that a round picks from
 constexpr int64_t kDppAlone = 640;  // up to so many are all in one pool
 
 template <class T>
 struct DppMemory {
   DppMemory(Memory& memory, int64_t n, int64_t k);
   Factored<T> all;
-  Factored<T> pool;         // of nothing where all are in one pool
-  T* worth;                 // [n] what the rest is picked by
-  uint8_t* open;            // [n] may still be picked
-  int64_t* tokens;          // [n] of the pool
+  Factored<T> pool;                    // of nothing where all are in one pool
+  T* worth;                            // [n] what the rest is picked by
+  uint8_t* open;                       // [n] may still be picked
+  int64_t* tokens;                     // [n] of the pool
   T *picked, *root, *of_picked, *row;  // of a round's picks: [., k], [.], [.]; [pool]
 };
 

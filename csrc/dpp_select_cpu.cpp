@@ -3,12 +3,12 @@
 // Exact lazy batching: gains only fall, so an old gain is a bound. Picks are made from a pool of the tokens with the
 // largest gains, as long as the best of them comes before the best old gain outside; then all tokens are brought up to
 // date with the round's picks at once, which reads the factor once for four of them.
-#include "dpp_select.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <limits>
+
+#include "dpp_select.h"
 
 namespace condense {
 
@@ -191,8 +191,8 @@ class Loop {
   }
 
   // Rows [done, done + count) of the factor of one block of `some`, for the round's picks from `place` on.
-  void add_rows(const Factored<T>& some, int64_t size, int64_t block, const T* const* rows, int64_t done,
-                int64_t place, int count) {
+  void add_rows(const Factored<T>& some, int64_t size, int64_t block, const T* const* rows, int64_t done, int64_t place,
+                int count) {
     const int64_t first = block * kFactorBlock, filled = std::min<int64_t>(kFactorBlock, size - first);
     T padded[kFactorRows][kFactorBlock];
     FactorRows<T> task;
@@ -251,9 +251,8 @@ void fill_order(const Dpp<T>& dpp, int64_t n, int64_t picks, int64_t k, const Dp
     if (memory.open[i]) rest[left++] = i;
   }
   const int64_t due = std::min(left, k - picks);
-  std::partial_sort(rest, rest + due, rest + left, [&](int64_t i, int64_t j) {
-    return comes_before(memory.worth[i], i, memory.worth[j], j);
-  });
+  std::partial_sort(rest, rest + due, rest + left,
+                    [&](int64_t i, int64_t j) { return comes_before(memory.worth[i], i, memory.worth[j], j); });
   int64_t step = std::copy(rest, rest + due, order + picks) - order;
   for (const int8_t leftover : {kNonFinite, kMasked}) {
     for (int64_t i = 0; dpp.tier && i < n && step < k; ++i) {
@@ -279,10 +278,10 @@ void dpp_select_image(const T* s, int64_t ld, const Dpp<T>& dpp, int64_t n, int6
   select(StoredRows<T>{s, ld}, dpp, n, k, crew, memory, order);
 }
 
-#define CONDENSE_INSTANTIATE(T)                                                                            \
-  template struct DppMemory<T>;                                                                            \
-  template void dpp_select_image<T>(const T*, int64_t, const Dpp<T>&, int64_t, int64_t, Crew&,             \
-                                    const DppMemory<T>&, int64_t*);
+#define CONDENSE_INSTANTIATE(T)                                                                                     \
+  template struct DppMemory<T>;                                                                                     \
+  template void dpp_select_image<T>(const T*, int64_t, const Dpp<T>&, int64_t, int64_t, Crew&, const DppMemory<T>&, \
+                                    int64_t*);
 CONDENSE_INSTANTIATE(float)
 CONDENSE_INSTANTIATE(double)
 #undef CONDENSE_INSTANTIATE
