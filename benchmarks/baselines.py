@@ -229,6 +229,36 @@ def dpc_knn(distances: torch.Tensor, k: int, k_nn: int) -> torch.Tensor:  # [B, 
     return (peak * density).topk(k, dim=-1).indices
 
 
+# SCOPE and MMTok
+
+
+def scope(s: torch.Tensor, saliency: torch.Tensor, k: int) -> torch.Tensor:  # [.., N, N], [.., N]
+    """argmax of the coverage that a token adds, times its saliency, in the steps of the published code.
+
+    These are a masked copy of s, the difference, its positive part, the sum. The method merges nothing.
+    """
+    covered, free, order = torch.zeros_like(saliency), torch.ones_like(saliency, dtype=torch.bool), []
+    zero = s.new_zeros(1)
+    for _ in range(k):
+        more = s.masked_fill(~free[..., None, :], 0) - covered[..., :, None]
+        gain = torch.maximum(zero, more).sum(dim=-2) * saliency
+        order.append(gain.masked_fill(~free, -torch.inf).argmax(dim=-1))
+        strike(free, order[-1], False)
+        covered = torch.maximum(covered, row(s, order[-1]))
+    return torch.stack(order, dim=-1)
+
+
+def coverage_in_place(s: torch.Tensor, saliency: torch.Tensor, k: int) -> torch.Tensor:  # [.., N, N], [.., N]
+    """The same picks with one matrix that is written over and over: MMTok's loop without its allocations."""
+    covered, left, order, more = torch.zeros_like(saliency), torch.zeros_like(saliency), [], torch.empty_like(s)
+    for _ in range(k):
+        gain = torch.sub(s, covered[..., :, None], out=more).relu_().sum(dim=-2)
+        order.append((gain * saliency + left).argmax(dim=-1))
+        strike(left, order[-1])
+        covered = torch.maximum(covered, row(s, order[-1]))
+    return torch.stack(order, dim=-1)
+
+
 # CDPruner
 
 

@@ -27,19 +27,23 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
         if shape.num_tokens <= gates.EVERY_PICK:  # the reference computes every gain at every step
             gates.equal("order", order, coverage_select(s, shape.kept, weight=scores, backend="reference"))
 
-    def published(s: torch.Tensor) -> torch.Tensor:
-        return baselines.batched(shape.batch, baselines.scope(s, saliency, shape.kept))
-
-    return {
+    result = {
         "ours": Side(lambda: op.coverage_select(s, shape.kept, weight=scores), check_bits, given),
-        "SCOPE": Side(lambda: published(one), check, given, capturable=False),
         "ours from features": Side(
             lambda: op.coverage_select(op.similarity(features)[0], shape.kept, weight=scores), check, whole
         ),
-        "SCOPE from features": Side(
-            lambda: published(baselines.matmul(baselines.unit(one_features))), check, whole, capturable=False
-        ),
     }
+    for name, loop in (("SCOPE", baselines.scope), ("in place", baselines.coverage_in_place)):
+
+        def call(s: torch.Tensor, loop=loop) -> torch.Tensor:
+            return baselines.batched(shape.batch, loop(s, saliency, shape.kept))
+
+        def from_features(call=call) -> torch.Tensor:
+            return call(baselines.matmul(baselines.unit(one_features)))
+
+        result[name] = Side(lambda call=call: call(one), check, given, capturable=False)
+        result[f"{name} from features"] = Side(from_features, check, whole, capturable=False)
+    return result
 
 
 def test_coverage_select(shape_name, interleaved):

@@ -42,8 +42,8 @@ from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.testing import KINDS, make_inputs
 
 TIMED = (
-    "similarity", "greedy_select", "dpc_knn", "assign", "merge", "merge_backward", "attention_scores",
-    "select_and_merge", "select_and_merge_varlen",
+    "similarity", "greedy_select", "coverage_select", "dpc_knn", "assign", "merge", "merge_backward",
+    "attention_scores", "select_and_merge", "select_and_merge_varlen",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

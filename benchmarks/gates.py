@@ -137,6 +137,28 @@ def check_loop(order: torch.Tensor, keys: torch.Tensor, define: Callable, scores
         check_picks(order[b], define(s, *prior), error)
 
 
+EVERY_PICK = 1024  # tokens up to which every pick of a coverage is looked at; of more, 32 spread over the loop
+
+
+def check_coverage(order: torch.Tensor, keys: torch.Tensor, saliency: torch.Tensor) -> None:
+    """Each pick [B, k] adds as much coverage of keys [B, N, D], times its saliency [B, N], as any would.
+
+    A gain is off by what N similarities are, and their sum.
+    """
+    for b in ends(len(keys)):
+        one, picks = exact(keys, b), order[b].tolist()
+        n, k = len(one.z), len(picks)
+        if len(set(picks)) != k:
+            raise Mismatch(f"order: expected distinct tokens, got {len(set(picks))} of {k}")
+        s, weight = one.columns(torch.arange(n, device=keys.device)), saliency[b].double()
+        error = n * (one.bound + n * EPS) * weight
+        for i in range(0, k, 1 if n <= EVERY_PICK else max(k // 32, 1)):
+            covered = s[:, picks[:i]].amax(dim=1).clamp(min=0) if i else torch.zeros_like(weight)
+            score = (s - covered[:, None]).clamp_(min=0).sum(dim=0) * weight
+            score[picks[:i]] = -torch.inf
+            hold(f"order, pick {i}", score - score[picks[i]], error + error[picks[i]])
+
+
 def check_density_peaks(order: torch.Tensor, features: torch.Tensor, k_nn: int, scale: float) -> None:  # [B, k]
     """Each pick's score, log(distance) + density, may be the largest of those that are left.
 

@@ -41,6 +41,7 @@ from condense_kernels._triton.tables import FusedConfig, trying
 from condense_kernels.ops.assign.kernel import assign, assign_varlen
 from condense_kernels.ops.attention_scores.kernel import attention_scores
 from condense_kernels.ops.attention_scores_varlen.kernel import attention_scores_varlen
+from condense_kernels.ops.coverage_select.kernel import coverage_select, coverage_select_varlen
 from condense_kernels.ops.dpc_knn.kernel import dpc_knn, dpc_knn_varlen
 from condense_kernels.ops.dpp_select.kernel import dpp_select, dpp_select_varlen
 from condense_kernels.ops.gather_merge.kernel import gather_merge, gather_merge_backward
@@ -129,6 +130,11 @@ def calls() -> dict[str, tuple]:
         cases[f"dpc_knn N={n}"] = (dpc_knn, (empty(2, n, n), 64), {"tier": empty(2, n, dtype=torch.int8)})
     offsets = [empty(10, dtype=torch.int32)] * 2
     cases["dpc_knn_varlen N=2880"] = (dpc_knn_varlen, (empty(20000, 2880), *offsets, 500, 2880), {})
+    for n in (576, 2880, 16384):
+        options = {"weight": empty(2, n), "candidates": empty(2, n, dtype=torch.bool)}
+        cases[f"coverage_select N={n}"] = (coverage_select, (empty(2, n, n), 64), options)
+    picked = empty(20000, 2880), *[empty(10, dtype=torch.int32)] * 2, 500, 2880
+    cases["coverage_select_varlen"] = (coverage_select_varlen, picked, {"weight": empty(20000)})
     places = {
         "grid": {"grid": (24, 24)},
         "positions": {"positions": empty(576, 2)},

@@ -25,6 +25,7 @@ OPERATORS = (
     "attention_scores",
     "similarity",
     "greedy_select",
+    "coverage_select",
     "dpp_select",
     "dpc_knn",
     "assign",
@@ -103,10 +104,13 @@ def test_blocked_matmul():
     torch.testing.assert_close(block, z[48:] @ z.T)
 
 
-@pytest.mark.parametrize("name", ["DivPrune", "CDPruner", "IDPruner", "plain loop"])
+GREEDY = [("greedy_select", name) for name in ("DivPrune", "CDPruner", "IDPruner", "plain loop")]
+
+
+@pytest.mark.parametrize(("op", "name"), [*GREEDY, ("coverage_select", "SCOPE")])
 @pytest.mark.parametrize("pick", [0, 7])
-def test_a_wrong_pick_is_found(name, pick):
-    side = built("greedy_select", "tiny-1")[name]
+def test_a_wrong_pick_is_found(op, name, pick):
+    side = built(op, "tiny-1")[name]
     order = side.call()
     order[0, [pick, 11]] = order[0, [11, pick]]
     with pytest.raises(gates.Mismatch, match=f"order, pick {pick}"):
@@ -126,6 +130,7 @@ def off(tensor: torch.Tensor) -> torch.Tensor:
         ("attention_scores", "ours fp32", ("scores",)),
         ("similarity", "ours fp32", ("s", "sbar", "g", "tier")),
         ("greedy_select", "ours", ("order",)),
+        ("coverage_select", "ours", ("order",)),
         ("assign", "ours", ("assignment",)),
         ("merge", "ours fp32", ("merged", "mass")),
         ("select_and_merge", "ours fp32", ("merged", "indices", "assignment", "mass")),

@@ -44,6 +44,7 @@ WRONG_ON_PURPOSE = {
     "test_triton_gradients.py::test_gradients_that_are_not": "rows that do not exist, or have several tokens",
     "test_triton_varlen.py::test_what_no_program_computed_leads_nowhere": "contents of the workspace are made up",
     "test_triton_varlen.py::test_wrong_offsets_lead_nowhere": "segments overlap, or leave tokens out",
+    "test_coverage_select.py::test_wrong_offsets_are_harmless": "segments overlap, or leave tokens out",
     "test_greedy_select_varlen.py::test_wrong_offsets_lead_nowhere": "segments overlap",
 }
 STILL_ASKED = {"out of bounds", "misaligned", "does not end", "not converged", "barriers differ", "not waited for"}
