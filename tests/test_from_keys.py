@@ -67,7 +67,7 @@ def test_picks_and_rows_are_those_on_s(seed, backend):
         return  # the interpreter is slow
     pick = random.Random(seed)
     for _ in range(8 if backend == "cpp" else 1):
-        path = pick.choice(PATHS[backend])
+        path = PATHS[backend][-1 if seed % 3 else 0]
         metrics = ("cosine",) if path else ("cosine", "neg_l2")
         given = problem(pick, 600 if backend == "cpp" else 70, backend != "triton", metrics)
         order = on_s(*given, backend)
@@ -147,7 +147,7 @@ def test_packed(seed, backend):
         return
     pick = random.Random(seed)
     torch.manual_seed(seed)
-    path = pick.choice(PATHS[backend])
+    path = PATHS[backend][-1 if seed % 3 else 0]
     metric = "cosine" if path else pick.choice(["cosine", "neg_l2"])
     lengths = [9, 0, 1, 70, 13] if backend != "cpp" else [9, 0, 1, 700, 130]
     kept = [3, 0, 1, lengths[3] // 10, 13]
