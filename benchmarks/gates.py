@@ -192,6 +192,29 @@ def check_gram(s: torch.Tensor, keys: torch.Tensor, rounding: float = 0.0) -> No
         hold("s", (s[b, some] - one.columns(some).T).abs(), one.bound + rounding)
 
 
+def check_distances(s: torch.Tensor, keys: torch.Tensor, cancels: bool = False) -> None:  # [B, N, N], [B, N, D]
+    """Negated distances, some rows of the first and last image: relatively or, where they come from products, which
+    cancel, their squares beside those of the norms."""
+    for b in ends(len(keys)):
+        z = keys[b].double()
+        some = torch.linspace(0, len(z) - 1, min(16, len(z)), device=s.device).long()
+        expected = torch.stack([(z - z[i]).square().sum(dim=1) for i in some.tolist()])
+        if cancels:
+            squares = z.square().sum(dim=1)
+            bound = 2 * similarity_bound(keys.shape[2], torch.float32) * (squares[some, None] + squares)
+            hold("squared distances", (s[b, some].double().square() - expected).abs(), bound)
+        else:
+            distance = expected.sqrt()
+            bound = similarity_bound(keys.shape[2], torch.float32, "neg_l2") * distance
+            hold("distances", (s[b, some].double() + distance).abs(), bound)
+
+
+def check_nearest(nearest: torch.Tensor, s: torch.Tensor) -> None:  # [B, N], [B, N, N]
+    for b in ends(len(s)):
+        others = s[b].clone().fill_diagonal_(-torch.inf)
+        equal("nearest", nearest[b], others.amax(dim=1))
+
+
 def check_means(sbar: torch.Tensor, g: torch.Tensor, keys: torch.Tensor) -> None:  # [B], [B, N], [B, N, D]
     for b in ends(len(keys)):
         one = exact(keys, b)

@@ -49,7 +49,7 @@ from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_sele
 from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
-from condense_kernels.ops.similarity.kernel import similarity
+from condense_kernels.ops.similarity.kernel import similarity, similarity_and_nearest, similarity_varlen
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -120,6 +120,11 @@ def calls() -> dict[str, tuple]:
         f"similarity {TYPES[dtype]} Dk={dk}": (similarity, (empty(2, 576, dk, dtype=dtype), empty(2, 576)), {})
         for dtype, dk in ((bf16, 1024), (bf16, 80), (torch.float16, 1024), (torch.float32, 1024))
     }
+    image, packed = (empty(2, 576, 1024), empty(2, 576)), (empty(20000, 1024), empty(10, dtype=torch.int32), 2880)
+    for metric in ("cosine", "neg_l2"):
+        options = {"metric": metric}
+        cases[f"similarity and nearest {metric}"] = (similarity_and_nearest, image, options)
+        cases[f"similarity_varlen {metric}"] = (similarity_varlen, packed, options)
     for n in (576, 729, 2880, 16384):
         options = {"sbar": empty(2), "tier": empty(2, n, dtype=torch.int8)}
         cases[f"greedy_select N={n}"] = (greedy_select, (empty(2, n, n), empty(2, n), 64), options)

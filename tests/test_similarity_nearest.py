@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from condense_kernels import assign, greedy_select, similarity
@@ -170,7 +170,7 @@ def images(draw):
 
 
 @any_metric
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=images())
 @example(image=(torch.zeros(1, 2, 1), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)))
 def test_any_image(metric, backend, image):

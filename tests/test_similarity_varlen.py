@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from condense_kernels import greedy_select, greedy_select_varlen, similarity, similarity_varlen
@@ -117,7 +117,7 @@ def test_offsets_that_begin_late(metric, backend):
 
 
 @any_metric
-@settings(max_examples=12)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 9), max_size=5), spare=st.integers(0, 2), cut=st.integers(0, 3))
 def test_any_lengths(metric, backend, lengths, spare, cut):
     keys = torch.randn(sum(lengths) + spare, 2)
