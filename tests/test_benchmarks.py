@@ -21,7 +21,8 @@ import torch
 
 from condense_kernels._dispatch.declaration import OPERATORS as DECLARED
 
-OPERATORS = ("attention_scores", "similarity", "greedy_select", "dpc_knn", "assign", "merge", "select_and_merge")
+STAGES = ("attention_scores", "similarity", "greedy_select", "dpc_knn", "assign", "merge", "gather_merge")
+OPERATORS = (*STAGES, "select_and_merge")
 TINY = {f"tiny-{batch}": shapes.Shape(batch, (8, 9), 32, 12, 6) for batch in (1, 3)}
 
 
