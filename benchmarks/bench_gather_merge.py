@@ -25,9 +25,8 @@ def sides(shape: Shape, features: torch.Tensor, scores: torch.Tensor) -> dict[st
     one, listed, weighed = baselines.one_or_batch(features, neighbours, weights)
 
     def work(features: torch.Tensor) -> Work:
-        return Work(
-            2 * neighbours.numel() * features.shape[2], features.nbytes * (1 + neighbours.shape[1] / shape.num_tokens)
-        )
+        rows = shape.num_tokens + neighbours.shape[1]  # read and written
+        return Work(2 * neighbours.numel() * features.shape[2], features.nbytes * rows / shape.num_tokens)
 
     def check(merged: torch.Tensor, features: torch.Tensor = features) -> None:
         for b in gates.ends(shape.batch):

@@ -87,9 +87,7 @@ void check_listed(const Tensor& neighbours, const std::optional<Tensor>& weights
 }
 
 Tensor gather_merge(const Tensor& x, const Tensor& neighbours, std::optional<Tensor> weights) {
-  check_rank("x", x, "B N D", 3);
-  check_floating("x", x);
-  check_not_empty("x", x, 2, "channel");
+  check_channels("x", x, "B N D");
   check_rank("neighbours", neighbours, "B K m", 3);
   check_listed(neighbours, weights, {x.size(0), neighbours.size(1), neighbours.size(2)});
   const bool wide = is_double(x) || (weights && is_double(*weights));
@@ -194,9 +192,7 @@ std::tuple<Tensor, Tensor> gather_merge_backward_as(const Tensor& grad_merged, c
 std::tuple<Tensor, Tensor> gather_merge_backward(const Tensor& grad_merged, std::optional<Tensor> x,
                                                  const Tensor& neighbours, std::optional<Tensor> weights,
                                                  const std::vector<int64_t>& sizes) {
-  check_rank("grad_merged", grad_merged, "B K D", 3);
-  check_floating("grad_merged", grad_merged);
-  check_not_empty("grad_merged", grad_merged, 2, "channel");
+  check_channels("grad_merged", grad_merged, "B K D");
   const int64_t B = grad_merged.size(0), K = grad_merged.size(1), D = grad_merged.size(2);
   if (sizes.size() != 2 || sizes[0] < 0 || sizes[1] != D) {
     fail("sizes: expected [N, D] with D = ", D, ", as grad_merged has, got ", shape_text(sizes), ".");

@@ -29,6 +29,7 @@ OPERATORS = (
     "dpp_select",
     "dpc_knn",
     "assign",
+    "gather_merge",
     "merge",
     "select_and_merge",
 )
