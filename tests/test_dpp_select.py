@@ -256,6 +256,13 @@ def test_equal_tokens_at_their_own_length_add_nothing(backend):
     assert order[5:] == sorted(order[5:], key=lambda i: (-worth[i].item(), i))
 
 
+def test_eps_is_what_is_left_of_the_diagonal(backend):
+    """Token 1 keeps a hundredth of L_11 after the first pick, token 2 a thousandth of that, but all of its own."""
+    s = torch.tensor([[[1.0, 0.99**0.5, 0.0], [0.99**0.5, 1.0, 0.0], [0.0, 0.0, 1e-5]]])
+    picks = {eps: dpp_select(s, None, 3, eps=eps, backend=backend)[0].tolist() for eps in (0.005, 0.02)}
+    assert picks == {0.005: [0, 1, 2], 0.02: [0, 2, 1]}
+
+
 def test_the_rest_goes_by_quality(backend):
     """Two directions in eight tokens; -0 is 0, NaN and infinities count as 0."""
     source = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
