@@ -204,7 +204,7 @@ def segment_topk_indices(
     Returns:
         indices: [total_keep] int64, each segment's in ascending order, counted from its beginning; -1 behind the last
             where fewer were kept. What goes beyond total_keep is left out.
-        cu_keep: [S + 1] int32, where each segment's begin and end in indices: with [..., N], S is the number of rows.
+        cu_kept: [S + 1] int32, where each segment's begin and end in indices: with [..., N], S is the number of rows.
 
     Raises:
         TypeError, ValueError: as :func:`segment_topk`; no such total.

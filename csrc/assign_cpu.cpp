@@ -185,7 +185,7 @@ Tensor assign(const Tensor& s, const Tensor& indices, std::optional<Tensor> tier
 }
 
 template <class T>
-Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_keep,
+Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_kept,
                         int64_t max_seqlen, const std::optional<Tensor>& tier, const std::optional<Tensor>& positions,
                         double spatial_weight, const std::optional<Tensor>& sources) {
   const int64_t num_tokens = s.size(0), total_keep = indices.size(0);
@@ -195,7 +195,7 @@ Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu
   const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
   std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen);
   double work = 0;
   for (const Part& part : parts) {
     check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
@@ -225,7 +225,7 @@ Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu
   return assignment;
 }
 
-Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_keep,
+Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_seqlens, const Tensor& cu_kept,
                      int64_t max_seqlen, std::optional<Tensor> tier, std::optional<Tensor> positions,
                      double spatial_weight, std::optional<Tensor> sources) {
   check_rank("s", s, "T M", 2);
@@ -234,7 +234,7 @@ Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_se
   check_rank("indices", indices, "total_keep", 1);
   check_dtype("indices", indices, {ScalarType::Long}, "int64");
   check_segments(cu_seqlens, max_seqlen);
-  check_rows(cu_keep, cu_seqlens, indices.size(0), T);
+  check_rows(cu_kept, cu_seqlens, indices.size(0), T);
   if (s.size(1) < max_seqlen) {
     fail("s: expected rows of at least max_seqlen = ", max_seqlen, " similarities, got ", shape_text(shape_of(s)), ".");
   }
@@ -249,7 +249,7 @@ Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_se
     check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
   }
   const auto run = is_double(s) ? assign_varlen_as<double> : assign_varlen_as<float>;
-  return run(s, indices, cu_seqlens, cu_keep, max_seqlen, tier, positions, spatial_weight, sources);
+  return run(s, indices, cu_seqlens, cu_kept, max_seqlen, tier, positions, spatial_weight, sources);
 }
 
 // What an image's assignment from keys takes: the rows of its kept tokens are all of s that is computed.
@@ -333,7 +333,7 @@ Tensor assign_from_keys(const Tensor& keys, const Tensor& indices, std::optional
 
 template <class T>
 Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, const Tensor& cu_seqlens,
-                                  const Tensor& cu_keep, int64_t max_seqlen, const std::optional<Tensor>& mask,
+                                  const Tensor& cu_kept, int64_t max_seqlen, const std::optional<Tensor>& mask,
                                   const std::optional<Tensor>& positions, double spatial_weight,
                                   const std::optional<Tensor>& sources, Metric metric) {
   const int64_t num_tokens = keys.size(0);
@@ -342,7 +342,7 @@ Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, con
   const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
   std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, num_tokens, indices.size(0), max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, num_tokens, indices.size(0), max_seqlen);
   double work = 0;
   for (const Part& part : parts) {
     check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
@@ -364,7 +364,7 @@ Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, con
 }
 
 Tensor assign_from_keys_varlen(const Tensor& keys, const Tensor& indices, const Tensor& cu_seqlens,
-                               const Tensor& cu_keep, int64_t max_seqlen, std::optional<Tensor> mask,
+                               const Tensor& cu_kept, int64_t max_seqlen, std::optional<Tensor> mask,
                                std::optional<Tensor> positions, double spatial_weight, std::optional<Tensor> sources,
                                std::string metric) {
   check_rank("keys", keys, "T Dk", 2);
@@ -373,7 +373,7 @@ Tensor assign_from_keys_varlen(const Tensor& keys, const Tensor& indices, const 
   check_rank("indices", indices, "total_keep", 1);
   check_dtype("indices", indices, {ScalarType::Long}, "int64");
   check_segments(cu_seqlens, max_seqlen);
-  check_rows(cu_keep, cu_seqlens, indices.size(0), keys.size(0));
+  check_rows(cu_kept, cu_seqlens, indices.size(0), keys.size(0));
   if (mask) {
     check_shape("mask", *mask, "T", {keys.size(0)});
     check_dtype("mask", *mask, {ScalarType::Bool}, "bool");
@@ -385,7 +385,7 @@ Tensor assign_from_keys_varlen(const Tensor& keys, const Tensor& indices, const 
     check_dtype("sources", *sources, {ScalarType::Bool}, "bool");
   }
   const auto run = is_double(keys) ? assign_from_keys_varlen_as<double> : assign_from_keys_varlen_as<float>;
-  return run(keys, indices, cu_seqlens, cu_keep, max_seqlen, mask, positions, spatial_weight, sources,
+  return run(keys, indices, cu_seqlens, cu_kept, max_seqlen, mask, positions, spatial_weight, sources,
              metric_of(metric));
 }
 

@@ -178,17 +178,17 @@ Tensor coverage_select_varlen_as(const Tensor& c, const std::vector<Part>& parts
   return order;
 }
 
-Tensor coverage_select_varlen(const Tensor& c, const Tensor& cu_seqlens, const Tensor& cu_keep, int64_t total_keep,
+Tensor coverage_select_varlen(const Tensor& c, const Tensor& cu_seqlens, const Tensor& cu_kept, int64_t total_keep,
                               int64_t max_seqlen, std::optional<Tensor> weight, std::string combine,
                               std::optional<Tensor> candidates) {
   check_rank("c", c, "T max_seqlen", 2);
   check_working("c", c);
   const int64_t T = c.size(0);
   check_segments(cu_seqlens, max_seqlen);
-  check_rows(cu_keep, cu_seqlens, total_keep, T);
+  check_rows(cu_kept, cu_seqlens, total_keep, T);
   check_shape("c", c, "T max_seqlen", {T, max_seqlen});
   check_options(weight, combine, candidates, "T", {T});
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, T, total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, T, total_keep, max_seqlen);
   return is_wide(c, weight) ? coverage_select_varlen_as<double>(c, parts, total_keep, {weight, candidates, combine})
                             : coverage_select_varlen_as<float>(c, parts, total_keep, {weight, candidates, combine});
 }

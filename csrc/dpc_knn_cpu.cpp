@@ -241,7 +241,7 @@ Results dpc_knn(const Tensor& s, int64_t k, int64_t k_nn, std::optional<Tensor> 
 }
 
 template <class T>
-Results dpc_knn_varlen_as(const Tensor& s, const Tensor& cu_seqlens, const Tensor& cu_keep, int64_t total_keep,
+Results dpc_knn_varlen_as(const Tensor& s, const Tensor& cu_seqlens, const Tensor& cu_kept, int64_t total_keep,
                           int64_t max_seqlen, int64_t k_nn, const std::optional<Tensor>& tier, double scale) {
   const int64_t tokens = s.size(0);
   const Tensor rows = s.stride(1) == 1 || s.size(1) == 1 ? s : contiguous_as("s", s, kScalarType<T>);
@@ -251,7 +251,7 @@ Results dpc_knn_varlen_as(const Tensor& s, const Tensor& cu_seqlens, const Tenso
   const Tensor peak_distance = empty("peak_distance", {tokens}, kScalarType<T>);
   std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
   for (const Tensor& t : {density, peak_distance}) std::fill(output<T>(t), output<T>(t) + tokens, T{0});
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, tokens, total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, tokens, total_keep, max_seqlen);
   const int64_t most = longest(parts);
   double work = 0;
   for (const Part& part : parts) work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens);
@@ -268,16 +268,16 @@ Results dpc_knn_varlen_as(const Tensor& s, const Tensor& cu_seqlens, const Tenso
   return {order, density, peak_distance};
 }
 
-Results dpc_knn_varlen(const Tensor& s, const Tensor& cu_seqlens, const Tensor& cu_keep, int64_t total_keep,
+Results dpc_knn_varlen(const Tensor& s, const Tensor& cu_seqlens, const Tensor& cu_kept, int64_t total_keep,
                        int64_t max_seqlen, int64_t k_nn, std::optional<Tensor> tier, double scale) {
   check_rank("s", s, "T max_seqlen", 2);
   check_working("s", s);
   check_segments(cu_seqlens, max_seqlen);
   check_shape("s", s, "T max_seqlen", {s.size(0), max_seqlen});
-  check_rows(cu_keep, cu_seqlens, total_keep, s.size(0));
+  check_rows(cu_kept, cu_seqlens, total_keep, s.size(0));
   check_options(k_nn, tier, "T", {s.size(0)}, scale);
   const auto run = is_double(s) ? dpc_knn_varlen_as<double> : dpc_knn_varlen_as<float>;
-  return run(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn, tier, scale);
+  return run(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn, tier, scale);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ Tensor dpp_select_varlen_as(const Tensor& s, const std::vector<Part>& parts, int
 }
 
 Tensor dpp_select_varlen(const Tensor& s, std::optional<Tensor> quality, const Tensor& cu_seqlens,
-                         const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> tier,
+                         const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> tier,
                          std::optional<Tensor> candidates, double eps, double damping) {
   check_rank("s", s, "T max_seqlen", 2);
   check_working("s", s);
@@ -45,10 +45,10 @@ Tensor dpp_select_varlen(const Tensor& s, std::optional<Tensor> quality, const T
     fail("s: expected rows of max_seqlen = ", max_seqlen, " columns, got ", s.size(1),
          ". Remedy: max_seqlen=s.shape[1].");
   }
-  check_rows(cu_keep, cu_seqlens, total_keep, s.size(0));
+  check_rows(cu_kept, cu_seqlens, total_keep, s.size(0));
   const DppOptions options{quality, tier, candidates, eps, damping};
   options.check("T", {s.size(0)});
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, s.size(0), total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, s.size(0), total_keep, max_seqlen);
   return options.is_wide(s) ? dpp_select_varlen_as<double>(s, parts, total_keep, options)
                             : dpp_select_varlen_as<float>(s, parts, total_keep, options);
 }

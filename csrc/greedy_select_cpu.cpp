@@ -351,14 +351,14 @@ Tensor greedy_select(const Tensor& s, std::optional<Tensor> prior, int64_t k, st
 
 template <class T>
 Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& prior, const Tensor& cu_seqlens,
-                               const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, const Options& options) {
+                               const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen, const Options& options) {
   const bool fits = s.scalar_type() == kScalarType<T> && (s.stride(1) == 1 || s.size(1) == 1);
   const Tensor rows = fits ? s : contiguous_as("s", s, kScalarType<T>);
   const Arguments<T> arguments(prior, options);
   const Tensor order = empty("order", {total_keep}, ScalarType::Long);
   auto* picks = output<int64_t>(order);
   std::fill(picks, picks + total_keep, -1);
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, s.size(0), total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, s.size(0), total_keep, max_seqlen);
   double work = 0;
   for (const Part& part : parts) {
     const int64_t n = part.num_tokens;
@@ -378,7 +378,7 @@ Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& pri
 }
 
 Tensor greedy_select_varlen(const Tensor& s, std::optional<Tensor> prior, const Tensor& cu_seqlens,
-                            const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> sbar,
+                            const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> sbar,
                             std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
                             std::optional<Tensor> candidates, std::string combine, bool max_min) {
   check_rank("s", s, "T max_seqlen", 2);
@@ -393,12 +393,12 @@ Tensor greedy_select_varlen(const Tensor& s, std::optional<Tensor> prior, const 
     check_shape("prior", *prior, "T", tokens);
     check_floating("prior", *prior);
   }
-  check_rows(cu_keep, cu_seqlens, total_keep, s.size(0));
+  check_rows(cu_kept, cu_seqlens, total_keep, s.size(0));
   const Options options{sbar, tier, first, candidates, suppression, combine_of(combine), max_min};
   check_options(options, "S", segments, "T", tokens);
   const bool wide = is_double(s) || (prior && is_double(*prior));
   const auto run = wide ? greedy_select_varlen_as<double> : greedy_select_varlen_as<float>;
-  return run(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, options);
+  return run(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, options);
 }
 
 }  // namespace

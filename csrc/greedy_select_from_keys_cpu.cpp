@@ -184,13 +184,13 @@ Tensor greedy_select_from_keys_as(const Tensor& keys, int64_t k, const Given& gi
 }
 
 template <class T>
-Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, const Tensor& cu_keep,
+Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, const Tensor& cu_kept,
                                          int64_t total_keep, int64_t max_seqlen, const Given& given) {
   const Arguments<T> arguments(given.prior, given.options);
   const auto valid = contiguous_as("mask", given.mask, ScalarType::Bool);
   const Tensor order = empty("order", {total_keep}, ScalarType::Long);
   std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, keys.size(0), total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, keys.size(0), total_keep, max_seqlen);
   const auto plan_of = [&](const Part& part) {
     return given.plan(part.num_tokens, part.num_rows, arguments.suppression != 0);
   };
@@ -254,7 +254,7 @@ Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, 
 }
 
 Tensor greedy_select_from_keys_varlen(const Tensor& keys, std::optional<Tensor> prior, const Tensor& cu_seqlens,
-                                      const Tensor& cu_keep, int64_t total_keep, int64_t max_seqlen,
+                                      const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen,
                                       std::optional<Tensor> mask, double suppression, bool scale_prior,
                                       std::optional<Tensor> first, std::optional<Tensor> candidates,
                                       std::string combine, bool max_min, std::string metric) {
@@ -262,12 +262,12 @@ Tensor greedy_select_from_keys_varlen(const Tensor& keys, std::optional<Tensor> 
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "channel");
   check_segments(cu_seqlens, max_seqlen);
-  check_rows(cu_keep, cu_seqlens, total_keep, keys.size(0));
+  check_rows(cu_kept, cu_seqlens, total_keep, keys.size(0));
   const Options options{{}, {}, first, candidates, suppression, combine_of(combine), max_min};
   const Given given{prior, mask, scale_prior, metric_of(metric), options};
   const bool wide = check_given(keys, "T", {keys.size(0)}, "S", {cu_seqlens.size(0) - 1}, given);
   const auto run = wide ? greedy_select_from_keys_varlen_as<double> : greedy_select_from_keys_varlen_as<float>;
-  return run(keys, cu_seqlens, cu_keep, total_keep, max_seqlen, given);
+  return run(keys, cu_seqlens, cu_kept, total_keep, max_seqlen, given);
 }
 
 }  // namespace

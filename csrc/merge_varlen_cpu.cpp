@@ -34,7 +34,7 @@ void bound(const int64_t* values, int64_t n, int64_t limit, int64_t* to) {
 template <class T>
 std::tuple<Tensor, Tensor> merge_varlen_as(const Tensor& features, const std::optional<Tensor>& scores,
                                            const Tensor& indices, const Tensor& assignment, const Tensor& cu_seqlens,
-                                           const Tensor& cu_keep, int64_t max_seqlen, const Merging& merging) {
+                                           const Tensor& cu_kept, int64_t max_seqlen, const Merging& merging) {
   const int64_t num_tokens = features.size(0), D = features.size(1), total_keep = indices.size(0);
   const auto a = contiguous_as("scores", scores, kScalarType<T>);
   const Tensor kept = contiguous_as("indices", indices, ScalarType::Long),
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> merge_varlen_as(const Tensor& features, const std::op
     std::memset(output<char>(merged) + first * row_bytes, 0, (end - first) * row_bytes);
     std::fill(output<T>(mass) + first, output<T>(mass) + end, T{0});
   };
-  const std::vector<Part> parts = parts_of(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen);
+  const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen);
   int64_t filled = 0;
   for (const Part& part : parts) {
     clear(filled, part.first_row);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> merge_varlen_as(const Tensor& features, const std::op
 }
 
 std::tuple<Tensor, Tensor> merge_varlen(const Tensor& features, std::optional<Tensor> scores, const Tensor& indices,
-                                        const Tensor& assignment, const Tensor& cu_seqlens, const Tensor& cu_keep,
+                                        const Tensor& assignment, const Tensor& cu_seqlens, const Tensor& cu_kept,
                                         int64_t max_seqlen, const std::string& mode, double centre_weight) {
   check_channels("features", features, "T D", 2);
   const std::vector<int64_t> tokens = {features.size(0)};
@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor> merge_varlen(const Tensor& features, std::optional<Te
   check_shape("assignment", assignment, "T", tokens);
   check_dtype("assignment", assignment, {ScalarType::Long}, "int64");
   check_segments(cu_seqlens, max_seqlen);
-  check_rows(cu_keep, cu_seqlens, indices.size(0), features.size(0));
+  check_rows(cu_kept, cu_seqlens, indices.size(0), features.size(0));
   const Merging merging = merging_of(mode, centre_weight);
   const auto run = works_in_double(features, scores) ? merge_varlen_as<double> : merge_varlen_as<float>;
-  return run(features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen, merging);
+  return run(features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen, merging);
 }
 
 }  // namespace

@@ -30,15 +30,15 @@ struct Part {
   int64_t number, first_token, num_tokens, first_row, num_rows;
 };
 
-// The segments that have a token, in their order. One that is longer than max_seqlen has none. Without cu_keep there
+// The segments that have a token, in their order. One that is longer than max_seqlen has none. Without cu_kept there
 // are no rows.
-inline std::vector<Part> parts_of(const Tensor& cu_seqlens, const std::optional<Tensor>& cu_keep, int64_t num_tokens,
+inline std::vector<Part> parts_of(const Tensor& cu_seqlens, const std::optional<Tensor>& cu_kept, int64_t num_tokens,
                                   int64_t total_keep, int64_t max_seqlen) {
   std::vector<int64_t> tokens = read_offsets(cu_seqlens);
   bound(tokens, num_tokens);
   std::vector<int64_t> rows(tokens.size(), 0);
-  if (cu_keep) {
-    rows = read_offsets(*cu_keep);
+  if (cu_kept) {
+    rows = read_offsets(*cu_kept);
     bound(rows, total_keep);
   }
   auto parts = list_of<Part>(static_cast<int64_t>(tokens.size()) - 1, "for the segments");
@@ -71,9 +71,9 @@ inline void check_segments(const Tensor& cu_seqlens, int64_t max_seqlen) {
   }
 }
 
-inline void check_rows(const Tensor& cu_keep, const Tensor& cu_seqlens, int64_t total_keep, int64_t num_tokens) {
-  check_shape("cu_keep", cu_keep, "S+1", {cu_seqlens.size(0)});
-  check_dtype("cu_keep", cu_keep, {ScalarType::Int}, "int32");
+inline void check_rows(const Tensor& cu_kept, const Tensor& cu_seqlens, int64_t total_keep, int64_t num_tokens) {
+  check_shape("cu_kept", cu_kept, "S+1", {cu_seqlens.size(0)});
+  check_dtype("cu_kept", cu_kept, {ScalarType::Int}, "int32");
   check_count("total_keep", total_keep, num_tokens, "T");
 }
 

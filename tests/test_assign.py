@@ -367,9 +367,9 @@ def packed(lengths, keep, seed=0, width=None):
 
 def alone(call, options, spatial_weight, backend):
     """By assign on one segment after the other."""
-    s, indices, cu_seqlens, cu_keep, _ = call
+    s, indices, cu_seqlens, cu_kept, _ = call
     found = []
-    for start, stop, first, last in zip(cu_seqlens, cu_seqlens[1:], cu_keep, cu_keep[1:], strict=False):
+    for start, stop, first, last in zip(cu_seqlens, cu_seqlens[1:], cu_kept, cu_kept[1:], strict=False):
         of_tokens = {name: value[start:stop][None] for name, value in options.items()}
         square, rows = s[start:stop, : stop - start][None], indices[first:last][None]
         found.append(assign(square, rows, **of_tokens, spatial_weight=spatial_weight, backend=backend)[0])
@@ -400,7 +400,7 @@ def test_packed_by_hand(backend):
 
 
 @pytest.mark.parametrize(
-    ("cu_seqlens", "cu_keep"),
+    ("cu_seqlens", "cu_kept"),
     [
         ([0, 7, 60], [0, 2, 8]),  # beyond T
         ([0, 7, 12], [0, 2, 90]),  # beyond total_keep
@@ -413,15 +413,15 @@ def test_packed_by_hand(backend):
     ids=str,
 )
 @pytest.mark.parametrize("with_options", [False, True])
-def test_wrong_offsets_do_no_harm(cu_seqlens, cu_keep, with_options, backend, bounded):
+def test_wrong_offsets_do_no_harm(cu_seqlens, cu_kept, with_options, backend, bounded):
     """Within the tensors, and any answer is a row of the segment's own, or -1."""
     s, _, _, _, _, options = packed([7, 5], [2, 3])
     s, rows = s.nan_to_num(), torch.zeros(5, dtype=torch.int64)  # index 0 is in every segment
-    call = s, rows, torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor(cu_keep, dtype=torch.int32), 7
+    call = s, rows, torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor(cu_kept, dtype=torch.int32), 7
     options = options | {"spatial_weight": 1.0} if with_options else {"spatial_weight": 0.0}
     got = assign_varlen(*call, **options, backend=backend)
     assert got.shape == (12,) and got.ge(-1).all() and got.lt(5).all()
-    if cu_seqlens == sorted(cu_seqlens) and cu_keep == sorted(cu_keep):
+    if cu_seqlens == sorted(cu_seqlens) and cu_kept == sorted(cu_kept):
         assert torch.equal(got, assign_varlen(*call, **options, backend="reference"))
 
 
@@ -466,10 +466,10 @@ def test_an_index_of_another_segment_is_out_of_range(backend):
 
 
 def test_debug_looks_at_each_segment(backend):
-    s, indices, cu_seqlens, cu_keep, longest, _ = packed([3, 2], [1, 2])
+    s, indices, cu_seqlens, cu_kept, longest, _ = packed([3, 2], [1, 2])
     s = torch.full_like(s, math.nan)  # behind a segment's own there may be anything
     s[:3], s[3:, :2] = 1.0, 1.0
-    good, places = [s, indices, cu_seqlens, cu_keep, longest], torch.rand(5, 2)
+    good, places = [s, indices, cu_seqlens, cu_kept, longest], torch.rand(5, 2)
 
     def refused(at, value, match):
         call = good.copy()
@@ -490,7 +490,7 @@ def test_debug_looks_at_each_segment(backend):
     refused(1, torch.tensor([0, 1, 1]), "^indices: expected distinct tokens, got token 1 again at image 1, row 1")
     refused(1, torch.tensor([0, 1, 2]), r"^indices: expected values in \[-1, 2\), got 2 at image 1, row 1")
     refused(2, offsets(0, 4, 5), "^cu_seqlens: expected at most max_seqlen = 3, got 4 at image 0")
-    refused(3, offsets(0, 0, 3), "^cu_keep: expected at most the tokens of a segment, got 3")
+    refused(3, offsets(0, 0, 3), "^cu_kept: expected at most the tokens of a segment, got 3")
     places[3, 1] = math.nan
     refused(1, indices, "^positions: expected finite numbers, got nan at image 1, token 0, axis 1")
 
@@ -500,7 +500,7 @@ def test_debug_looks_at_each_segment(backend):
     [
         ({"s": torch.zeros(9, 6)}, "s: expected rows of at least max_seqlen = 7 similarities, got [9, 6]"),
         ({"indices": torch.zeros(10, dtype=torch.int64)}, "total_keep: expected 0 <= total_keep <= 9 (T = 9 tokens)"),
-        ({"cu_keep": torch.zeros(2, dtype=torch.int32)}, "cu_keep: expected shape [S+1] = [3]"),
+        ({"cu_kept": torch.zeros(2, dtype=torch.int32)}, "cu_kept: expected shape [S+1] = [3]"),
         ({"positions": None}, "positions: expected a tensor [T, P], as spatial_weight is not 0, got None"),
         ({"sources": torch.ones(8, dtype=torch.bool)}, "sources: expected shape [T] = [9]"),
         ({"sources": torch.ones(9)}, "sources: expected dtype bool, got float32"),
@@ -509,8 +509,8 @@ def test_debug_looks_at_each_segment(backend):
     ids=str,
 )
 def test_packed_arguments_are_named(change, message):
-    s, indices, cu_seqlens, cu_keep, max_seqlen, options = packed([7, 2], [1, 2])
-    given = {"s": s, "indices": indices, "cu_seqlens": cu_seqlens, "cu_keep": cu_keep, "max_seqlen": max_seqlen}
+    s, indices, cu_seqlens, cu_kept, max_seqlen, options = packed([7, 2], [1, 2])
+    given = {"s": s, "indices": indices, "cu_seqlens": cu_seqlens, "cu_kept": cu_kept, "max_seqlen": max_seqlen}
     with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
         assign_varlen(**given | options | change)
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):

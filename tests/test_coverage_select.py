@@ -170,7 +170,7 @@ def test_fp64():
 def test_segments_are_images(backend, lengths):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     kept = [min((n + 1) // 2, 3) for n in lengths]
-    cu_keep = torch.tensor([0, *kept]).cumsum(0).int()
+    cu_kept = torch.tensor([0, *kept]).cumsum(0).int()
     t, longest = sum(lengths), max(lengths) + 2
     c, weight = torch.full((t, longest), torch.nan), torch.rand(t)
     expected = []
@@ -181,7 +181,7 @@ def test_segments_are_images(backend, lengths):
             expected += coverage_select(c[None, start : start + n, :n], k, weight=of_segment, backend=backend)[
                 0
             ].tolist()
-    order = coverage_select_varlen(c, cu_seqlens, cu_keep, sum(kept), longest, weight=weight, backend=backend)
+    order = coverage_select_varlen(c, cu_seqlens, cu_kept, sum(kept), longest, weight=weight, backend=backend)
     assert order.tolist() == expected
 
 
@@ -189,8 +189,8 @@ def test_segments_are_images(backend, lengths):
 def test_wrong_offsets_are_harmless(backend, offsets):
     c, wrong = torch.rand(20, 12), torch.tensor(offsets, dtype=torch.int32)
     right = torch.tensor([0, 5, 12, 20], dtype=torch.int32)
-    for cu_seqlens, cu_keep in ((wrong, right), (right, wrong), (wrong, wrong)):
-        order = coverage_select_varlen(c, cu_seqlens, cu_keep, 15, 12, backend=backend)
+    for cu_seqlens, cu_kept in ((wrong, right), (right, wrong), (wrong, wrong)):
+        order = coverage_select_varlen(c, cu_seqlens, cu_kept, 15, 12, backend=backend)
         assert order.min() >= -1 and order.max() < 12
 
 

@@ -304,16 +304,16 @@ def test_packed_segments_are_images(with_tiers, fast):
     t, m = sum(lengths), 70
     s = 0 - torch.rand(t, m)
     tier = torch.randint(0, 4, (t,)).to(torch.int8) if with_tiers else None
-    cu_seqlens, cu_keep = offsets(*lengths), offsets(*keep)
+    cu_seqlens, cu_kept = offsets(*lengths), offsets(*keep)
     first = 0
     for length in lengths:  # what lies behind a segment's tokens is not used
         s[first : first + length, length:] = math.nan
         first += length
-    packed = dpc_knn_varlen(s, cu_seqlens, cu_keep, sum(keep), m, 4, tier=tier, scale=0.5, backend=fast)
+    packed = dpc_knn_varlen(s, cu_seqlens, cu_kept, sum(keep), m, 4, tier=tier, scale=0.5, backend=fast)
     assert_same_bits(
-        tuple(packed), reference.dpc_knn_varlen(s, cu_seqlens, cu_keep, sum(keep), m, 4, tier=tier, scale=0.5)
+        tuple(packed), reference.dpc_knn_varlen(s, cu_seqlens, cu_kept, sum(keep), m, 4, tier=tier, scale=0.5)
     )
-    tokens, rows = (list(itertools.pairwise(cu.tolist())) for cu in (cu_seqlens, cu_keep))
+    tokens, rows = (list(itertools.pairwise(cu.tolist())) for cu in (cu_seqlens, cu_kept))
     for (a, b), (c, e) in zip(tokens, rows, strict=True):
         own = None if tier is None else tier[None, a:b]
         alone = dpc_knn(s[None, a:b, : b - a], e - c, 4, tier=own, scale=0.5, backend=fast)
@@ -331,11 +331,11 @@ WRONG_OFFSETS = [
 ]
 
 
-@pytest.mark.parametrize(("cu_seqlens", "cu_keep"), WRONG_OFFSETS)
-def test_wrong_offsets_are_harmless(cu_seqlens, cu_keep, fast, bounded):
+@pytest.mark.parametrize(("cu_seqlens", "cu_kept"), WRONG_OFFSETS)
+def test_wrong_offsets_are_harmless(cu_seqlens, cu_kept, fast, bounded):
     s = 0 - torch.rand(9, 5)
-    cu_seqlens, cu_keep = (torch.tensor(cu, dtype=torch.int32) for cu in (cu_seqlens, cu_keep))
-    order, density, peak_distance = dpc_knn_varlen(s, cu_seqlens, cu_keep, 6, 5, 2, backend=fast)
+    cu_seqlens, cu_kept = (torch.tensor(cu, dtype=torch.int32) for cu in (cu_seqlens, cu_kept))
+    order, density, peak_distance = dpc_knn_varlen(s, cu_seqlens, cu_kept, 6, 5, 2, backend=fast)
     assert order.shape == (6,)
     assert bool(((order >= -1) & (order < 5)).all())
     if fast == "cpp":
@@ -346,9 +346,9 @@ def test_wrong_offsets_are_harmless(cu_seqlens, cu_keep, fast, bounded):
 def test_offsets_that_leave_something_out(fast):
     """Tokens of no segment have zeros; rows of no segment -1."""
     s = 0 - torch.rand(9, 5)
-    cu_seqlens, cu_keep = torch.tensor([2, 5, 7]).int(), torch.tensor([1, 3, 4]).int()
-    results = dpc_knn_varlen(s, cu_seqlens, cu_keep, 6, 5, 2, backend=fast)
-    assert_same_bits(tuple(results), reference.dpc_knn_varlen(s, cu_seqlens, cu_keep, 6, 5, 2))
+    cu_seqlens, cu_kept = torch.tensor([2, 5, 7]).int(), torch.tensor([1, 3, 4]).int()
+    results = dpc_knn_varlen(s, cu_seqlens, cu_kept, 6, 5, 2, backend=fast)
+    assert_same_bits(tuple(results), reference.dpc_knn_varlen(s, cu_seqlens, cu_kept, 6, 5, 2))
     assert results.order[[0, 4, 5]].tolist() == [-1, -1, -1]
     assert results.density[[0, 1, 7, 8]].tolist() == [0.0] * 4
     assert [len(r) for r in dpc_knn_varlen(s[:, :0], offsets(0), offsets(0), 0, 0, backend=fast)] == [0, 9, 9]
@@ -376,7 +376,7 @@ def test_debug_sees_what_is_no_distance():
         s[1, 2, 3] = 0.5
         with pytest.raises(ValueError, match="^s: expected negated distances.*image 1, token 2, token 3"):
             dpc_knn(s, 2)
-        with pytest.raises(ValueError, match="^cu_keep: expected"):
+        with pytest.raises(ValueError, match="^cu_kept: expected"):
             dpc_knn_varlen(0 - torch.rand(6, 3), offsets(3, 3), offsets(1, 1), 3, 3)
         with pytest.raises(ValueError, match="^tier: expected values in"):
             dpc_knn(0 - torch.rand(1, 3, 3), 2, tier=torch.full((1, 3), 7, dtype=torch.int8))

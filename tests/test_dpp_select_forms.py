@@ -78,8 +78,8 @@ def packed_problem(generator_seed=0):
         "tier": (torch.rand(t, generator=generator) < 0.1).to(torch.int8),
         "candidates": torch.rand(t, generator=generator) < 0.8,
     }
-    cu_seqlens, cu_keep = (torch.tensor([0, *np.cumsum(x)], dtype=torch.int32) for x in (LENGTHS, KEPT))
-    return s, quality, (cu_seqlens, cu_keep, sum(KEPT), width), options
+    cu_seqlens, cu_kept = (torch.tensor([0, *np.cumsum(x)], dtype=torch.int32) for x in (LENGTHS, KEPT))
+    return s, quality, (cu_seqlens, cu_kept, sum(KEPT), width), options
 
 
 @pytest.mark.parametrize("with_options", [False, True])
@@ -108,24 +108,24 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("cu_seqlens", "cu_keep"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_offsets_are_harmless(cu_seqlens, cu_keep, backend, request):
+@pytest.mark.parametrize(("cu_seqlens", "cu_kept"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_offsets_are_harmless(cu_seqlens, cu_kept, backend, request):
     if backend == "triton":
         request.getfixturevalue("bounded")
     s, quality, (_, _, total_keep, width), options = packed_problem()
-    cu_seqlens, cu_keep = (torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, cu_keep))
-    order = dpp_select_varlen(s, quality, cu_seqlens, cu_keep, total_keep, width, **options, backend=backend)
+    cu_seqlens, cu_kept = (torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, cu_kept))
+    order = dpp_select_varlen(s, quality, cu_seqlens, cu_kept, total_keep, width, **options, backend=backend)
     assert bool(((order >= -1) & (order < width)).all())
 
 
 def test_packed_errors():
-    s, quality, (cu_seqlens, cu_keep, total_keep, width), _ = packed_problem()
+    s, quality, (cu_seqlens, cu_kept, total_keep, width), _ = packed_problem()
     with pytest.raises(ValueError, match=rf"^s: expected rows of max_seqlen = {width + 1} columns, got {width}"):
-        dpp_select_varlen(s, quality, cu_seqlens, cu_keep, total_keep, width + 1)
+        dpp_select_varlen(s, quality, cu_seqlens, cu_kept, total_keep, width + 1)
     with pytest.raises(RuntimeError, match=rf"^s: expected rows of max_seqlen = {width + 1} columns, got {width}"):
-        torch.ops.condense.dpp_select_varlen(s, quality, cu_seqlens, cu_keep, total_keep, width + 1)
-    with ck.debug(), pytest.raises(ValueError, match=r"^cu_keep: expected running sums from 0 up to total_keep"):
-        dpp_select_varlen(s, quality, cu_seqlens, cu_keep, total_keep - 1, width)
+        torch.ops.condense.dpp_select_varlen(s, quality, cu_seqlens, cu_kept, total_keep, width + 1)
+    with ck.debug(), pytest.raises(ValueError, match=r"^cu_kept: expected running sums from 0 up to total_keep"):
+        dpp_select_varlen(s, quality, cu_seqlens, cu_kept, total_keep - 1, width)
 
 
 def test_the_debug_switch_looks_at_quality_and_tiers():

@@ -151,18 +151,18 @@ def test_packed(seed, backend):
     metric = "cosine" if path else pick.choice(["cosine", "neg_l2"])
     lengths = [9, 0, 1, 70, 13] if backend != "cpp" else [9, 0, 1, 700, 130]
     kept = [3, 0, 1, lengths[3] // 10, 13]
-    cu_seqlens, cu_keep = (torch.tensor([0, *numpy.cumsum(x)], dtype=torch.int32) for x in (lengths, kept))
+    cu_seqlens, cu_kept = (torch.tensor([0, *numpy.cumsum(x)], dtype=torch.int32) for x in (lengths, kept))
     t, total = sum(lengths), sum(kept)
     keys, mask, sources, positions = torch.randn(t, 6), torch.rand(t) > 0.2, torch.rand(t) > 0.5, torch.rand(t, 2)
     prior = pick.choice([None, torch.rand(t)])
     options = {"suppression": 0.5, "combine": pick.choice(["sub", "mul"]), "scale_prior": pick.random() < 0.5}
     options |= {"max_min": pick.random() < 0.5, "metric": metric, "backend": backend}
     with trying(FusedConfig, **path):
-        order = ck.greedy_select_varlen(None, prior, cu_seqlens, cu_keep, total, max(lengths), keys=keys, mask=mask, **options)  # fmt: skip  # noqa: E501
+        order = ck.greedy_select_varlen(None, prior, cu_seqlens, cu_kept, total, max(lengths), keys=keys, mask=mask, **options)  # fmt: skip  # noqa: E501
         where = {"keys": keys, "mask": mask, "positions": positions, "sources": sources, "metric": metric}
-        rows = ck.assign_varlen(None, order, cu_seqlens, cu_keep, max(lengths), **where, backend=backend)
+        rows = ck.assign_varlen(None, order, cu_seqlens, cu_kept, max(lengths), **where, backend=backend)
     for i, n in enumerate(lengths):
-        tokens, picks = slice(*cu_seqlens[i : i + 2].tolist()), slice(*cu_keep[i : i + 2].tolist())
+        tokens, picks = slice(*cu_seqlens[i : i + 2].tolist()), slice(*cu_kept[i : i + 2].tolist())
         if n == 0:
             continue
         its = {"keys": keys[None, tokens], "mask": mask[None, tokens]}

@@ -23,7 +23,7 @@ class Batch:
     s: torch.Tensor  # [T, max_seqlen]
     prior: torch.Tensor | None  # [T]
     cu_seqlens: list[int]
-    cu_keep: list[int]
+    cu_kept: list[int]
     total_keep: int
     max_seqlen: int
     options: dict
@@ -31,15 +31,15 @@ class Batch:
     @classmethod
     def of(cls, lengths: list[int], kept: list[int], **options) -> "Batch":
         """What lies behind a segment is NaN, or as large as can be."""
-        cu_seqlens, cu_keep = ([sum(sizes[:i]) for i in range(len(sizes) + 1)] for sizes in (lengths, kept))
+        cu_seqlens, cu_kept = ([sum(sizes[:i]) for i in range(len(sizes) + 1)] for sizes in (lengths, kept))
         t, width = cu_seqlens[-1], max(lengths, default=0)
         s, column, counts = torch.randn(t, width), torch.arange(width), torch.tensor(lengths, dtype=torch.int64)
         behind = column >= counts.repeat_interleave(counts)[:, None]
         s[behind] = torch.where(column % 2 == 0, torch.nan, 3e38).expand(t, width)[behind]
-        return cls(s, torch.rand(t), cu_seqlens, cu_keep, cu_keep[-1], width, options)
+        return cls(s, torch.rand(t), cu_seqlens, cu_kept, cu_kept[-1], width, options)
 
     def run(self, backend: str) -> torch.Tensor:
-        offsets = (torch.tensor(cu, dtype=torch.int32) for cu in (self.cu_seqlens, self.cu_keep))
+        offsets = (torch.tensor(cu, dtype=torch.int32) for cu in (self.cu_seqlens, self.cu_kept))
         sizes = self.total_keep, self.max_seqlen
         return greedy_select_varlen(self.s, self.prior, *offsets, *sizes, **self.options, backend=backend)
 
@@ -47,7 +47,7 @@ class Batch:
         """By the dense operator, of offsets that do not decrease once they are cut to what exists."""
         t, order = len(self.s), torch.full((self.total_keep,), -1)
         cut = lambda cu, most: [min(max(offset, 0), most) for offset in cu]  # noqa: E731
-        tokens, rows = cut(self.cu_seqlens, t), cut(self.cu_keep, self.total_keep)
+        tokens, rows = cut(self.cu_seqlens, t), cut(self.cu_kept, self.total_keep)
         for i in range(len(tokens) - 1):
             part, n = slice(*tokens[i : i + 2]), tokens[i + 1] - tokens[i]
             k = min(rows[i + 1] - rows[i], n)
@@ -141,10 +141,10 @@ def test_any_segmentation(lengths, data):
 
 CUT = {  # wrong, but cut to what exists they still make sense: what comes out is known
     "negative": {"cu_seqlens": [-7, 4, 9, 15]},
-    "not from 0": {"cu_seqlens": [3, 6, 9, 12], "cu_keep": [2, 3, 4, 6]},
+    "not from 0": {"cu_seqlens": [3, 6, 9, 12], "cu_kept": [2, 3, 4, 6]},
     "beyond the last token": {"cu_seqlens": [0, 4, 9, 99]},
-    "extremes": {"cu_seqlens": [INT32.min, 4, 9, INT32.max], "cu_keep": [INT32.min, 2, 3, INT32.max]},
-    "more rows than tokens": {"cu_keep": [0, 7, 8, 9], "total_keep": 12},
+    "extremes": {"cu_seqlens": [INT32.min, 4, 9, INT32.max], "cu_kept": [INT32.min, 2, 3, INT32.max]},
+    "more rows than tokens": {"cu_kept": [0, 7, 8, 9], "total_keep": 12},
     "total_keep too small": {"total_keep": 2},
     "total_keep 0": {"total_keep": 0},
     "total_keep too large": {"total_keep": 15},
@@ -152,8 +152,8 @@ CUT = {  # wrong, but cut to what exists they still make sense: what comes out i
 TANGLED = {
     "decrease": {"cu_seqlens": [0, 9, 4, 15]},
     "backwards": {"cu_seqlens": [15, 9, 4, 0]},
-    "rows decrease": {"cu_keep": [0, 5, 1, 6]},
-    "rows backwards": {"cu_keep": [6, 3, 2, 0]},
+    "rows decrease": {"cu_kept": [0, 5, 1, 6]},
+    "rows backwards": {"cu_kept": [6, 3, 2, 0]},
 }
 
 
@@ -194,7 +194,7 @@ def test_an_index_of_another_segment_is_refused_on_cpu(cpp):
     [
         ({"max_seqlen": 5}, "s: expected shape [T max_seqlen] = [15, 5], got [15, 6]."),
         ({"total_keep": 16}, "total_keep: expected 0 <= total_keep <= 15 (T = 15 tokens), got 16."),
-        ({"cu_keep": [0, 1]}, "cu_keep: expected shape [S+1] = [4]"),
+        ({"cu_kept": [0, 1]}, "cu_kept: expected shape [S+1] = [4]"),
         ({"options": {"first": torch.zeros(15).long()}}, "first: expected shape [S] = [3]"),
         ({"options": {"tier": torch.zeros(15, dtype=torch.bool)}}, "tier: expected dtype int8, got bool. Remedy: "),
     ],
@@ -204,7 +204,7 @@ def test_refused(change, message, cpp):
     batch = wrong(change)
     with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
         batch.run(cpp)
-    offsets = (torch.tensor(cu, dtype=torch.int32) for cu in (batch.cu_seqlens, batch.cu_keep))
+    offsets = (torch.tensor(cu, dtype=torch.int32) for cu in (batch.cu_seqlens, batch.cu_kept))
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):
         torch.ops.condense.greedy_select_varlen(
             batch.s, batch.prior, *offsets, batch.total_keep, batch.max_seqlen, **batch.options
@@ -215,14 +215,14 @@ def test_refused(change, message, cpp):
     ("change", "message"),
     [
         ({"cu_seqlens": [0, 9, 4, 15]}, "cu_seqlens: expected running sums, got 4 at offset 2"),
-        ({"cu_keep": [0, 5, 5, 6]}, "cu_keep: expected at most the tokens of a segment, got 5 at image 0"),
+        ({"cu_kept": [0, 5, 5, 6]}, "cu_kept: expected at most the tokens of a segment, got 5 at image 0"),
         ({"options": {"first": torch.tensor([0, 5, 5])}}, "first: expected values in [-1, N), got 5 at image 1"),
         (
             {"options": {"first": torch.tensor([0, 4, -1]), "candidates": torch.arange(15) != 8}},
             "first: expected a candidate of tier 0, got 4 at image 1",
         ),
     ],
-    ids=["cu_seqlens", "cu_keep", "outside", "no candidate"],
+    ids=["cu_seqlens", "cu_kept", "outside", "no candidate"],
 )
 def test_the_debug_switch_looks(change, message, cpp):
     with debug(), pytest.raises(ValueError, match="^" + re.escape(message)):

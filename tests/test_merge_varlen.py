@@ -34,11 +34,11 @@ def make(lengths, kept, channels=7, dtype=torch.float32, scored=True, seed=0):
     return features, scores, indices, assignment, sums(lengths), sums(kept), int(lengths.max()) if pairs else 0
 
 
-def alone(features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen, backend, **options):
+def alone(features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen, backend, **options):
     """Each segment by the dense operator."""
     found = []
     for s in range(len(cu_seqlens) - 1):
-        tokens, rows = slice(*cu_seqlens[s : s + 2].tolist()), slice(*cu_keep[s : s + 2].tolist())
+        tokens, rows = slice(*cu_seqlens[s : s + 2].tolist()), slice(*cu_kept[s : s + 2].tolist())
         a = None if scores is None else scores[tokens][None]
         args = features[tokens][None], a, indices[rows][None], assignment[tokens][None]
         found.append([t[0] for t in ck.merge(*args, backend=backend, **options)])
@@ -117,14 +117,14 @@ WRONG_OFFSETS = [
 ]
 
 
-@pytest.mark.parametrize(("cu_seqlens", "cu_keep"), WRONG_OFFSETS)
-def test_wrong_offsets_are_harmless(cu_seqlens, cu_keep, backend, bounded):
+@pytest.mark.parametrize(("cu_seqlens", "cu_kept"), WRONG_OFFSETS)
+def test_wrong_offsets_are_harmless(cu_seqlens, cu_kept, backend, bounded):
     features, scores, indices, assignment, *_ = make([8, 8, 8], [2, 2, 2])
-    offsets = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_seqlens, cu_keep)]
+    offsets = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_seqlens, cu_kept)]
     for mode in MODES:
         merged, mass = ck.merge_varlen(features, scores, indices, assignment, *offsets, 24, mode=mode, backend=backend)
         assert merged.isfinite().all() and mass.isfinite().all()
-        rising = all(a <= b for cu in (cu_seqlens, cu_keep) for a, b in itertools.pairwise(cu))
+        rising = all(a <= b for cu in (cu_seqlens, cu_kept) for a, b in itertools.pairwise(cu))
         if rising:  # else which tokens the segments get is not specified
             exact = ck.merge_varlen(features, scores, indices, assignment, *offsets, 24, mode=mode, backend="reference")
             torch.testing.assert_close((merged, mass), exact)
@@ -142,16 +142,16 @@ def test_rows_of_no_segment_are_zeros(backend):
 
 
 def test_no_segment_and_no_row(backend):
-    features, scores, indices, assignment, cu_seqlens, cu_keep, longest = make([9, 4], [3, 2])
+    features, scores, indices, assignment, cu_seqlens, cu_kept, longest = make([9, 4], [3, 2])
     nothing = torch.zeros(1, dtype=torch.int32)
     merged, mass = ck.merge_varlen(features, scores, indices, assignment, nothing, nothing, longest, backend=backend)
     assert merged.shape == (5, 7) and merged.eq(0).all() and mass.eq(0).all()
     none = torch.zeros(0, dtype=torch.int64)
     merged, mass = ck.merge_varlen(
-        features, scores, none, assignment, cu_seqlens, 0 * cu_keep, longest, backend=backend
+        features, scores, none, assignment, cu_seqlens, 0 * cu_kept, longest, backend=backend
     )
     assert merged.shape == (0, 7) and mass.shape == (0,)
-    merged, mass = ck.merge_varlen(features, scores, indices, assignment, cu_seqlens, cu_keep, 0, backend=backend)
+    merged, mass = ck.merge_varlen(features, scores, indices, assignment, cu_seqlens, cu_kept, 0, backend=backend)
     assert merged.eq(0).all() and mass.eq(0).all()
 
 
@@ -161,9 +161,9 @@ def test_the_flagship_is_merged_by_it(backend):
     features, scores, positions = torch.randn(30, 6), torch.rand(30), torch.rand(30, 2)
     budget = ck.varlen_budget([12, 5, 13], keep=0.3)
     out = ck.select_and_merge_varlen(features, scores, *budget, positions=positions, backend=backend)
-    cu_keep = budget.cu_anchors + budget.cu_background
+    cu_kept = budget.cu_anchors + budget.cu_background
     again = ck.merge_varlen(
-        features, scores, out.indices, out.assignment, budget.cu_seqlens, cu_keep, budget.max_seqlen, backend=backend
+        features, scores, out.indices, out.assignment, budget.cu_seqlens, cu_kept, budget.max_seqlen, backend=backend
     )
     assert_same_bits(again, (out.merged, out.mass))
 
@@ -191,10 +191,10 @@ def test_debug_finds_what_is_wrong():
             ({"assignment": assignment + 1}, "assignment: expected rows of the token's image, or -1, got 2 at token 1"),
             ({"scores": -scores}, "scores: expected numbers >= 0, got -.* at token 0"),
             ({"cu_seqlens": offsets[0] + 1}, "cu_seqlens: expected running sums from 0 up to T = 7, got 1 ... 8"),
-            ({"cu_keep": offsets[1] - 1}, "cu_keep: expected running sums from 0 up to total_keep = 3, got -1 ... 2"),
+            ({"cu_kept": offsets[1] - 1}, "cu_kept: expected running sums from 0 up to total_keep = 3, got -1 ... 2"),
             ({"max_seqlen": 3}, "cu_seqlens: expected at most max_seqlen = 3, got 4 at image 1"),
         ):
-            names = ("indices", "assignment", "cu_seqlens", "cu_keep", "max_seqlen")
+            names = ("indices", "assignment", "cu_seqlens", "cu_kept", "max_seqlen")
             given = dict(zip(names, (indices, assignment, *offsets), strict=True))
             with pytest.raises(ValueError, match=message):
                 ck.merge_varlen(features, **{"scores": scores, **given, **wrong})
@@ -202,7 +202,7 @@ def test_debug_finds_what_is_wrong():
 
 def test_errors_name_the_argument():
     call = make([9, 4], [3, 2])
-    names = ("features", "scores", "indices", "assignment", "cu_seqlens", "cu_keep", "max_seqlen")
+    names = ("features", "scores", "indices", "assignment", "cu_seqlens", "cu_kept", "max_seqlen")
     for name, wrong, message in (
         ("features", call[0][None], r"features: expected 2 axes \[T D\], got 3"),
         ("features", call[0][:, :0], r"features: expected at least one channel"),
@@ -210,7 +210,7 @@ def test_errors_name_the_argument():
         ("indices", call[2][None], r"indices: expected 1 axes \[total_keep\], got 2"),
         ("indices", call[2].int(), "indices: expected dtype int64, got int32"),
         ("assignment", call[3][:-1], r"assignment: expected shape \[T\] = \[13\]"),
-        ("cu_keep", call[5][:-1], r"cu_keep: expected shape \[S\+1\] = \[3\]"),
+        ("cu_kept", call[5][:-1], r"cu_kept: expected shape \[S\+1\] = \[3\]"),
         ("cu_seqlens", call[4].long(), "cu_seqlens: expected dtype int32, got int64"),
         ("max_seqlen", -1, "max_seqlen: expected 0 <= max_seqlen"),
     ):

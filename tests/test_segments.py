@@ -200,10 +200,10 @@ def test_packed_segments_in_plain_python(batch, dtype, data):
 
     flat = [i for row in expected for i in row]
     total = data.draw(st.integers(0, len(scores)))
-    indices, cu_keep = ck.segment_topk_indices(scores, keep, total, **options)
+    indices, cu_kept = ck.segment_topk_indices(scores, keep, total, **options)
     assert indices.tolist() == (flat + [-1] * total)[:total]
-    assert cu_keep.tolist() == [min(sum(map(len, expected[:s])), total) for s in range(len(lengths) + 1)]
-    assert cu_keep.dtype == torch.int32
+    assert cu_kept.tolist() == [min(sum(map(len, expected[:s])), total) for s in range(len(lengths) + 1)]
+    assert cu_kept.dtype == torch.int32
 
 
 def test_rows_are_segments():
@@ -213,12 +213,12 @@ def test_rows_are_segments():
         for j in range(3):
             assert kept[i, j].nonzero().flatten().tolist() == top(scores[i, j].tolist(), int(k[i, j]))
     total = int(kept.sum())
-    indices, cu_keep = ck.segment_topk_indices(scores, k, total)
+    indices, cu_kept = ck.segment_topk_indices(scores, k, total)
     packed = ck.segment_topk_indices(scores.flatten(), k.flatten(), total, cu_seqlens=torch.arange(7) * 40)
     assert torch.equal(indices, packed[0])
-    assert torch.equal(cu_keep, packed[1])
+    assert torch.equal(cu_kept, packed[1])
     assert torch.equal(
-        kept.flatten().nonzero().flatten(), indices + 40 * torch.arange(6).repeat_interleave(cu_keep.diff())
+        kept.flatten().nonzero().flatten(), indices + 40 * torch.arange(6).repeat_interleave(cu_kept.diff())
     )
     for seven in (7, torch.tensor(7)):  # one segment, without axes
         assert ck.segment_topk(scores[0, 0], seven).sum() == 7
@@ -230,8 +230,8 @@ def test_wrong_offsets_are_harmless():
     for cu in ([4, 2, 9], [-3, 3, 2], [7, 7, 7], [2, 4, 5]):
         cu_seqlens = torch.tensor(cu, dtype=torch.int32)
         kept = ck.segment_topk(scores, [9, 9], cu_seqlens=cu_seqlens)
-        indices, cu_keep = ck.segment_topk_indices(scores, [9, 9], 6, cu_seqlens=cu_seqlens)
-        assert int(kept.sum()) == int(cu_keep[-1]) == int((indices >= 0).sum())
+        indices, cu_kept = ck.segment_topk_indices(scores, [9, 9], 6, cu_seqlens=cu_seqlens)
+        assert int(kept.sum()) == int(cu_kept[-1]) == int((indices >= 0).sum())
     assert ck.segment_topk(scores, [1, 1], cu_seqlens=torch.tensor([2, 4, 5])).tolist() == [False] * 3 + [True] * 2 + [
         False
     ]
@@ -241,9 +241,9 @@ def test_kept_tokens_are_gathered():
     features, scores = torch.randn(20, 3), torch.rand(20)
     cu_seqlens = torch.tensor([0, 8, 8, 20], dtype=torch.int32)
     keep = ck.allocate_budget(torch.tensor([1.0, 1.0, 2.0]), 9, capacity=cu_seqlens.diff())
-    indices, cu_keep = ck.segment_topk_indices(scores, keep, 9, cu_seqlens=cu_seqlens)
-    assert keep.tolist() == cu_keep.diff().tolist() == [3, 0, 6]
-    gathered = ck.gather_tokens(indices, features, cu_seqlens=cu_seqlens, cu_kept=cu_keep)
+    indices, cu_kept = ck.segment_topk_indices(scores, keep, 9, cu_seqlens=cu_seqlens)
+    assert keep.tolist() == cu_kept.diff().tolist() == [3, 0, 6]
+    gathered = ck.gather_tokens(indices, features, cu_seqlens=cu_seqlens, cu_kept=cu_kept)
     assert torch.equal(gathered, features[ck.segment_topk(scores, keep, cu_seqlens=cu_seqlens)])
 
 

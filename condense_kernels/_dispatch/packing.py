@@ -19,9 +19,9 @@ def check_segments(cu_seqlens: Any, max_seqlen: Any, sizes: dict[str, int], like
     check_count("max_seqlen", max_seqlen, 0, MAX_TOKENS, "tokens of one image")
 
 
-def check_rows(cu_keep: Any, total_keep: Any, sizes: dict[str, int], like: torch.Tensor) -> None:
-    """cu_keep [S + 1] int32 beside ``like``; total_keep an int up to T. After check_segments."""
-    check_tensor("cu_keep", cu_keep, "S+1", sizes, (torch.int32,), like)
+def check_rows(cu_kept: Any, total_keep: Any, sizes: dict[str, int], like: torch.Tensor) -> None:
+    """cu_kept [S + 1] int32 beside ``like``; total_keep an int up to T. After check_segments."""
+    check_tensor("cu_kept", cu_kept, "S+1", sizes, (torch.int32,), like)
     check_count("total_keep", total_keep, 0, sizes["T"], f"T = {sizes['T']} tokens")
 
 
@@ -55,14 +55,14 @@ class Part(NamedTuple):
 
 def parts_of(
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor | None,  # [S + 1]; None: no rows
+    cu_kept: torch.Tensor | None,  # [S + 1]; None: no rows
     num_tokens: int,
     total_keep: int,
     max_seqlen: int,
 ) -> Iterator[Part]:
     """The segments that have a token. One that is longer than max_seqlen counts as empty. Reads the offsets."""
     offsets = cu_seqlens.tolist()
-    rows = [0] * len(offsets) if cu_keep is None else cu_keep.tolist()
+    rows = [0] * len(offsets) if cu_kept is None else cu_kept.tolist()
     for s in range(len(offsets) - 1):
         start, stop = (min(max(offset, 0), num_tokens) for offset in offsets[s : s + 2])
         first, last = (min(max(row, 0), total_keep) for row in rows[s : s + 2])
@@ -82,13 +82,13 @@ def look_at_segments(cu_seqlens: torch.Tensor, max_seqlen: int | None, num_token
     return lengths
 
 
-def look_at_rows(cu_keep: torch.Tensor, lengths: torch.Tensor, total_keep: int) -> torch.Tensor:
+def look_at_rows(cu_kept: torch.Tensor, lengths: torch.Tensor, total_keep: int) -> torch.Tensor:
     """The segments' rows, once they are running sums from 0 to total_keep and no segment keeps more than it has."""
-    kept = cu_keep.diff()
-    refuse("cu_keep", cu_keep[1:], kept < 0, "running sums", (lambda s: f"offset {s + 1}",), REMEDY)
-    refuse("cu_keep", kept, kept > lengths, "at most the tokens of a segment", ("image",), REMEDY)
-    if cu_keep[0] != 0 or cu_keep[-1] != total_keep:
-        ends_at = f"{cu_keep[0].item()} ... {cu_keep[-1].item()}"
+    kept = cu_kept.diff()
+    refuse("cu_kept", cu_kept[1:], kept < 0, "running sums", (lambda s: f"offset {s + 1}",), REMEDY)
+    refuse("cu_kept", kept, kept > lengths, "at most the tokens of a segment", ("image",), REMEDY)
+    if cu_kept[0] != 0 or cu_kept[-1] != total_keep:
+        ends_at = f"{cu_kept[0].item()} ... {cu_kept[-1].item()}"
         expected = f"running sums from 0 up to total_keep = {total_keep}"
-        raise ValueError(f"cu_keep: expected {expected}, got {ends_at}. {REMEDY}")
+        raise ValueError(f"cu_kept: expected {expected}, got {ends_at}. {REMEDY}")
     return kept

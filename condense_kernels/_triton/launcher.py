@@ -118,10 +118,10 @@ class Packed(NamedTuple):
         return cls(*(cu.contiguous() for cu in offsets), *(2 * size + 1 for size in sizes))
 
     @classmethod
-    def kept(cls, cu_seqlens, cu_keep, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
-        """Of a stage, whose rows are of one kind; cu_keep None: it has none."""
-        zeros = None if cu_keep is None else new(cu_keep, cu_keep.shape, fill=0)
-        return cls.of(cu_seqlens, cu_keep, zeros, num_tokens, total_keep, max_seqlen)
+    def kept(cls, cu_seqlens, cu_kept, num_tokens: int, total_keep: int, max_seqlen: int) -> "Packed":
+        """Of a stage, whose rows are of one kind; cu_kept None: it has none."""
+        zeros = None if cu_kept is None else new(cu_kept, cu_kept.shape, fill=0)
+        return cls.of(cu_seqlens, cu_kept, zeros, num_tokens, total_keep, max_seqlen)
 
     def groups(self, grouping: Grouping | None) -> "Iterator[Packed]":
         """The whole batch, or one group of its segments after the other."""

@@ -65,26 +65,26 @@ def examples(b: int) -> list[Example]:
 
 
 def check_varlen(
-    keys, indices, cu_seqlens, cu_keep, max_seqlen, *, mask=None, positions=None, spatial_weight=1.0, sources=None,
+    keys, indices, cu_seqlens, cu_kept, max_seqlen, *, mask=None, positions=None, spatial_weight=1.0, sources=None,
     metric="cosine",
 ) -> None:  # fmt: skip
     packed.check(keys, cu_seqlens, max_seqlen, mask=mask, metric=metric)
     sizes = {"T": keys.shape[0], "S+1": cu_seqlens.shape[0]}
     check_tensor("indices", indices, "total_keep", sizes, (torch.int64,), keys)
-    check_rows(cu_keep, indices.shape[0], sizes, keys)
+    check_rows(cu_kept, indices.shape[0], sizes, keys)
     check_weight("spatial_weight", spatial_weight)
     check_places(positions, spatial_weight, sizes, keys)
     if sources is not None:
         check_tensor("sources", sources, "T", sizes, (torch.bool,), keys)
 
 
-def fake_varlen(keys, indices, cu_seqlens, cu_keep, max_seqlen, **_):
+def fake_varlen(keys, indices, cu_seqlens, cu_kept, max_seqlen, **_):
     return keys.new_empty((keys.shape[0],), dtype=torch.int64)
 
 
-def varlen_on_reference(keys, indices, cu_seqlens, cu_keep, max_seqlen, *, mask=None, metric="cosine", **options):
+def varlen_on_reference(keys, indices, cu_seqlens, cu_kept, max_seqlen, *, mask=None, metric="cosine", **options):
     s, _, _, tier, _ = packed.on_reference(keys, cu_seqlens, max_seqlen, mask=mask, metric=metric)
-    return varlen.on_reference(s, indices, cu_seqlens, cu_keep, max_seqlen, tier=tier, **options)
+    return varlen.on_reference(s, indices, cu_seqlens, cu_kept, max_seqlen, tier=tier, **options)
 
 
 def varlen_on_triton(*args, **options):
@@ -93,17 +93,17 @@ def varlen_on_triton(*args, **options):
     return launch(*args, **options)
 
 
-def varlen_flops(keys, indices, cu_seqlens, cu_keep, max_seqlen, *, mask=None, metric="cosine", **where) -> int:
+def varlen_flops(keys, indices, cu_seqlens, cu_kept, max_seqlen, *, mask=None, metric="cosine", **where) -> int:
     s = keys[0], max_seqlen
     products = 2 * max_seqlen * indices[0] * keys[1]
-    return products + varlen.flops(s, indices, cu_seqlens, cu_keep, max_seqlen, **where)
+    return products + varlen.flops(s, indices, cu_seqlens, cu_kept, max_seqlen, **where)
 
 
-def look_at_varlen(keys, indices, cu_seqlens, cu_keep, max_seqlen, *, mask=None, positions=None, **_) -> None:
+def look_at_varlen(keys, indices, cu_seqlens, cu_kept, max_seqlen, *, mask=None, positions=None, **_) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, keys.shape[0])
-    look_at_rows(cu_keep, lengths, indices.shape[0])
+    look_at_rows(cu_kept, lengths, indices.shape[0])
     check_finite("keys", keys, ("token", "channel"), mask)
-    for part in parts_of(cu_seqlens, cu_keep, keys.shape[0], indices.shape[0], max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, keys.shape[0], indices.shape[0], max_seqlen):
         of_image = f"image {part.number}".format
         check_indices("indices", indices[part.rows][None], -1, part.num_tokens, of_image)
     if positions is not None:

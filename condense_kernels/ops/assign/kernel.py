@@ -374,7 +374,7 @@ def assign_varlen(
     s: torch.Tensor,  # [T, >= max_seqlen]
     indices: torch.Tensor,  # [total_keep] int64
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     *,
     tier: torch.Tensor | None = None,  # [T] int8
@@ -393,7 +393,7 @@ def assign_varlen(
         Space.of(None, positions, spatial_weight, masked=tier is not None), strides=strides_of(positions, 3)
     )
     with on_device_of(s):
-        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
         launch_assign(
             s, indices, tier, space, spatial_weight, assignment, sanitise=True, sources=sources, packed=packed
         )

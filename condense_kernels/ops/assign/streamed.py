@@ -163,7 +163,7 @@ def assign_from_keys_varlen(
     keys: torch.Tensor,  # [T, Dk]
     indices: torch.Tensor,  # [total_keep] int64
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     *,
     mask: torch.Tensor | None = None,  # [T] bool
@@ -182,14 +182,14 @@ def assign_from_keys_varlen(
     if metric != "cosine" and config.store_s and config.grouping is None:
         s, _, _, tier, _ = packed_similarities(keys, cu_seqlens, max_seqlen, mask=mask, metric=metric)
         where = {"positions": positions, "spatial_weight": spatial_weight, "sources": sources}
-        return on_packed_s(s, indices, cu_seqlens, cu_keep, max_seqlen, tier=tier, **where)
+        return on_packed_s(s, indices, cu_seqlens, cu_kept, max_seqlen, tier=tier, **where)
     check_is_cosine(metric)
     assignment = new(keys, (num_tokens,), torch.int64, fill=-1)  # and -1 it stays in segments without rows
     space = replace(
         Space.of(None, positions, spatial_weight, masked=mask is not None), strides=strides_of(positions, 3)
     )
     with on_device_of(keys):
-        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
         w = carve(pieces_of(num_tokens, packed.num_slots(BLOCK)), None, keys.device)
         launch_measure(keys, None, mask, w.tier, w.scale, w.inverse, packed)
         launch_assign(w, keys, indices, space, spatial_weight, assignment, packed, sources)

@@ -21,13 +21,13 @@ from . import op as dense
 
 
 def check(
-    s, indices, cu_seqlens, cu_keep, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
+    s, indices, cu_seqlens, cu_kept, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("s", s, "T M", sizes, (torch.float32, torch.float64))
     check_tensor("indices", indices, "total_keep", sizes, (torch.int64,), s)
     check_segments(cu_seqlens, max_seqlen, sizes, s)
-    check_rows(cu_keep, indices.shape[0], sizes, s)
+    check_rows(cu_kept, indices.shape[0], sizes, s)
     if s.shape[1] < max_seqlen:
         raise ValueError(
             f"s: expected rows of at least max_seqlen = {max_seqlen} similarities, got {list(s.shape)}. Remedy: [T, "
@@ -40,15 +40,15 @@ def check(
         check_tensor("sources", sources, "T", sizes, (torch.bool,), s)
 
 
-def fake(s, indices, cu_seqlens, cu_keep, max_seqlen, **_):
+def fake(s, indices, cu_seqlens, cu_kept, max_seqlen, **_):
     return s.new_empty((s.shape[0],), dtype=torch.int64)
 
 
 def on_reference(
-    s, indices, cu_seqlens, cu_keep, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
+    s, indices, cu_seqlens, cu_kept, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
 ):
     assignment = torch.full((s.shape[0],), -1, dtype=torch.int64, device=s.device)
-    for part in parts_of(cu_seqlens, cu_keep, s.shape[0], indices.shape[0], max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, s.shape[0], indices.shape[0], max_seqlen):
         of_tokens = {"tier": tier, "positions": positions, "sources": sources}
         alone = {name: None if t is None else t[part.tokens][None] for name, t in of_tokens.items()}
         square = s[part.tokens, : part.num_tokens]
@@ -64,7 +64,7 @@ def on_triton(*args, **kwargs):
 
 
 def flops(
-    s, indices, cu_seqlens, cu_keep, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
+    s, indices, cu_seqlens, cu_kept, max_seqlen, *, tier=None, positions=None, spatial_weight=1.0, sources=None
 ) -> int:
     """At most: as if the tokens came in segments of max_seqlen, as the lengths are on the device."""
     segments = -(-s[0] // max(max_seqlen, 1))
@@ -73,10 +73,10 @@ def flops(
     return dense.flops(images, (segments, kept), positions=positions, spatial_weight=spatial_weight)
 
 
-def look(s, indices, cu_seqlens, cu_keep, max_seqlen, *, tier=None, positions=None, **_) -> None:
+def look(s, indices, cu_seqlens, cu_kept, max_seqlen, *, tier=None, positions=None, **_) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
-    look_at_rows(cu_keep, lengths, indices.shape[0])
-    for part in parts_of(cu_seqlens, cu_keep, s.shape[0], indices.shape[0], max_seqlen):
+    look_at_rows(cu_kept, lengths, indices.shape[0])
+    for part in parts_of(cu_seqlens, cu_kept, s.shape[0], indices.shape[0], max_seqlen):
         of_image = f"image {part.number}".format
         square = s[part.tokens, : part.num_tokens]
         dense.look_at_similarities(square[None], indices[part.rows][None], of_image)
@@ -88,14 +88,14 @@ def look(s, indices, cu_seqlens, cu_keep, max_seqlen, *, tier=None, positions=No
 def examples(b: int) -> list[Example]:
     """Of b segments and an empty one."""
     lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], dtype=torch.int64, device="cpu")
-    cu_seqlens, cu_keep = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, lengths // 3))
+    cu_seqlens, cu_kept = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, lengths // 3))
     t = int(cu_seqlens[-1])
     s = random(t, 12)
     for part in parts_of(cu_seqlens, None, t, 0, 12):
         square = s[part.tokens, : part.num_tokens]
         s[part.tokens, : part.num_tokens] = square + square.mT.clone()
     indices = torch.cat([torch.arange(n, dtype=torch.int64, device="cpu") for n in (lengths // 3).tolist()])
-    given = s, indices, cu_seqlens, cu_keep, 12
+    given = s, indices, cu_seqlens, cu_kept, 12
     tier = (random(t) < 0.2).to(torch.int8) * 2
     return [
         Example(given, {"tier": tier, "positions": random(t, 2), "spatial_weight": 0.5, "sources": random(t) < 0.5}),
@@ -124,7 +124,7 @@ def assign_varlen(
     s: torch.Tensor | None = None,  # [T, max_seqlen]
     indices: torch.Tensor | None = None,  # [total_keep]
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
-    cu_keep: torch.Tensor | None = None,  # [S + 1]
+    cu_kept: torch.Tensor | None = None,  # [S + 1]
     max_seqlen: int | None = None,
     *,
     tier: torch.Tensor | None = None,  # [T]
@@ -147,7 +147,7 @@ def assign_varlen(
         indices: [total_keep] int64, the kept tokens of all segments, counted within the segment, distinct there; -1 is
             a row that takes nobody.
         cu_seqlens: [S + 1] int32 on the device of s: segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
-        cu_keep: [S + 1] int32, running sums too: how many rows each segment has, at most its tokens.
+        cu_kept: [S + 1] int32, running sums too: how many rows each segment has, at most its tokens.
         max_seqlen: int, at least the tokens of the longest segment: sizes what is launched.
         tier, positions, sources: [T], [T, P], [T] as in :func:`assign`. dmax is that of the segment's own positions.
         keys, mask: [T, Dk], [T], instead of s and tier, as in :func:`assign`. The raw operator is
@@ -169,6 +169,6 @@ def assign_varlen(
         op, on, options = "assign_varlen", s, {"tier": tier, **options}
     else:
         op, on, options = "assign_from_keys_varlen", keys, {"mask": mask, **options, "metric": metric}
-    args = (on, indices, cu_seqlens, cu_keep, as_count("max_seqlen", max_seqlen))
+    args = (on, indices, cu_seqlens, cu_kept, as_count("max_seqlen", max_seqlen))
     tracing.checked(OPERATORS[op].check, *args, **options)
     return backends.run(op, backend, args, options)

@@ -204,7 +204,7 @@ def coverage_select(
 def coverage_select_varlen(
     c: torch.Tensor,  # [T, max_seqlen]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -218,6 +218,6 @@ def coverage_select_varlen(
     max_seqlen = min(max_seqlen, num_tokens)
     order = new(c, (total_keep,), torch.int64, fill=-1)
     if cu_seqlens.shape[0] > 1 and total_keep > 0 and max_seqlen > 0:
-        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
         launch_picks(c, weight, combine, candidates, order, max_seqlen, (c.stride(0), *c.stride()), packed)
     return order

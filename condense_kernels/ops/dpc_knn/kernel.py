@@ -266,7 +266,7 @@ def dpc_knn(
 def dpc_knn_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     cu_seqlens: torch.Tensor,  # [S + 1] int32
-    cu_keep: torch.Tensor,  # [S + 1] int32
+    cu_kept: torch.Tensor,  # [S + 1] int32
     total_keep: int,
     max_seqlen: int,
     k_nn: int = 5,
@@ -280,7 +280,7 @@ def dpc_knn_varlen(
     t = s.shape[0]
     order = new(s, (total_keep,), torch.int64, fill=-1)
     density, peak_distance = new(s, (t,), fill=0), new(s, (t,), fill=0)
-    packed = Packed.kept(cu_seqlens, cu_keep, t, total_keep, max_seqlen)
+    packed = Packed.kept(cu_seqlens, cu_kept, t, total_keep, max_seqlen)
     if packed.num_segments > 0 and max_seqlen > 0:
         launch_dpc_knn(s, tier, k_nn, scale, order, density, peak_distance, packed)
     return order, density, peak_distance

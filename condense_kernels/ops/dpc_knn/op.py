@@ -107,38 +107,38 @@ backends.register(
 )
 
 
-def check_varlen(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> None:
+def check_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> None:
     sizes: dict[str, int] = {}
     check_tensor("s", s, "T max_seqlen", sizes, WORKING)
     check_segments(cu_seqlens, max_seqlen, sizes, s)
     check_tensor("s", s, "T max_seqlen", {"max_seqlen": max_seqlen}, WORKING)
-    check_rows(cu_keep, total_keep, sizes, s)
+    check_rows(cu_kept, total_keep, sizes, s)
     check_options(k_nn, tier, "T", sizes, s, scale)
 
 
-def fake_varlen(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
+def fake_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
     tokens = s.shape[:1]
     return s.new_empty((total_keep,), dtype=torch.int64), s.new_empty(tokens), s.new_empty(tokens)
 
 
-def varlen_on_reference(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
-    return reference.dpc_knn_varlen(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn, tier=tier, scale=scale)
+def varlen_on_reference(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
+    return reference.dpc_knn_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn, tier=tier, scale=scale)
 
 
-def varlen_on_triton(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
+def varlen_on_triton(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0):
     from .kernel import dpc_knn_varlen as launch
 
-    return launch(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn, tier=tier, scale=scale)
+    return launch(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn, tier=tier, scale=scale)
 
 
-def flops_varlen(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> int:
+def flops_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> int:
     """At most: as if all segments were the longest."""
     return 2 * s[0] * s[1]
 
 
-def look_varlen(s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> None:
+def look_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
-    look_at_rows(cu_keep, lengths, total_keep)
+    look_at_rows(cu_kept, lengths, total_keep)
     column, begins = torch.arange(max_seqlen, device=s.device), cu_seqlens[:-1].repeat_interleave(lengths)
     within = torch.arange(s.shape[0], device=s.device) - begins
     used = column < lengths.repeat_interleave(lengths)[:, None]  # [T, max_seqlen]
@@ -153,12 +153,12 @@ def examples_varlen(b: int) -> list[Example]:
     """Of b segments and an empty one."""
     lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], dtype=torch.int64, device="cpu")
     sums = lambda counts: torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()  # noqa: E731
-    cu_seqlens, cu_keep = sums(lengths), sums(lengths // 2)
-    t, total = int(cu_seqlens[-1]), int(cu_keep[-1])
+    cu_seqlens, cu_kept = sums(lengths), sums(lengths // 2)
+    t, total = int(cu_seqlens[-1]), int(cu_kept[-1])
     s, tier = 0 - random(t, 12), (random(t) < 0.2).to(torch.int8)
     return [
-        Example((s, cu_seqlens, cu_keep, total, 12, 3), {"tier": tier, "scale": 0.5}),
-        Example((s.double(), cu_seqlens, cu_keep, total, 12)),
+        Example((s, cu_seqlens, cu_kept, total, 12, 3), {"tier": tier, "scale": 0.5}),
+        Example((s.double(), cu_seqlens, cu_kept, total, 12)),
     ]
 
 
@@ -236,7 +236,7 @@ def dpc_knn(
 def dpc_knn_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     k_nn: int = 5,
@@ -250,9 +250,9 @@ def dpc_knn_varlen(
     Args:
         s: [T, max_seqlen] fp32 or fp64: row t holds the negated distances from token t to tokens 0, 1, ... of its
             segment; what lies behind them is not used.
-        cu_seqlens, cu_keep: [S + 1] int32 on the device of s: running sums of the segments' tokens and picks. Wrong
+        cu_seqlens, cu_kept: [S + 1] int32 on the device of s: running sums of the segments' tokens and picks. Wrong
             ones are harmless, as in :func:`select_and_merge_varlen`.
-        total_keep: the last of cu_keep, on the host.
+        total_keep: the last of cu_kept, on the host.
         max_seqlen: tokens of the longest segment, on the host.
         k_nn, tier, scale, backend: as of :func:`dpc_knn`.
 
@@ -265,6 +265,6 @@ def dpc_knn_varlen(
     """
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
     k_nn, options = as_count("k_nn", k_nn), {"tier": tier, "scale": scale}
-    args = (s, cu_seqlens, cu_keep, total_keep, max_seqlen, k_nn)
+    args = (s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn)
     tracing.checked(check_varlen, *args, **options)
     return DensityPeaks(*backends.run("dpc_knn_varlen", backend, args, options))

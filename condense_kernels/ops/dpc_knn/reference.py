@@ -100,7 +100,7 @@ def dpc_knn(
 def dpc_knn_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     cu_seqlens: torch.Tensor,  # [S + 1] int32
-    cu_keep: torch.Tensor,  # [S + 1] int32
+    cu_kept: torch.Tensor,  # [S + 1] int32
     total_keep: int,
     max_seqlen: int,
     k_nn: int = 5,
@@ -113,7 +113,7 @@ def dpc_knn_varlen(
     tier = torch.zeros(t, dtype=torch.int8, device=s.device) if tier is None else tier
     order = torch.full((total_keep,), -1, dtype=torch.int64, device=s.device)
     density, peak_distance = s.new_zeros(t), s.new_zeros(t)
-    for part in parts_of(cu_seqlens, cu_keep, t, total_keep, max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, t, total_keep, max_seqlen):
         square = s[part.tokens, : part.num_tokens][None]
         found = dpc_knn(square, part.num_rows, k_nn, tier=tier[part.tokens][None], scale=scale)
         order[part.rows], density[part.tokens], peak_distance[part.tokens] = (result[0] for result in found)

@@ -305,7 +305,7 @@ def dpp_select_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     quality: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -323,7 +323,7 @@ def dpp_select_varlen(
     if cu_seqlens.shape[0] == 1 or total_keep == 0 or max_seqlen == 0:
         return order
     with on_device_of(s):
-        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
         launch_picks(
             s, quality, order, packed.max_keep, DppConfig.for_packed(max_seqlen), tier=tier, candidates=candidates,
             eps=eps, damping=damping, packed=packed,

@@ -95,7 +95,7 @@ def dpp_select_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     quality: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -106,7 +106,7 @@ def dpp_select_varlen(
 ) -> torch.Tensor:
     """Return order [total_keep] int64 within the segment: the dense operator on each segment alone."""
     order = torch.full((total_keep,), -1, dtype=torch.int64, device=s.device)
-    for part in parts_of(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, s.shape[0], total_keep, max_seqlen):
         of_tokens = [None if t is None else t[part.tokens][None] for t in (quality, tier, candidates)]
         square = s[part.tokens, : part.num_tokens][None]
         picks = dpp_select(square, of_tokens[0], part.num_rows, tier=of_tokens[1], candidates=of_tokens[2],

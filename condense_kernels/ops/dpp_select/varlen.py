@@ -10,7 +10,7 @@ from .op import EPS, check_options, flops_of_picks, look_at_options
 
 
 def check(
-    s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen, *, tier=None, candidates=None, eps=EPS, damping=0.0
+    s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen, *, tier=None, candidates=None, eps=EPS, damping=0.0
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("s", s, "T max_seqlen", sizes, (torch.float32, torch.float64))
@@ -20,11 +20,11 @@ def check(
             f"s: expected rows of max_seqlen = {max_seqlen} columns, got {sizes['max_seqlen']}. "
             "Remedy: max_seqlen=s.shape[1]."
         )
-    check_rows(cu_keep, total_keep, sizes, s)
+    check_rows(cu_kept, total_keep, sizes, s)
     check_options(sizes, s, "T", quality, tier, candidates, eps, damping)
 
 
-def fake(s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen, **_):
+def fake(s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen, **_):
     return s.new_empty((total_keep,), dtype=torch.int64)
 
 
@@ -38,15 +38,15 @@ def on_triton(*args, **options):
     return launch(*args, **options)
 
 
-def flops(s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen, **_) -> int:
+def flops(s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen, **_) -> int:
     """At most: as if the tokens came in segments of max_seqlen, as the lengths are on the device."""
     segments = max(-(-s[0] // max(max_seqlen, 1)), 1)
     return flops_of_picks(segments, max_seqlen, -(-total_keep // segments))
 
 
-def look(s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen, *, tier=None, **_) -> None:
+def look(s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen, *, tier=None, **_) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
-    look_at_rows(cu_keep, lengths, total_keep)
+    look_at_rows(cu_kept, lengths, total_keep)
 
     def token(t: int) -> str:
         segment = int(torch.searchsorted(cu_seqlens, t, right=True)) - 1
@@ -60,13 +60,13 @@ def look(s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen, *, tier=None, 
 def examples(b: int) -> list[Example]:
     """Of b segments and an empty one."""
     lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], dtype=torch.int64, device="cpu")
-    cu_seqlens, cu_keep = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, lengths // 2))
-    t, total_keep = int(cu_seqlens[-1]), int(cu_keep[-1])
+    cu_seqlens, cu_kept = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, lengths // 2))
+    t, total_keep = int(cu_seqlens[-1]), int(cu_kept[-1])
     s, quality = random(t, 12), random(t)
     place = torch.cat([torch.arange(int(n), device="cpu") for n in lengths])
     s[torch.arange(t, device="cpu"), place] += 6  # positive definite
     tier, candidates = (quality < 0.2).to(torch.int8), quality < 0.9
-    offsets = cu_seqlens, cu_keep, total_keep, 12
+    offsets = cu_seqlens, cu_kept, total_keep, 12
     return [
         Example((s, quality, *offsets), {"tier": tier, "candidates": candidates, "eps": 1e-4, "damping": 1e-6}),
         Example((s.double(), quality.half(), *offsets)),
@@ -95,7 +95,7 @@ def dpp_select_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     quality: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -115,21 +115,21 @@ def dpp_select_varlen(
             the first n columns. What is behind them is not used.
         quality: [T] floating, or None.
         cu_seqlens: [S + 1] int32 on the device of s: segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
-        cu_keep: [S + 1] int32, running sums too: how many tokens are picked of each segment, at most all of them.
-        total_keep: int, cu_keep[S].
+        cu_kept: [S + 1] int32, running sums too: how many tokens are picked of each segment, at most all of them.
+        total_keep: int, cu_kept[S].
         max_seqlen: int, the columns of s, at least the tokens of the longest segment.
         tier: [T] int8, or None.
         candidates: [T] bool, or None.
         eps, damping, backend: as in :func:`dpp_select`.
 
     Returns:
-        order: [total_keep] int64 within the segment, its first pick at cu_keep[i]; -1 where there is no token.
+        order: [total_keep] int64 within the segment, its first pick at cu_kept[i]; -1 where there is no token.
 
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype, device, count, eps, damping or backend.
     """
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
-    args = (s, quality, cu_seqlens, cu_keep, total_keep, max_seqlen)
+    args = (s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen)
     options = {"tier": tier, "candidates": candidates, "eps": eps, "damping": damping}
     tracing.checked(check, *args, **options)
     return backends.run("dpp_select_varlen", backend, args, options)

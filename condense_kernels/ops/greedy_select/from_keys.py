@@ -66,28 +66,28 @@ def examples(b: int) -> list[Example]:
 
 
 def check_varlen(
-    keys, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, mask=None, suppression=1.0, scale_prior=True,
+    keys, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, mask=None, suppression=1.0, scale_prior=True,
     first=None, candidates=None, combine="sub", max_min=False, metric="cosine",
 ) -> None:  # fmt: skip
     packed.check(keys, cu_seqlens, max_seqlen, mask=mask, metric=metric)
     sizes = {"T": keys.shape[0], "S+1": cu_seqlens.shape[0], "S": cu_seqlens.shape[0] - 1}
     if prior is not None:
         check_tensor("prior", prior, "T", sizes, FLOATS, keys)
-    check_rows(cu_keep, total_keep, sizes, keys)
+    check_rows(cu_kept, total_keep, sizes, keys)
     on_s.check_options(None, None, suppression, first, candidates, combine, max_min, sizes, ("S", "T"), keys)
     check_flag("scale_prior", scale_prior)
 
 
-def fake_varlen(keys, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **_):
+def fake_varlen(keys, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **_):
     return keys.new_empty((total_keep,), dtype=torch.int64)
 
 
 def varlen_on_reference(
-    keys, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, mask=None, scale_prior=True, metric="cosine", **options
+    keys, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, mask=None, scale_prior=True, metric="cosine", **options
 ):
     s, sbar, _, tier, _ = packed.on_reference(keys, cu_seqlens, max_seqlen, scores=prior, mask=mask, metric=metric)
     options |= {"sbar": sbar if scale_prior else None, "tier": tier}
-    return on_s.varlen_on_reference(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options)
+    return on_s.varlen_on_reference(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options)
 
 
 def varlen_on_triton(*args, **options):
@@ -96,18 +96,18 @@ def varlen_on_triton(*args, **options):
     return launch(*args, **options)
 
 
-def varlen_flops(keys, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, max_min=False, **_) -> int:
+def varlen_flops(keys, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, max_min=False, **_) -> int:
     of_s = packed.flops(keys, cu_seqlens, max_seqlen)
     s = keys[0], max_seqlen
-    return of_s + on_s.varlen_flops(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, max_min=max_min)
+    return of_s + on_s.varlen_flops(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, max_min=max_min)
 
 
 def look_at_varlen(
-    keys, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, mask=None, first=None, candidates=None, combine="sub",
+    keys, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, mask=None, first=None, candidates=None, combine="sub",
     **_,
 ) -> None:  # fmt: skip
     lengths = look_at_segments(cu_seqlens, max_seqlen, keys.shape[0])
-    look_at_rows(cu_keep, lengths, total_keep)
+    look_at_rows(cu_kept, lengths, total_keep)
     check_finite("keys", keys, ("token", "channel"), mask)
     tier = None if mask is None else torch.where(mask, 0, 2)
     on_s.look_at_options(prior, None, tier, first, candidates, combine, ("token",))

@@ -222,7 +222,7 @@ def greedy_select_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     prior: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -239,7 +239,7 @@ def greedy_select_varlen(
     check_is_stored(max_seqlen)
     order = new(s, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no segment
     if cu_seqlens.shape[0] > 1 and max_seqlen > 0 and total_keep > 0:
-        packed = Packed.kept(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, s.shape[0], total_keep, max_seqlen)
         with on_device_of(s):
             launch_select(
                 s, prior, order, SelectConfig.for_packed(max_seqlen), sbar=sbar, tier=tier, suppression=suppression,

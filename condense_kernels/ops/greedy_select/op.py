@@ -137,7 +137,7 @@ def examples(b: int) -> list[Example]:
 
 
 def check_varlen(
-    s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, sbar=None, tier=None, suppression=1.0, first=None,
+    s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, sbar=None, tier=None, suppression=1.0, first=None,
     candidates=None, combine="sub", max_min=False,
 ) -> None:  # fmt: skip
     sizes: dict[str, int] = {}
@@ -148,35 +148,35 @@ def check_varlen(
     sizes["S"] = sizes["S+1"] - 1
     if prior is not None:
         check_tensor("prior", prior, "T", sizes, FLOATS, s)
-    check_rows(cu_keep, total_keep, sizes, s)
+    check_rows(cu_kept, total_keep, sizes, s)
     check_options(sbar, tier, suppression, first, candidates, combine, max_min, sizes, ("S", "T"), s)
 
 
-def fake_varlen(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options):
+def fake_varlen(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options):
     return s.new_empty((total_keep,), dtype=torch.int64)
 
 
-def varlen_on_reference(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options):
-    return reference.greedy_select_varlen(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options)
+def varlen_on_reference(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options):
+    return reference.greedy_select_varlen(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options)
 
 
-def varlen_on_triton(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options):
+def varlen_on_triton(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options):
     from .kernel import greedy_select_varlen as launch
 
-    return launch(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **options)
+    return launch(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **options)
 
 
-def varlen_flops(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, max_min=False, **options) -> int:
+def varlen_flops(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, max_min=False, **options) -> int:
     """At most: as if the tokens came in segments of max_seqlen, as the lengths are on the device."""
     return 4 * total_keep * max_seqlen + (s[0] * max_seqlen if max_min else 0)
 
 
 def look_at_varlen(
-    s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, *, sbar=None, tier=None, suppression=1.0, first=None,
+    s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, *, sbar=None, tier=None, suppression=1.0, first=None,
     candidates=None, combine="sub", max_min=False,
 ) -> None:  # fmt: skip
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
-    look_at_rows(cu_keep, lengths, total_keep)
+    look_at_rows(cu_kept, lengths, total_keep)
     used = torch.arange(max_seqlen, device=s.device) < lengths.repeat_interleave(lengths)[:, None]
     refuse("s", s, ~s.isfinite() & used, "finite numbers", ("token", "column"), REMEDY)
     look_at_options(prior, sbar, tier, first, candidates, combine, ("token",))
@@ -337,7 +337,7 @@ def greedy_select_varlen(
     s: torch.Tensor | None = None,  # [T, max_seqlen]
     prior: torch.Tensor | None = None,  # [T]
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
-    cu_keep: torch.Tensor | None = None,  # [S + 1]
+    cu_kept: torch.Tensor | None = None,  # [S + 1]
     total_keep: int | None = None,
     max_seqlen: int | None = None,
     *,
@@ -364,8 +364,8 @@ def greedy_select_varlen(
             lies behind them is not used.
         prior: [T] floating, or None.
         cu_seqlens: [S + 1] int32 on the device of s: segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
-        cu_keep: [S + 1] int32: its picks are order[cu_keep[i] : cu_keep[i + 1]], at most as many as it has tokens.
-        total_keep: int, cu_keep[S].
+        cu_kept: [S + 1] int32: its picks are order[cu_kept[i] : cu_kept[i + 1]], at most as many as it has tokens.
+        total_keep: int, cu_kept[S].
         max_seqlen: int, at least the tokens of the longest segment.
         sbar: [S], and tier, candidates: [T], as there.
         first: as there; [S] int64, an index within the segment, or [T] floating.
@@ -388,6 +388,6 @@ def greedy_select_varlen(
     if keys is not None:
         op, on = "greedy_select_from_keys_varlen", keys
         options = options_with_keys(options, mask, scale_prior, metric)
-    args = (on, prior, cu_seqlens, cu_keep, total_keep, max_seqlen)
+    args = (on, prior, cu_seqlens, cu_kept, total_keep, max_seqlen)
     tracing.checked(OPERATORS[op].check, *args, **options)
     return backends.run(op, backend, args, options)

@@ -137,7 +137,7 @@ def greedy_select_varlen(
     s: torch.Tensor,  # [T, max_seqlen]
     prior: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -152,7 +152,7 @@ def greedy_select_varlen(
     """Return order [total_keep] int64, within the segment: each as an image of its own."""
     order = torch.full((total_keep,), -1, dtype=torch.int64, device=s.device)
     by_segment = first is not None and not first.is_floating_point()
-    for part in parts_of(cu_seqlens, cu_keep, s.shape[0], total_keep, max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, s.shape[0], total_keep, max_seqlen):
         image = slice(part.number, part.number + 1)
         of_tokens = lambda t, part=part: None if t is None else t[part.tokens][None]  # noqa: E731
         order[part.rows] = greedy_select(

@@ -349,7 +349,7 @@ def greedy_select_from_keys_varlen(
     keys: torch.Tensor,  # [T, Dk]
     prior: torch.Tensor | None,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     total_keep: int,
     max_seqlen: int,
     *,
@@ -374,10 +374,10 @@ def greedy_select_from_keys_varlen(
         options = {"scores": prior, "mask": mask, "metric": metric}
         s, sbar, _, tier, _ = packed_similarities(keys, cu_seqlens, max_seqlen, **options)
         rules |= {"sbar": sbar if scale_prior else None, "tier": tier, "suppression": suppression}
-        return on_packed_s(s, prior, cu_seqlens, cu_keep, total_keep, max_seqlen, **rules)
+        return on_packed_s(s, prior, cu_seqlens, cu_kept, total_keep, max_seqlen, **rules)
     check_is_cosine(metric)
     order = new(keys, (total_keep,), torch.int64, fill=-1)  # and -1 it stays where there is no segment
     with on_device_of(keys):
-        packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+        packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
         select_in_turns(keys, prior, order, mask, suppression, scale_prior, **rules, packed=packed)
     return order

@@ -15,7 +15,7 @@ from ..._dispatch.library import schema_of
 from ...tokens import over_all_segments, take_rows
 
 MERGE = ("features", "scores", "merged", "mass", "indices", "assignment")
-OFFSETS = ("cu_seqlens", "cu_anchors", "cu_background", "cu_keep")
+OFFSETS = ("cu_seqlens", "cu_anchors", "cu_background", "cu_kept")
 
 
 def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) -> tuple[torch.Tensor | None, ...]:
@@ -27,10 +27,10 @@ def as_one_image(features, scores, merged, mass, indices, assignment, *offsets) 
     return tuple(None if t is None else t[None] for t in (features, scores, merged, mass, tokens, rows))
 
 
-def stage_as_one_image(max_seqlen, features, scores, merged, mass, indices, assignment, cu_seqlens, cu_keep):
+def stage_as_one_image(max_seqlen, features, scores, merged, mass, indices, assignment, cu_seqlens, cu_kept):
     """The same of merge_varlen, whose indices and assignment are anybody's: what lies outside of its segment is -1."""
     starts = cu_seqlens.long().clamp(0, assignment.shape[0]).cummax(0).values
-    firsts = cu_keep.long().clamp(0, mass.shape[0]).cummax(0).values
+    firsts = cu_kept.long().clamp(0, mass.shape[0]).cummax(0).values
     zero = starts.new_zeros(1)
     lengths = torch.cat([starts.diff(), zero])
     lengths = torch.where(lengths > max_seqlen, 0, lengths)

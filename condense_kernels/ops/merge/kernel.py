@@ -236,7 +236,7 @@ def merge_varlen(
     indices: torch.Tensor,  # [total_keep] int64 within the segment
     assignment: torch.Tensor,  # [T] int64 within the segment
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     *,
     mode: str = "mean",
@@ -251,7 +251,7 @@ def merge_varlen(
     merged = new(features, (total_keep, d))
     mass = new(features, (total_keep,), torch.float32)
     members = new(features, (num_tokens,), torch.int32)
-    packed = Packed.kept(cu_seqlens, cu_keep, num_tokens, total_keep, max_seqlen)
+    packed = Packed.kept(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen)
     with on_device_of(features):
         launch_merge(features, scores, indices, assignment, members, merged, mass, packed, mode, centre_weight)
     return merged, mass

@@ -165,7 +165,7 @@ def merge_varlen(
     indices: torch.Tensor,  # [total_keep] int64 within the segment
     assignment: torch.Tensor,  # [T] int64 within the segment
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     mode: str = "mean",
     centre_weight: float = 0.5,
@@ -174,7 +174,7 @@ def merge_varlen(
     or a row that a segment does not have counts as -1."""
     merged = features.new_zeros(len(indices), features.shape[1])
     mass = torch.zeros(len(indices), dtype=torch.float64, device=features.device)
-    for part in parts_of(cu_seqlens, cu_keep, len(features), len(indices), max_seqlen):
+    for part in parts_of(cu_seqlens, cu_kept, len(features), len(indices), max_seqlen):
         own, rows = indices[part.rows], assignment[part.tokens]
         own = torch.where((own >= 0) & (own < part.num_tokens), own, -1)
         rows = torch.where((rows >= 0) & (rows < part.num_rows), rows, -1)

@@ -19,7 +19,7 @@ def check(
     indices,
     assignment,
     cu_seqlens,
-    cu_keep,
+    cu_kept,
     max_seqlen,
     *,
     mode="mean",
@@ -33,7 +33,7 @@ def check(
     check_tensor("indices", indices, "total_keep", sizes, (torch.int64,), features)
     check_tensor("assignment", assignment, "T", sizes, (torch.int64,), features)
     check_segments(cu_seqlens, max_seqlen, sizes, features)
-    check_rows(cu_keep, sizes["total_keep"], sizes, features)
+    check_rows(cu_kept, sizes["total_keep"], sizes, features)
     check_mode(mode, centre_weight)
 
 
@@ -43,9 +43,9 @@ def fake(features, scores, indices, *_, **options):
     return merged, features.new_empty((total_keep,), dtype=compute_dtype(features, scores))
 
 
-def on_reference(features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen, **options):
+def on_reference(features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen, **options):
     merged, mass = reference.merge_varlen(
-        features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen, **options
+        features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen, **options
     )
     return merged, mass.to(compute_dtype(features, scores))
 
@@ -61,9 +61,9 @@ def flops(features, scores, indices, *_, mode="mean", centre_weight=0.5) -> int:
     return 2 * t * d + {"mean": 1, "sum": 0, "lerp": 4}[mode] * total_keep * d
 
 
-def look(features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen, **_) -> None:
+def look(features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen, **_) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, features.shape[0])
-    kept = look_at_rows(cu_keep, lengths, indices.shape[0])
+    kept = look_at_rows(cu_kept, lengths, indices.shape[0])
     member = assignment >= 0
     check_finite("features", features, ("token", "channel"), member)
     check_scores(scores, ("token",), member)
@@ -89,12 +89,12 @@ def examples(b: int) -> list[Example]:
     """Of b segments and an empty one."""
     lengths = torch.tensor([7, 12][:b] + [5] * (b - 2) + [0], dtype=torch.int64, device="cpu")
     kept = lengths // 3
-    cu_seqlens, cu_keep = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, kept))
+    cu_seqlens, cu_kept = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, kept))
     t = int(cu_seqlens[-1])
     indices = torch.cat([torch.arange(int(k), dtype=torch.int64, device="cpu") * 2 for k in kept])
     places = torch.cat([torch.arange(int(n), dtype=torch.int64, device="cpu") for n in lengths])
     assignment = (places * 5 + 1) % (kept.repeat_interleave(lengths) + 1) - 1
-    packed = indices, assignment, cu_seqlens, cu_keep, 12
+    packed = indices, assignment, cu_seqlens, cu_kept, 12
     features, scores = random(t, 5) - 0.5, random(t)
     return [
         Example((features, scores, *packed)),
@@ -129,7 +129,7 @@ def merge_varlen(
     indices: torch.Tensor,  # [total_keep]
     assignment: torch.Tensor,  # [T]
     cu_seqlens: torch.Tensor,  # [S + 1]
-    cu_keep: torch.Tensor,  # [S + 1]
+    cu_kept: torch.Tensor,  # [S + 1]
     max_seqlen: int,
     *,
     mode: str = "mean",
@@ -149,7 +149,7 @@ def merge_varlen(
         assignment: [T] int64 within the segment, the row of each token; -1, or a row that its segment does not have,
             belongs to none.
         cu_seqlens: [S + 1] int32, running sums: segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
-        cu_keep: [S + 1] int32, running sums: its rows.
+        cu_kept: [S + 1] int32, running sums: its rows.
         max_seqlen: at least the longest segment's tokens; a longer one counts as empty.
         mode, centre_weight: as of :func:`merge`.
         backend: "auto" (by device), "cpp", "triton" or "reference".
@@ -162,7 +162,7 @@ def merge_varlen(
         TypeError, ValueError: wrong rank, shape, dtype, device, max_seqlen, mode, centre_weight or backend.
     """
     max_seqlen = as_count("max_seqlen", max_seqlen)
-    args = (features, scores, indices, assignment, cu_seqlens, cu_keep, max_seqlen)
+    args = (features, scores, indices, assignment, cu_seqlens, cu_kept, max_seqlen)
     options = {"mode": mode, "centre_weight": centre_weight}
     tracing.checked(check, *args, **options)
     return backends.run("merge_varlen", backend, args, options)
