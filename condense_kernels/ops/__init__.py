@@ -8,8 +8,15 @@ The data's way, with the equations of CondenseVLM (section 3):
     grid      assign            every other token to the kept one most similar and near     Eq. 6, 7
     features  merge             each cluster into its score-weighted mean                   Eq. 8
 
-select_and_merge is the last four in a row, select_and_merge_varlen the same for images of different sizes. Their C++
-kernels are in csrc/, under the same names.
+select_and_merge is the last four in a row. What other pruning methods need besides (docs/embedding.md):
+
+    s         dpp_select        tokens that span the largest volume
+    c         coverage_select   tokens that cover the rest, or a text
+    s         dpc_knn           tokens that are centres of clusters
+    features  gather_merge      weighted sums of listed tokens
+
+Names that end in _varlen are the same for images of different sizes. Their C++ kernels are in csrc/, under the same
+names.
 """
 
 from .assign import assign as assign
