@@ -189,7 +189,10 @@ def gathered_sum(
     weights: torch.Tensor,  # [.., K, m]
 ) -> torch.Tensor:  # [.., K, D]
     """Each row's listed tokens, copied, times their weights: PruMerge."""
-    copies = features.take_along_dim(neighbours.flatten(-2)[..., None], dim=-2).unflatten(-2, neighbours.shape[-2:])
+    if features.dim() == 2:
+        copies = features[neighbours]
+    else:
+        copies = features[torch.arange(len(features), device=features.device)[:, None, None], neighbours]
     return torch.einsum("...km,...kmd->...kd", weights.to(copies.dtype), copies)
 
 
