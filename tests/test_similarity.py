@@ -43,7 +43,7 @@ def test_means_are_those_of_s(n, backend):
 
 @pytest.mark.skipif(not backends.triton_interprets(), reason="one process runs Triton's interpreter or its compiler")
 @pytest.mark.parametrize("blocks", [1, 7, 8, 9, 17])
-def test_every_block_of_columns_counts_in_g(blocks):
+def test_every_block_of_columns_counts(blocks):
     """They are loaded eight at a time: of an image of 64 tokens for each, which the interpreter takes minutes for."""
     from condense_kernels._triton.launcher import launch
     from condense_kernels.ops.similarity.kernel import similarity_means_kernel
@@ -51,11 +51,12 @@ def test_every_block_of_columns_counts_in_g(blocks):
     n, tiles = 5, 3
     row_sums = torch.randint(-(2**30), 2**30, (2, blocks, n), dtype=torch.int32)
     abs_sums, tier = torch.randint(2**40, (2, tiles)), torch.zeros(2, n, dtype=torch.int8)
-    g, sbar = torch.empty(2, n), torch.empty(2)
+    g, sbar, parts, nearest = torch.empty(2, n), torch.empty(2), torch.randn(2, blocks, n), torch.empty(2, n)
     launch(
-        similarity_means_kernel, (2,), tier, row_sums, abs_sums, g, sbar, n, blocks, tiles, 1,
-        BLOCK=16, enable_fp_fusion=False,
+        similarity_means_kernel, (2,), tier, row_sums, abs_sums, g, sbar, parts, nearest, n, blocks, tiles, 1, None,
+        BLOCK=16, TILE=64, NEAREST=True, enable_fp_fusion=False,
     )  # fmt: skip
+    assert torch.equal(nearest, parts.amax(dim=1))
     assert torch.equal(g, row_sums.sum(dim=1).float() * 2.0**-24)
     assert torch.equal(sbar, (abs_sums.sum(dim=1).double() * 2.0**-24 / n**2).float())
 
