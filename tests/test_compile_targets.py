@@ -90,6 +90,9 @@ MAY_SPILL = [
     ("N=65536 fp32", "pick_kernel", "sm_80"),
     ("N=65536 fp32", "pick_kernel", "sm_90"),
     ("attention_scores rows, lse", "attention_columns_kernel", "sm_100"),  # a thread has the row of every column
+    ("similarity and nearest cosine", "similarity_tile_kernel", "sm_100"),  # of fp32 keys: 8 instructions
+    ("neg_l2", "distance_tile_kernel", "sm_90"),  # one number, outside of the loop
+    ("neg_l2", "distance_tile_kernel", "sm_100"),
     ("merge_varlen lerp", "merge_kernel", "sm_80"),  # one number, outside of the loops, as
     ("merge_backward sum", "merge_backward_kernel", "sm_100"),  # here
 ]
