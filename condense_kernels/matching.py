@@ -58,7 +58,7 @@ def bipartite_match(
     tracing.unrecorded(check, keys, r, dst, protected)
     b, n, _ = keys.shape
     r = tracing.unrecorded(most_merged, r, n, dst, protected)
-    token = torch.arange(n, device=keys.device)
+    token = torch.arange(n, dtype=torch.int64, device=keys.device)
     if r == 0:
         return Matching(token.repeat(b, 1), token.repeat(b, 1))
     fixed = marked(on_device_of(keys, protected), n) if isinstance(protected, Sequence) else token < protected

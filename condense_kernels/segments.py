@@ -214,7 +214,7 @@ def segment_topk_indices(
     tracing.unrecorded(check_count, "total_keep", total_keep, 0, keep.numel(), f"{keep.numel()} tokens")
     keep = keep.flatten()
     so_far = torch.nn.functional.pad(keep.cumsum(0), (1, 0))  # [T + 1]: kept before each token
-    token = torch.arange(keep.shape[0], device=keep.device)
+    token = torch.arange(keep.shape[0], dtype=torch.int64, device=keep.device)
     segment = torch.bucketize(token, bounds, right=True) - 1
     within = token - bounds[segment.clamp(min=0)]
     place = torch.where(keep, so_far[:-1], total_keep).clamp(max=total_keep)  # the last one is for all the others

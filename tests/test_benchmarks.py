@@ -349,7 +349,8 @@ def test_make_bench(tmp_path, cpp):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "assign, llava15-192: 1 x 576 x 1024, K = 192" in done.stdout and "targets" in done.stdout
-    assert {(row.op, row.side) for row in rows.read_path(path)} == {("assign", "torch"), ("assign", "ours")}
+    sides = ("torch", "ours", "ours, with similarity", "ours, from keys")
+    assert {(row.op, row.side) for row in rows.read_path(path)} == {("assign", side) for side in sides}
 
 
 def test_every_declared_operator_is_timed_as_a_call():

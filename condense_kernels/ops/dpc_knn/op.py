@@ -139,7 +139,10 @@ def flops_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier
 def look_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=None, scale=1.0) -> None:
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
     look_at_rows(cu_kept, lengths, total_keep)
-    column, begins = torch.arange(max_seqlen, device=s.device), cu_seqlens[:-1].repeat_interleave(lengths)
+    column, begins = (
+        torch.arange(max_seqlen, dtype=torch.int64, device=s.device),
+        cu_seqlens[:-1].repeat_interleave(lengths),
+    )
     within = torch.arange(s.shape[0], device=s.device) - begins
     used = column < lengths.repeat_interleave(lengths)[:, None]  # [T, max_seqlen]
     axes = ("token", "token of the image")

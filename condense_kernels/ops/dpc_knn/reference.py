@@ -58,7 +58,7 @@ def dpc_knn_one(
     n = len(s)
     d = distances(s)
     valid = tier == VALID
-    token = torch.arange(n, device=s.device)
+    token = torch.arange(n, dtype=torch.int64, device=s.device)
     density, peak_distance = s.new_full((n,), -torch.inf), s.new_zeros(n)
     score = torch.full((n,), -torch.inf, dtype=torch.float64, device=s.device)
     for i in token[valid].tolist():

@@ -52,7 +52,7 @@ def look(s, quality, cu_seqlens, cu_kept, total_keep, max_seqlen, *, tier=None, 
         segment = int(torch.searchsorted(cu_seqlens, t, right=True)) - 1
         return f"image {segment}, token {t - int(cu_seqlens[segment])}"
 
-    inside = torch.arange(max_seqlen, device=s.device) < lengths.repeat_interleave(lengths)[:, None]
+    inside = torch.arange(max_seqlen, dtype=torch.int64, device=s.device) < lengths.repeat_interleave(lengths)[:, None]
     check_finite("s", torch.where(inside, s, 0.0), (token, "token"))
     look_at_options(quality, tier, (token,))
 

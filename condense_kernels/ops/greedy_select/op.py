@@ -177,7 +177,7 @@ def look_at_varlen(
 ) -> None:  # fmt: skip
     lengths = look_at_segments(cu_seqlens, max_seqlen, s.shape[0])
     look_at_rows(cu_kept, lengths, total_keep)
-    used = torch.arange(max_seqlen, device=s.device) < lengths.repeat_interleave(lengths)[:, None]
+    used = torch.arange(max_seqlen, dtype=torch.int64, device=s.device) < lengths.repeat_interleave(lengths)[:, None]
     refuse("s", s, ~s.isfinite() & used, "finite numbers", ("token", "column"), REMEDY)
     look_at_options(prior, sbar, tier, first, candidates, combine, ("token",))
     if first is not None and not first.is_floating_point():
