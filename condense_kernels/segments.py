@@ -236,11 +236,13 @@ def kept_tokens(
     if cu_seqlens is None:
         group, start = None, torch.zeros((), dtype=torch.int64, device=scores.device)
         counts = counts_of(k, scores, scores.shape[:-1])[..., None]
-        bounds = torch.arange(scores.shape[:-1].numel() + 1, device=scores.device) * n
+        bounds = torch.arange(scores.shape[:-1].numel() + 1, dtype=torch.int64, device=scores.device) * n
     else:
         # Offsets are data that nobody has checked: held to the tokens there are, and kept from decreasing.
         bounds = cu_seqlens.long().clamp(0, n).cummax(dim=0).values
-        group = torch.bucketize(torch.arange(n, device=scores.device), bounds, right=True)  # 0 before the first
+        group = torch.bucketize(
+            torch.arange(n, dtype=torch.int64, device=scores.device), bounds, right=True
+        )  # 0 before the first
         start = torch.nn.functional.pad(bounds, (1, 0))[group]
         counts = torch.nn.functional.pad(counts_of(k, scores, bounds[1:].shape), (1, 1))[group]  # 0 outside of all
     keep = places(scores, group, mask, largest) - start < counts
@@ -269,7 +271,7 @@ def places(
         group = (~mask).long() if group is None else 2 * group + (~mask).long()
     if group is not None:
         order = order.gather(-1, group.expand(order.shape).gather(-1, order).argsort(dim=-1, stable=True))
-    place = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    place = torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter(-1, order, place)
 
 

@@ -143,7 +143,7 @@ def look_varlen(s, cu_seqlens, cu_kept, total_keep, max_seqlen, k_nn=5, *, tier=
         torch.arange(max_seqlen, dtype=torch.int64, device=s.device),
         cu_seqlens[:-1].repeat_interleave(lengths),
     )
-    within = torch.arange(s.shape[0], device=s.device) - begins
+    within = torch.arange(s.shape[0], dtype=torch.int64, device=s.device) - begins
     used = column < lengths.repeat_interleave(lengths)[:, None]  # [T, max_seqlen]
     axes = ("token", "token of the image")
     refuse("s", s, used & ~s.isfinite(), "finite numbers", axes, "Remedy: look where it was computed.")

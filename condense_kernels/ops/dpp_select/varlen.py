@@ -63,8 +63,8 @@ def examples(b: int) -> list[Example]:
     cu_seqlens, cu_kept = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, lengths // 2))
     t, total_keep = int(cu_seqlens[-1]), int(cu_kept[-1])
     s, quality = random(t, 12), random(t)
-    place = torch.cat([torch.arange(int(n), device="cpu") for n in lengths])
-    s[torch.arange(t, device="cpu"), place] += 6  # positive definite
+    place = torch.cat([torch.arange(int(n), dtype=torch.int64, device="cpu") for n in lengths])
+    s[torch.arange(t, dtype=torch.int64, device="cpu"), place] += 6  # positive definite
     tier, candidates = (quality < 0.2).to(torch.int8), quality < 0.9
     offsets = cu_seqlens, cu_kept, total_keep, 12
     return [

@@ -119,7 +119,7 @@ def look_at_indices(first, tier, candidates, tokens) -> None:
     """A first pick of each image by index; tokens is anything [B, N]."""
     if first is not None and not first.is_floating_point():
         b, n = tokens.shape
-        starts = n * torch.arange(b, device=tokens.device)
+        starts = n * torch.arange(b, dtype=torch.int64, device=tokens.device)
         look_at_first(first, torch.full_like(starts, n), starts, is_candidate(tier, candidates, tokens).flatten())
 
 
@@ -186,7 +186,9 @@ def look_at_varlen(
 
 def varlen_examples(b: int) -> list[Example]:
     """Of b segments and an empty one."""
-    lengths, kept = (torch.tensor([*sizes[:b], *[5] * (b - 2), 0], device="cpu") for sizes in ((7, 12), (3, 9)))
+    lengths, kept = (
+        torch.tensor([*sizes[:b], *[5] * (b - 2), 0], dtype=torch.int64, device="cpu") for sizes in ((7, 12), (3, 9))
+    )
     as_offsets = lambda sizes: torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()  # noqa: E731
     t = int(lengths.sum())
     offsets = as_offsets(lengths), as_offsets(kept), int(kept.sum()), 12
