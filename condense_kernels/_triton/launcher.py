@@ -76,6 +76,12 @@ def as_fp32(number: float) -> float:
     return ctypes.c_float(number).value
 
 
+def as_flag(value: bool) -> int:
+    """For a kernel that is compiled once for both and reads the last bit: of 1, and of multiples of 16, torch.compile
+    would make constants."""
+    return 3 if value else 2
+
+
 def reject_float64(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype == torch.float64:

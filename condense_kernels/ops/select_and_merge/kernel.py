@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import image_rows, image_tokens, stored_at, tokens_before
-from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, as_flag, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -112,7 +112,7 @@ def select_kernel(
     while loop < 2:
         weight = tl.where(loop == 0, suppression, background_suppression)
         prior_ptr = priors_ptr + loop * N
-        plain = (weight == 0) | (scaled == 0)
+        plain = (weight == 0) | ((scaled & 1) == 0)
         scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, plain, N, True, WIDE)
         utilities = negated_utilities(prior_ptr, 1, tier_ptr, 1, starts, scaling, N, True, BLOCK)
         rest = ()
@@ -195,7 +195,7 @@ def launch_select(
         launch(
             select_kernel, (images,),
             w.s, scores, w.tier, w.row_sums, w.abs_sums, w.priors, w.s if where.tensor is None else where.tensor,
-            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight), int(scale_prior),
+            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight), as_flag(scale_prior),
             *strides_of(scores, 2), *where.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, where.height, where.width, low, packed,
             **select.chunks, P=where.axes, AXES=axes,
