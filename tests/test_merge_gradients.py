@@ -126,7 +126,7 @@ def test_finite_differences(mode, cpp):
 @pytest.mark.parametrize("mode", MODES)
 def test_sizes_and_nothing_have_no_gradient(mode, backend):
     dtype = torch.float32 if backend == "triton" else torch.float64
-    x = X.to(dtype).requires_grad_()
+    x = X.to(dtype, copy=True).requires_grad_()  # else X itself in float64, for every later test
     sizes = torch.where(WITHOUT_MASS, 0, torch.arange(1, N + 1).expand(2, -1))
     options = {"mode": mode, "centre_weight": W, "backend": backend}
     for a, same in ((sizes, sizes.to(dtype)), (None, torch.ones(2, N, dtype=dtype))):

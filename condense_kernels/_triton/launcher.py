@@ -12,13 +12,14 @@ from . import prepared, traced
 from .tables import ALL_BLOCKS, UNIT, Grouping
 
 # Arguments of kernels that change with the image. Triton would compile a kernel again where one is 1, and where one is
-# a multiple of 16. Strides of keys, features and s are not among them: they are such multiples for all images or none.
+# a multiple of 16. Strides of keys, features and s, WIDTH among them, are such multiples for all images or none, and
+# have to be known as such: else a row of s is loaded a number at a time.
 VARYING = (
     "N", "K", "M", "R", "num_anchors", "num_blocks", "num_tiles", "num_parts", "turns_left", "group", "LOW", "ROW",
-    "scaled", "HEIGHT", "GRID_WIDTH", "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b",
+    "HEIGHT", "GRID_WIDTH", "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b",
     "stride_grad_mass_b", "stride_index_b", "stride_assignment_b", "stride_tier_b", "stride_source_b",
     "stride_prior_b", "stride_where_b", "stride_row_b", "stride_lse_b", "stride_lse_h", "stride_first_b",
-    "stride_candidate_b", "stride_quality_b", "K_NN", "WIDTH", "stride_neighbour_b", "stride_neighbour_k",
+    "stride_candidate_b", "stride_quality_b", "K_NN", "stride_neighbour_b", "stride_neighbour_k",
     "stride_weight_b", "stride_weight_k",
 )  # fmt: skip
 
@@ -74,12 +75,6 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 def as_fp32(number: float) -> float:
     """Rounded, as a GPU's argument is. The interpreter would go on with more bits, and not take 1e-60 for 0."""
     return ctypes.c_float(number).value
-
-
-def as_flag(value: bool) -> int:
-    """For a kernel that is compiled once for both and reads the last bit: of 1, and of multiples of 16, torch.compile
-    would make constants."""
-    return 3 if value else 2
 
 
 def reject_float64(**tensors: torch.Tensor | None) -> None:

@@ -17,7 +17,7 @@ from ..._triton.device import (
     inside,
     tokens_before,
 )
-from ..._triton.launcher import VARYING, Packed, as_flag, as_fp32, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, Packed, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, StreamConfig
 from ..._triton.workspace import Pieces, carve
 from ..similarity.kernel import blocks_of_image, global_similarity, launch_tiles, mean_similarity, num_blocks_of
@@ -81,7 +81,7 @@ def begin_kernel(
     due_ptr,  # [B] how many are still to come
     order_ptr,  # [B, K] or None
     count_ptr,  # [B] how many picks there will be; None without order
-    suppression, scaled,
+    suppression,
     stride_prior_b, stride_prior_n,
     stride_first_b, stride_first_n,
     stride_candidate_b, stride_candidate_n,
@@ -114,7 +114,7 @@ def begin_kernel(
         start += CHUNK
     live = tl.sum(lives, axis=0)
     num_valid = tl.sum(counts, axis=0)
-    plain = (suppression == 0) | ((scaled & 1) == 0)
+    plain = tl.full([], True, tl.int1) if abs_sums_ptr is None else suppression == 0
     shrink, shrink_again = prior_scale(tops, plain)
 
     fixed = tl.zeros([CHUNK], tl.int64)
@@ -263,7 +263,7 @@ def launch_loop(
     launch(
         begin_kernel, (w.due.numel(),),
         prior, w.tier, w.row_sums if background else w.tier, w.abs_sums if scaled else None, first, candidates,
-        w.nu, w.m, w.batch, w.fresh, w.due, *out, factor, as_flag(scaled),
+        w.nu, w.m, w.batch, w.fresh, w.due, *out, factor,
         *strides_of(prior, 2), *strides_of(first, 2), *strides_of(candidates, 2), n, k, num_anchors, blocks, packed,
         CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background, MUL=mul,
         num_warps=config.num_warps, enable_fp_fusion=False,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..._triton.device import image_rows, image_tokens, stored_at, tokens_before
-from ..._triton.launcher import VARYING, as_flag, as_fp32, launch, new, on_device_of, reject_float64, strides_of
+from ..._triton.launcher import VARYING, as_fp32, launch, new, on_device_of, reject_float64, strides_of
 from ..._triton.tables import FusedConfig, SelectConfig, SimilarityConfig
 from ..._triton.workspace import Pieces, bytes_of, carve
 from ..assign.kernel import MASKED, NO_DISTANCE, Space, distance_frame, launch_assign, nearest_rows
@@ -64,12 +64,12 @@ def select_kernel(
     scores_ptr,  # [B, N]
     tier_ptr,  # [B, N]
     row_sums_ptr,  # [B, blocks, N]
-    abs_sums_ptr,  # [B, tiles]
+    abs_sums_ptr,  # [B, tiles]; None where priors are not scaled
     priors_ptr,  # [B, 2, N]: memory of this program
     where_ptr,  # [N, P] or [B, N, P]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
-    suppression, background_suppression, spatial_weight, scaled,
+    suppression, background_suppression, spatial_weight,
     stride_score_b, stride_score_n,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, LOW, packed,
@@ -92,14 +92,16 @@ def select_kernel(
     scores_ptr += at_b * stride_score_b
     tier_ptr += first
     row_sums_ptr += rows_before * num_blocks
-    abs_sums_ptr += first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
+    first_tile = first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
     num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
     num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
     indices_ptr += first_k
     priors_ptr += first * 2
     write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE)
     num_valid, _counted = count_tiers(tier_ptr, 1, N, True, WIDE)
-    sbar = mean_similarity(abs_sums_ptr, num_valid, num_tiles, WIDE)
+    sbar = tl.zeros([], tl.float32)
+    if abs_sums_ptr is not None:
+        sbar = mean_similarity(abs_sums_ptr + first_tile, num_valid, num_tiles, WIDE)
 
     # Anchors (Eq. 2), then background tokens (Eq. 3, 4): the anchors are dead, but count in the mean.
     anchors = tl.minimum(num_anchors, num_valid)
@@ -112,7 +114,7 @@ def select_kernel(
     while loop < 2:
         weight = tl.where(loop == 0, suppression, background_suppression)
         prior_ptr = priors_ptr + loop * N
-        plain = (weight == 0) | ((scaled & 1) == 0)
+        plain = tl.full([], True, tl.int1) if abs_sums_ptr is None else weight == 0
         scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, plain, N, True, WIDE)
         utilities = negated_utilities(prior_ptr, 1, tier_ptr, 1, starts, scaling, N, True, BLOCK)
         rest = ()
@@ -194,8 +196,9 @@ def launch_select(
     for low, select in whole if packed is None else SelectConfig.for_packed(n):
         launch(
             select_kernel, (images,),
-            w.s, scores, w.tier, w.row_sums, w.abs_sums, w.priors, w.s if where.tensor is None else where.tensor,
-            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight), as_flag(scale_prior),
+            w.s, scores, w.tier, w.row_sums, w.abs_sums if scale_prior else None, w.priors,
+            w.s if where.tensor is None else where.tensor,
+            indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
             *strides_of(scores, 2), *where.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, where.height, where.width, low, packed,
             **select.chunks, P=where.axes, AXES=axes,
