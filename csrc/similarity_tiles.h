@@ -14,6 +14,7 @@ constexpr int kBlockPanels = 16;
 constexpr int kStreamedPanels = 8;  // where tiles are not stored, and a block of them (384 x 384) stays there
 constexpr int kStreamedWidth = kStreamedPanels * kTile;
 inline int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
+inline int64_t panels_of_thread(int64_t n) { return std::min<int64_t>(panels_of(n), kBlockPanels) + 1; }
 
 // The tokens along one side of a product: all, or those that are listed.
 struct Side {
@@ -47,14 +48,20 @@ struct PairTiles {
   Metric metric = Metric::kCosine;
   T unscale = 1;               // of distances
   const T* penalty = nullptr;  // null: nobody asks who is nearest
+  T* shared = nullptr;         // [panels, chunks] packed once for all threads; null: each packs what it needs
 
   bool is_distance() const { return metric == Metric::kNegL2; }
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
   int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
 
-  // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
-  void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
-            T* packed) const {
+  int64_t most_channels() const { return in_pairs() ? 2 * kChunk : kChunk; }
+  int64_t chunks() const { return (keys.d + most_channels() - 1) / most_channels(); }
+  int64_t channels_of(int64_t chunk) const { return std::min(most_channels(), keys.d - chunk * most_channels()); }
+  int64_t depth_of(int64_t chunk) const { return in_pairs() ? (channels_of(chunk) + 1) / 2 : channels_of(chunk); }
+
+  // A chunk of kTile tokens, scaled, zeros beyond them.
+  void pack(const Side& side, int64_t panel, int64_t chunk, TileMemory<T>& memory, T* packed) const {
+    const int64_t c = chunk * most_channels(), channels = channels_of(chunk), depth = depth_of(chunk);
     const int64_t filled = side.in_panel(panel), padded = (depth + kStep - 1) / kStep * kStep;
     for (int64_t r = 0; r < kTile; ++r) {
       T* row = memory.rows + r % kStep * kChunk;
@@ -72,12 +79,19 @@ struct PairTiles {
     }
   }
 
-  // Channels [c, c + channels) of a token on their way into the second-level cache. A row is not read on from there: no
+  // This slot's share of all panels, where threads share them.
+  void pack_shared(int slot, int slots, TileMemory<T>& memory) const {
+    const Share share(panels_of(a.count) * chunks(), slot, slots);
+    for (int64_t i = share.lo; i < share.hi; ++i)
+      pack(a, i / chunks(), i % chunks(), memory, shared + i * panel_size());
+  }
+
+  // A chunk of a token on its way into the second-level cache. A row is not read on from there: no
   // processor would know that by itself.
-  void prefetch(const Side& side, int64_t i, int64_t c, int64_t channels) const {
+  void prefetch(const Side& side, int64_t i, int64_t chunk) const {
     if (keys.stride_d != 1 || i >= side.count) return;
-    const int64_t bytes = std::min(channels, keys.d - c) * keys.element_size();
-    const auto* at = static_cast<const char*>(keys.at(side.at(i), c));
+    const int64_t bytes = channels_of(chunk) * keys.element_size();
+    const auto* at = static_cast<const char*>(keys.at(side.at(i), chunk * most_channels()));
     for (int64_t b = 0; b < bytes; b += Memory::kLine) __builtin_prefetch(at + b);
     __asm__ volatile("");  // else GCC sees no effect and drops the call
   }
@@ -154,30 +168,33 @@ struct PairTiles {
         }
       }
     };
-    const int64_t most = in_pairs() ? 2 * kChunk : kChunk;
-    for (int64_t c = 0; c < keys.d; c += most) {
-      const int64_t channels = std::min(most, keys.d - c), depth = in_pairs() ? (channels + 1) / 2 : channels;
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
       // Of the rows all panels are kept, of the columns the last one: a tile packs what is not there yet.
       T* packed_rows[kBlockPanels] = {};
       const auto row_panel = [&](int64_t I) {
         T*& panel = packed_rows[I - I0];
-        if (!panel) pack(a, I, c, channels, depth, memory, panel = memory.panels + (I - I0) * panel_size());
+        if (!panel) pack(a, I, chunk, memory, panel = memory.panels + (I - I0) * panel_size());
         return panel;
       };
       // The rows of what is packed next, some with each tile.
       const auto prefetch_share = [&](const Side& side, int64_t panel, int64_t part, int64_t parts) {
         const Share share(kTile, static_cast<int>(part), static_cast<int>(parts));
-        for (int64_t r = share.lo; r < share.hi; ++r) prefetch(side, panel * kTile + r, c, channels);
+        for (int64_t r = share.lo; r < share.hi; ++r) prefetch(side, panel * kTile + r, chunk);
       };
       T* const last = memory.panels + (I1 - I0) * panel_size();
       int64_t column = -1;
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
+        if (shared) {
+          const auto panel = [&](int64_t i) { return shared + (i * chunks() + chunk) * panel_size(); };
+          return multiply(panel(I), panel(J), depth_of(chunk), a.in_panel(I), b.in_panel(J), sums, ld_tile, chunk > 0,
+                          memory);
+        }
         const T* pb = diagonal ? row_panel(J) : last;
-        if (!diagonal && J != column) pack(b, column = J, c, channels, depth, memory, last);
+        if (!diagonal && J != column) pack(b, column = J, chunk, memory, last);
         const T* pa = row_panel(I);
         if (!diagonal && J == J0 && I + 1 < I1) prefetch_share(a, I + 1, 0, 1);
         if (J + 1 < J1) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
-        multiply(pa, pb, depth, a.in_panel(I), b.in_panel(J), sums, ld_tile, c > 0, memory);
+        multiply(pa, pb, depth_of(chunk), a.in_panel(I), b.in_panel(J), sums, ld_tile, chunk > 0, memory);
       });
     }
     for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
