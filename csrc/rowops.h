@@ -76,8 +76,8 @@ struct RowOps {
   void (*negate_root_tile)(T* t, T unscale);
   // most_i = max(most_i, rows of t + penalty_j), and unless it is null most_j = max(most_j, columns of t + penalty_i).
   void (*nearest_tile)(const T* t, const T* penalty_i, const T* penalty_j, T* most_i, T* most_j);
-  // t[i, j] *= inv_i[i] * inv_j[j] and, unless it is null, mirror = t^T; all three kTile wide.
-  void (*scale_tile)(T* t, const T* inv_i, const T* inv_j, T* mirror);
+  // t[kTile, kTile] = x[i, j] * (inv_i[i] * inv_j[j]) and, unless it is null, mirror = t^T. t may be x.
+  void (*scale_tile)(const T* x, int64_t ld_x, const T* inv_i, const T* inv_j, T* t, T* mirror, int64_t ld_mirror);
   // Fixed-point sums of a scaled tile: rows into g_i, columns into g_j (unless null), magnitudes returned.
   int64_t (*sum_tile)(const T* t, int64_t* g_i, int64_t* g_j);
 

@@ -182,8 +182,18 @@ T max_magnitude(const T* x, int64_t n) {
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr Index kMagnitude = static_cast<Index>(~(Index{1} << (sizeof(T) * 8 - 1)));
   // The bits of magnitudes order like integers, and those of NaN and infinity lie above all finite ones.
-  I most{};
+  constexpr int kParts = 4;  // that do not wait for each other
+  I part[kParts] = {};
   int64_t i = 0;
+  for (; i + kParts * kLanes <= n; i += kParts * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kParts; ++v) {
+      const I bits = bits_as<I>(load<V>(x + i + v * kLanes)) & kMagnitude;
+      part[v] = bits > part[v] ? bits : part[v];
+    }
+  }
+  I most{};
+  for (const I& bits : part) most = bits > most ? bits : most;
   for (; i + kLanes <= n; i += kLanes) {
     const I bits = bits_as<I>(load<V>(x + i)) & kMagnitude;
     most = bits > most ? bits : most;
@@ -324,6 +334,12 @@ template <class T, class Step, int kRows, int kVectors>
 inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t ldc, bool accumulate) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
+  // The sums, which others have pushed out of the first cache, are there when they are needed.
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * ldc + v * kLanes, 1);
+  }
   V acc[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     V bk[kVectors];
@@ -444,16 +460,17 @@ void nearest_tile(const T* t, const T* penalty_i, const T* penalty_j, T* most_i,
 }
 
 template <class T>
-void scale_tile(T* t, const T* inv_i, const T* inv_j, T* mirror) {
+void scale_tile(const T* x, int64_t ld_x, const T* inv_i, const T* inv_j, T* t, T* mirror, int64_t ld_mirror) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
   for (int i = 0; i < kTile; ++i) {
     for (int j = 0; j < kTile; j += kLanes) {
-      store(t + i * kTile + j, load<V>(t + i * kTile + j) * (load<V>(inv_j + j) * inv_i[i]));
+      store(t + i * kTile + j, load<V>(x + i * ld_x + j) * (load<V>(inv_j + j) * inv_i[i]));
     }
   }
   for (int i = 0; mirror && i < kTile; i += kLanes) {
-    for (int j = 0; j < kTile; j += kLanes) transpose_block(t + i * kTile + j, kTile, mirror + j * kTile + i, kTile);
+    for (int j = 0; j < kTile; j += kLanes)
+      transpose_block(t + i * kTile + j, kTile, mirror + j * ld_mirror + i, ld_mirror);
   }
 }
 

@@ -88,12 +88,14 @@ struct PairTiles {
 
   // A chunk of a token on its way into the second-level cache. A row is not read on from there: no
   // processor would know that by itself.
+  static void prefetch_lines(const void* from, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += Memory::kLine) __builtin_prefetch(static_cast<const char*>(from) + b);
+    __asm__ volatile("");  // else GCC sees no effect and drops the call
+  }
   void prefetch(const Side& side, int64_t i, int64_t chunk) const {
     if (keys.stride_d != 1 || i >= side.count) return;
     const int64_t bytes = channels_of(chunk) * keys.element_size();
-    const auto* at = static_cast<const char*>(keys.at(side.at(i), chunk * most_channels()));
-    for (int64_t b = 0; b < bytes; b += Memory::kLine) __builtin_prefetch(at + b);
-    __asm__ volatile("");  // else GCC sees no effect and drops the call
+    prefetch_lines(keys.at(side.at(i), chunk * most_channels()), bytes);
   }
 
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
@@ -125,21 +127,30 @@ struct PairTiles {
     T inv_i[kTile], inv_j[kTile];
     load_inverses(a, I, inv_i);
     load_inverses(b, J, inv_j);
-    if (rows < kTile || columns < kTile) std::memset(tile, 0, kTile * kTile * sizeof(T));
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
-    if (is_distance()) {  // squares of tokens without similarities become 0 before their root is taken
-      ops.scale_tile(tile, inv_i, inv_j, nullptr);
-      ops.negate_root_tile(tile, unscale);
-      std::fill(inv_i, inv_i + kTile, T{1});
-      std::fill(inv_j, inv_j + kTile, T{1});
-    }
-    const bool diagonal = symmetric && I == J;
-    ops.scale_tile(tile, inv_i, inv_j, diagonal || (to.data && mirrored) ? mirror : nullptr);
-    for (int64_t i = 0; diagonal && i < kTile; ++i) std::memcpy(tile + i * kTile, mirror + i * kTile, i * sizeof(T));
-    if (to.data) {
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
-      for (int64_t j = 0; j < columns && mirrored; ++j) {
-        std::memcpy(to.data + (J * kTile + j) * to.ld + I * kTile, mirror + j * kTile, rows * sizeof(T));
+    T* const across = to.data && mirrored ? to.data + J * kTile * to.ld + I * kTile : nullptr;
+    if (rows == kTile && columns == kTile && (mirrored || !symmetric) && !is_distance()) {  // most: no copy in between
+      ops.scale_tile(sums, ld_tile, inv_i, inv_j, tile, across, to.ld);
+      if (to.data) {
+        for (int64_t i = 0; i < kTile; ++i) std::memcpy(sums + i * ld_tile, tile + i * kTile, kTile * sizeof(T));
+      }
+    } else {
+      std::memset(tile, 0, kTile * kTile * sizeof(T));
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(tile + i * kTile, sums + i * ld_tile, columns * sizeof(T));
+      if (is_distance()) {  // squares of tokens without similarities become 0 before their root is taken
+        ops.scale_tile(tile, kTile, inv_i, inv_j, tile, nullptr, 0);
+        ops.negate_root_tile(tile, unscale);
+        std::fill(inv_i, inv_i + kTile, T{1});
+        std::fill(inv_j, inv_j + kTile, T{1});
+      }
+      ops.scale_tile(tile, kTile, inv_i, inv_j, tile, mirror, kTile);
+      for (int64_t i = 0; symmetric && I == J && i < kTile; ++i) {  // the lower half, which was left out
+        std::memcpy(tile + i * kTile, mirror + i * kTile, i * sizeof(T));
+      }
+      for (int64_t i = 0; to.data && i < rows; ++i) {
+        std::memcpy(sums + i * ld_tile, tile + i * kTile, columns * sizeof(T));
+      }
+      for (int64_t j = 0; across && j < columns; ++j) {
+        std::memcpy(across + j * to.ld, mirror + j * kTile, rows * sizeof(T));
       }
     }
     if constexpr (sizeof(T) == 4) {
@@ -184,20 +195,25 @@ struct PairTiles {
       T* const last = memory.panels + (I1 - I0) * panel_size();
       int64_t column = -1;
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
+        const T *pa, *pb;
         if (shared) {
-          const auto panel = [&](int64_t i) { return shared + (i * chunks() + chunk) * panel_size(); };
-          return multiply(panel(I), panel(J), depth_of(chunk), a.in_panel(I), b.in_panel(J), sums, ld_tile, chunk > 0,
-                          memory);
+          pa = shared + (I * chunks() + chunk) * panel_size();
+          pb = shared + (J * chunks() + chunk) * panel_size();
+        } else {
+          if (!diagonal && J != column) pack(b, column = J, chunk, memory, last);
+          pb = diagonal ? row_panel(J) : last;
+          pa = row_panel(I);
+          if (!diagonal && J == J0 && I + 1 < I1) prefetch_share(a, I + 1, 0, 1);
+          if (J + 1 < J1) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
         }
-        const T* pb = diagonal ? row_panel(J) : last;
-        if (!diagonal && J != column) pack(b, column = J, chunk, memory, last);
-        const T* pa = row_panel(I);
-        if (!diagonal && J == J0 && I + 1 < I1) prefetch_share(a, I + 1, 0, 1);
-        if (J + 1 < J1) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
+        const bool is_last = chunk + 1 == chunks();
+        for (int64_t j = 0; is_last && to.data && symmetric && I != J && j < b.in_panel(J); ++j) {
+          prefetch_lines(to.data + (J * kTile + j) * to.ld + I * kTile, kTile * sizeof(T));
+        }
         multiply(pa, pb, depth_of(chunk), a.in_panel(I), b.in_panel(J), sums, ld_tile, chunk > 0, memory);
+        if (is_last) finish(I, J, sums, ld_tile, memory);
       });
     }
-    for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
   }
 
   // This slot's equal share of all tiles, taken block by block.

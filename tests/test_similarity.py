@@ -113,6 +113,30 @@ def test_masked_comes_before_not_finite(backend):
     assert sbar.item() == 0 and (g == 0).all()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "neg_l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(200, 40), (300, 520), (800, 300)])
+def test_threads_that_share_packed_panels_change_no_bit(n, d, dtype, metric, cpp):
+    """Few channels are shared by two threads, many by more; 800 tokens are more than one block of tiles."""
+    keys = torch.randn(1, n, d, generator=torch.Generator().manual_seed(n)).to(dtype)
+    call, threads = torch.ops.condense.similarity_and_nearest, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, part = call(keys, metric=metric), call(keys[:, n - 60 :], metric="cosine")[0]
+        for count in (2, 3, 8, 40):
+            torch.set_num_threads(count)
+            for expected, found in zip(alone, call(keys, metric=metric), strict=True):
+                assert torch.equal(expected, found)
+    finally:
+        torch.set_num_threads(threads)
+    if metric == "cosine":
+        assert torch.equal(alone[0][:, n - 60 :, n - 60 :], part)
+        exact = torch.nn.functional.normalize(keys.double(), dim=2)
+        torch.testing.assert_close(alone[0].double(), exact @ exact.mT, rtol=0, atol=2e-6)
+    else:
+        torch.testing.assert_close(alone[0].double(), -torch.cdist(keys.double(), keys.double()), rtol=1e-5, atol=1e-5)
+
+
 def test_means_are_sums_of_integers(fast):
     """docs/design/numerics.md: exact, so that tiles may add in any order; checked on the kernel's own s."""
     inputs = make_inputs("negative", num_tokens=150, channels=40)
