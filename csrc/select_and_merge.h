@@ -6,6 +6,12 @@
 
 namespace condense {
 
+// One pick comes after the other.
+inline Work flagship_work(int64_t n, int64_t k, int64_t key_channels) {
+  const auto tokens = static_cast<double>(n), shared = similarity_work(n, key_channels) + 300 * tokens;
+  return {shared + tokens * static_cast<double>(k + 350), shared};
+}
+
 struct Image {
   Rows features, keys;  // [N, D], [N, Dk]
   Column scores, mask;  // [N]; the mask may be missing
@@ -17,7 +23,7 @@ struct Image {
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }
   int64_t K() const { return num_anchors + num_background; }
-  double work() const { return static_cast<double>(N()) * N() * keys.d; }  // multiply-adds of s
+  Work work() const { return flagship_work(N(), K(), keys.d); }
 };
 
 // Where an image's results go, contiguous.

@@ -93,7 +93,7 @@ struct Turn {
 
 std::vector<Turn> turns_of(const std::vector<Segment>& segments, int64_t key_channels) {
   const auto work_of = [&](const Segment& segment) {
-    return static_cast<double>(segment.num_tokens) * segment.num_tokens * key_channels;
+    return flagship_work(segment.num_tokens, segment.num_rows(), key_channels).all;
   };
   double total = 0;
   for (const Segment& segment : segments) total += work_of(segment);

@@ -305,7 +305,7 @@ Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
   };
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
                         crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
@@ -368,28 +368,26 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   };
   const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
   int64_t end = 0;
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     fill_until(end, part.first_token);
     end = part.first_token + part.num_tokens;
-    work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens * keys.size(1));
+    work += similarity_work(part.num_tokens, keys.size(1));
   }
   fill_until(end, tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
   };
-  for_each_image(count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces,
-                 [&](int64_t p, auto& memory, Crew& crew) {
-                   const Part& part = parts[p];
-                   const int64_t first = part.first_token, n = part.num_tokens;
-                   T* rows = output<T>(s) + first * max_seqlen;
-                   similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
-                                       row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows,
-                                       output<T>(sbar) + part.number, output<T>(g) + first,
-                                       output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
-                   for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
-                 });
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+    const Part& part = parts[p];
+    const int64_t first = part.first_token, n = part.num_tokens;
+    T* rows = output<T>(s) + first * max_seqlen;
+    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+                        row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows, output<T>(sbar) + part.number,
+                        output<T>(g) + first, output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
+    for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
+  });
   return {s, sbar, g, tier, nearest};
 }
 

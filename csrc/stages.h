@@ -93,6 +93,12 @@ struct SimilarityMemory {
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
+// All similarities of n keys of d channels.
+inline double similarity_work(int64_t n, int64_t d) {
+  const auto numbers = static_cast<double>(n) * static_cast<double>(d);
+  return products(static_cast<double>(n) * numbers) + 5 * numbers;
+}
+
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
 // scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
 // lowest number where there is none. ld: the length of a row of s, if not n.
