@@ -21,12 +21,7 @@
 #include "tensors.h"
 
 namespace condense {
-namespace {
 
-constexpr bool kSymmetric = true, kSummed = true;
-constexpr int64_t kRun = 1024;  // channels converted at a time
-
-// tier, scale and inv of token i; row holds kRun channels.
 template <class T>
 void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
@@ -52,6 +47,10 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   }
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
+
+namespace {
+
+constexpr bool kSymmetric = true, kSummed = true;
 
 // g and the sum of |s|, from the tiles' integers.
 template <class T>
@@ -267,6 +266,7 @@ void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Cre
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
   template struct TileMemory<T>;                                                                                    \
   template struct SimilarityMemory<T>;                                                                              \
+  template void measure_token<T>(const Rows&, int64_t, bool, const uint8_t*, T*, int8_t*, T*, T*);                  \
   template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
                                     int8_t*, T*, int64_t);                                                          \

@@ -100,6 +100,30 @@ template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr, int64_t ld = 0);
 
+constexpr int64_t kRun = 1024;  // channels converted at a time
+
+// tier, scale and inv of token i; row holds kRun channels.
+template <class T>
+void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
+                   T* inv);
+
+// Of global_similarity_image.
+template <class T>
+struct GlobalMemory {
+  GlobalMemory(Memory& memory, int64_t n, int64_t d, int slots)
+      : parts(static_cast<int>(std::clamp<int64_t>(n / 64, 1, 16))),
+        rows(memory.take<T>(n > 0 ? kRun : 0, slots)),
+        sums(memory.take<double>(n > 0 ? d : 0, parts)) {}
+  int parts;
+  T* rows;       // [slots, kRun]
+  double* sums;  // [parts, d]
+};
+
+// measure_keys of cosines, and g [n] unless it is null.
+template <class T>
+void global_similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew,
+                             const KeyFactors<T>& factors, const GlobalMemory<T>& memory, T* g, int8_t* tier);
+
 // tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
 template <class T>
 void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,

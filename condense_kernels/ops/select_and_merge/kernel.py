@@ -222,6 +222,7 @@ def select_and_merge(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: torch.Tensor | None = None,  # [B]
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,  # uint8, workspace_bytes(...) of them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -230,6 +231,8 @@ def select_and_merge(
     Given out and workspace, nothing is allocated.
     """
     reject_float64(features=features, scores=scores, keys=keys)
+    if mean_similarity is not None:
+        raise NotImplementedError("mean_similarity: expected None so far on Triton.")
     b, n, d = features.shape
     k = num_anchors + num_background
     if keys is None:

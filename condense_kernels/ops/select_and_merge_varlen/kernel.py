@@ -52,9 +52,12 @@ def select_and_merge_varlen(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: torch.Tensor | None = None,  # [S]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
     reject_float64(features=features, scores=scores, keys=keys)
+    if mean_similarity is not None:
+        raise NotImplementedError("mean_similarity: expected None so far on Triton.")
     num_tokens, d = features.shape
     max_seqlen = min(max_seqlen, num_tokens)
     if keys is None:
