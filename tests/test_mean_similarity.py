@@ -59,33 +59,42 @@ def test_the_flagship_is_its_stages_in_a_row(of, kind, dtype, cpp):
     assert_same_bits(inputs.run(cpp), inputs.run_stages(cpp).condensed)
 
 
-def nested_clusters(groups: int, levels: int) -> Inputs:
-    """Groups of 96 tokens, halves of them, quarters, ...: the most similar are together, so that a round of 96 tokens
-    that come next is spent on few groups, and most of its tokens fall behind once one of theirs is picked."""
-    token = torch.arange(96 * groups)
-    places = [token // max(96 >> level, 1) for level in range(levels)]
-    keys = torch.cat([torch.nn.functional.one_hot(place).float() for place in places], dim=1)
-    scores = 1 - token // 96 / (64 * groups)
-    features = torch.rand(1, len(token), 8)
-    return Inputs(features, scores[None], 60, 12, keys=keys[None], grid=(groups, 96), mean_similarity=torch.ones(1))
+def nested_clusters(groups: int, size: int, levels: int, num_anchors: int, num_background: int) -> Inputs:
+    """Groups of tokens, their halves, quarters, ...: the longer two are together, the more alike they are. The tokens
+    that come next are all of a few clusters, and most of them fall behind once one of theirs is picked."""
+    token = torch.arange(groups * size)
+    group, within = token // size, token % size
+    cells = [group * 2**level + within * 2**level // size for level in range(levels)]
+    keys = torch.cat([torch.nn.functional.one_hot(cell).float() for cell in cells], dim=1)
+    scores, features = 1 - group / (64 * groups), torch.rand(1, len(token), 8)
+    options = {"keys": keys[None], "grid": (groups, size), "mean_similarity": torch.ones(1)}
+    return Inputs(features, scores[None], num_anchors, num_background, **options)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("groups", "levels"), [(7, 5), (8, 7)])
-def test_where_rounds_end_early(groups, levels, threads, cpp):
+@pytest.mark.parametrize("counts", [(64, 4), (60, 0), (4, 60), (0, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 112, 5), (3, 144, 5), (4, 108, 7)], ids=str)
+def test_where_rounds_end_early(shape, counts, threads, cpp):
     """Then s is computed after all, for the rest of the anchors or of the background."""
+    inputs = nested_clusters(*shape, *counts)
+    expected = inputs.run_stages(cpp).condensed
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for order in (slice(None), slice(None, None, -1)):
-            inputs = nested_clusters(groups, levels)
-            inputs = dataclasses.replace(inputs, scores=inputs.scores.flip(1) if order.step else inputs.scores)
-            expected = inputs.run_stages(cpp).condensed
-            assert_same_bits(inputs.run(cpp), expected)
-            workspace = torch.empty(ck.workspace_bytes(*inputs.args, **inputs.options), dtype=torch.uint8)
-            assert_same_bits(ck.select_and_merge(*inputs.args, **inputs.options, workspace=workspace), expected)
+        assert_same_bits(inputs.run(cpp), expected)
+        workspace = torch.empty(ck.workspace_bytes(*inputs.args, **inputs.options), dtype=torch.uint8)
+        assert_same_bits(ck.select_and_merge(*inputs.args, **inputs.options, workspace=workspace), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_fewer_valid_tokens_than_are_kept(cpp):
+    """The others have no similarities, whatever the memory held where their rows are kept."""
+    inputs = given(make_inputs("positions", batch=1, num_tokens=600, num_anchors=30, num_background=10), 0.1)
+    inputs.features[0, 20:, 0] = math.nan
+    workspace = torch.full((ck.workspace_bytes(*inputs.args, **inputs.options),), 0x7F, dtype=torch.uint8)
+    result = ck.select_and_merge(*inputs.args, **inputs.options, workspace=workspace)
+    assert_same_bits(result, inputs.run_stages(cpp).condensed)
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "masked", "positions", "keys", "two_factors"])
