@@ -3,10 +3,10 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,6 @@ from .ops.similarity import mean_similarity as estimate
 
 DEFAULT_BACKGROUND_RATIO = 0.25
 MAX_PACKED = torch.iinfo(torch.int32).max
-
-F = TypeVar("F", bound=Callable)
 
 
 @tracing.leaf(tuple, 2)
@@ -90,14 +88,8 @@ def rounded(count: int, ratio: float) -> int:
 LARGEST = 1 << 30  # of a denominator: with counts up to 2**31, no product leaves int64
 
 
-def constant_in_graphs(function: F) -> F:
-    """torch.compiler.assume_constant_result, which imports dynamo for that: seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of dynamo's own
-    return function
-
-
 @functools.lru_cache
-@constant_in_graphs
+@tracing.constant_in_graphs
 def as_fraction(ratio: float) -> tuple[int, int]:
     """What a ratio in [0, 1] was written as: the simplest fraction that is this float. 0.29 is 29 / 100.
 
@@ -166,7 +158,7 @@ def condense(
         keep: a count of tokens (int), or a ratio in (0, 1] (float); rounded as :func:`split_budget` says.
         background_ratio: the share of background tokens among the kept, in [0, 1].
         grid: (H, W) or (T, H, W) with product N; this and the further options are those of :func:`select_and_merge`.
-        exact: False estimates the mean similarity from 64 tokens an image, by :func:`mean_similarity`, unless it is
+        exact: False estimates the mean similarity from 128 tokens an image, by :func:`mean_similarity`, unless it is
             given: most picks stay, and with a small budget it takes a fraction of the time.
 
     Returns:

@@ -117,6 +117,7 @@ RowOps<T> with_amx() {
     };
     ops.pairs_panel = isa_amx::kPanel;
     ops.multiply_pairs = isa_amx::multiply_pairs;
+    ops.spin_pairs = nullptr;
   }
   return ops;
 }

@@ -135,6 +135,11 @@ struct RowOps {
 
   // dx[0, n) = weight * g; the sum of (x - mean) * g is returned. dx may be x.
   double (*gradient_row)(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx);
+
+  // For benchmarks: `rounds` rounds of multiply-adds that wait for nothing, whose number is returned; of pairs, two for
+  // each, and null where multiply_pairs is or has units of its own.
+  int64_t (*spin)(int64_t rounds);
+  int64_t (*spin_pairs)(int64_t rounds);
 };
 
 // The loops for the best instruction set of this machine that the environment allows (environment.h).

@@ -857,6 +857,23 @@ double gradient_row(const T* x, const T* mean, const T* g, T weight, int64_t n, 
   return sum;
 }
 
+// The accumulators of multiply_tile, without its loads. Each starts elsewhere, so that none is another's copy.
+template <class T, class Step>
+int64_t spin(int64_t rounds) {
+  typedef typename Simd<T>::V V;
+  constexpr int kChains = CONDENSE_ISA_BYTES == 64 ? 24 : 12;
+  volatile T value = T{0.5};
+  V acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = value * i - V{};
+  const V a = value - V{}, b = value * value - V{};
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = Step::add(a, b, acc[i]);
+  }
+  for (int i = 0; i < kChains; ++i) value = acc[i][0];
+  return rounds * kChains * Simd<T>::kLanes;
+}
+
 template <class T>
 constexpr RowOps<T> table() {
   RowOps<T> ops = {};
@@ -869,6 +886,7 @@ constexpr RowOps<T> table() {
     ops.pack_pairs = pack_panel<T>;
     ops.pairs_panel = kChunk * kTile;
     ops.multiply_pairs = multiply_tile<T, Pair>;
+    ops.spin_pairs = [](int64_t rounds) { return 2 * spin<T, Pair>(rounds); };
   }
 #endif
   ops.max_magnitude = max_magnitude<T>;
@@ -902,6 +920,7 @@ constexpr RowOps<T> table() {
   ops.exp_row = exp_row<T>;
   ops.sum_columns = sum_columns<T>;
   ops.gradient_row = gradient_row<T>;
+  ops.spin = spin<T, Channel<T>>;
   return ops;
 }
 

@@ -23,17 +23,17 @@ struct Plan {
         stores(may_store && (needs_all || lazy_cost(image, kExpectedRounds) > 0.9 * stored_cost())) {}
 
   double stored_cost() const { return 0.5 * n * n; }
-  // A round has the products of its pool, and of a packing of all keys: as long as 16 rows take.
-  static int64_t pool_of(int64_t n, int64_t k) { return std::min({n, kPool, width_of(k) + kTile}); }
+  static int64_t pool_of(int64_t n, int64_t k) { return std::min({n, kPool, width_of(k)}); }
+  // A pass over the packed keys takes as long as 8 rows do, packing a key as 16 products.
   double round_cost(int64_t k) const {
     const auto pool = static_cast<double>(pool_of(static_cast<int64_t>(n), k));
-    return 16 * n + 0.5 * pool * pool;
+    return 8 * n + (0.5 * pool + 16) * pool;
   }
   double loop_cost(int64_t k, double rounds) const {
     return k > 0 ? n * static_cast<double>(k) + rounds * round_cost(k) : 0;
   }
   double lazy_cost(const Image& image, double rounds) const {
-    return loop_cost(image.num_anchors, rounds) + loop_cost(image.num_background, rounds);
+    return 16 * n + loop_cost(image.num_anchors, rounds) + loop_cost(image.num_background, rounds);
   }
   // Tokens in many copies may end a round with every pick. Once the rounds of a loop have cost as much as s, it is s
   // that is computed after all.
@@ -68,14 +68,15 @@ struct ImageMemory {
         g(memory.take<S>(n)),
         order(memory.take<int64_t>(k)),
         kept(memory.take<Kept<S>>(k)),
-        s(memory.take<S>(plan.may_store ? n * n : 0)),  // of pages that are not touched unless it is needed
+        s(memory.take<S>(plan.stores ? n * n : 0)),
         rows(memory.take<S>(plan.stores ? 0 : (k + kTile) * width_of(n))),
         greedy(memory, plan.stores ? n : 0),
         streamed_greedy(memory, plan.stores ? 0 : n),
         where(memory, image.space, n),
         assign(memory, n, k),
         kept_to_the_end(memory.at()),
-        similarity(memory, n, slots, !plan.needs_all || plan.stores),
+        similarity(memory, n, slots, !plan.needs_all || plan.stores, Metric::kCosine, false,
+                   plan.needs_all || plan.stores ? 0 : image.keys.d),
         sums(memory, plan.needs_all ? 0 : n, image.keys.d, slots),
         merge(memory.rewound(kept_to_the_end), n, image.D(), k, slots) {}
   // The scores as the merge wants them.
@@ -111,7 +112,8 @@ void store_similarities(const Image& image, Crew& crew, ImageMemory<S, M>& memor
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
 template <class S, class M>
-void select_image(const Image& image, const Plan& plan, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
+void select_image(const Image& image, const Plan& plan, S sbar, Crew& crew, ImageMemory<S, M>& memory,
+                  std::optional<Workspace>& rest) {
   const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
   bool is_stored = plan.stores;
   const auto select_stored = [&](const Selection<S>& selection, int64_t first, int64_t k) {
@@ -130,6 +132,9 @@ void select_image(const Image& image, const Plan& plan, S sbar, Crew& crew, Imag
     const auto is_out = [](S nu) { return std::isnan(nu); };
     is_stored = picks < k && !std::all_of(greedy.all.nu, greedy.all.nu + N, is_out);  // from here on
     if (is_stored) {
+      const int64_t bytes = bytes_of(bytes_of(N, N), sizeof(S));
+      rest.emplace(bytes);
+      memory.s = rest->piece(0, bytes).template take<S>(N, N);
       store_similarities(image, crew, memory);
       greedy_select_resumed<S>(memory.s, N, selection, N, picks, k, greedy.all, order);
     } else {
@@ -166,7 +171,7 @@ S measure_image(const Image& image, const Plan& plan, Crew& crew, ImageMemory<S,
   }
   global_similarity_image<S>(image.keys, memory.scores, mask, crew, memory.similarity.factors, memory.sums,
                              image.num_background > 0 ? memory.g : nullptr, memory.tier);
-  if (plan.stores) store_similarities(image, crew, memory);
+  plan.stores ? store_similarities(image, crew, memory) : pack_keys(image.keys, crew, memory.similarity);
   return static_cast<S>(*image.mean_similarity);
 }
 
@@ -179,7 +184,8 @@ void condense_image(const Image& image, const Results& out, Memory piece, Crew& 
   if (image.mask) image.mask.read(N, memory.mask);
   const Plan plan(image);
   const S sbar = measure_image(image, plan, crew, memory);
-  select_image(image, plan, sbar, crew, memory);
+  std::optional<Workspace> rest;  // s, where rounds end after few picks
+  select_image(image, plan, sbar, crew, memory, rest);
   for (int64_t row = 0; row < K; ++row) {
     out.indices[row] = memory.kept[row].token;
     memory.assign.s_rows[row] = memory.kept[row].s_row;

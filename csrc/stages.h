@@ -77,7 +77,7 @@ struct TileMemory {
 template <class T>
 struct SimilarityMemory {
   SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric = Metric::kCosine,
-                   bool with_nearest = false);
+                   bool with_nearest = false, int64_t packed_channels = 0);
   bool sums_are_plain() const { return sizeof(T) == 8 || metric != Metric::kCosine; }
 
   Metric metric;
@@ -88,6 +88,8 @@ struct SimilarityMemory {
   double* sums;  // [n] plain sums alone
   T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
   T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
+  T* packed;     // all keys as similarity_rows multiplies them, once pack_keys has been called; null: they are packed
+                 // again for each product
 };
 
 // Length of a row of similarities that is a whole number of tiles.
@@ -128,6 +130,10 @@ void global_similarity_image(const Rows& keys, const T* scores, const uint8_t* m
 template <class T>
 void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                   int8_t* tier);
+
+// Fills memory.packed, after measure_keys.
+template <class T>
+void pack_keys(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory);
 
 // diagonal [n]: of each token with itself, after measure_keys.
 template <class T>

@@ -26,6 +26,7 @@ TRIED = 32  # steps
 
 
 @functools.lru_cache
+@tracing.constant_in_graphs
 def step_of(num_tokens: int, width: int, sample: int) -> int:
     """A step without a factor in common with the number of tokens, so that its multiples meet each token once. Nor has
     it one in common with the width of their grid: a step of 4 on 24 would meet every fourth column alone.
@@ -66,7 +67,7 @@ def check(keys, mask, grid, sample) -> None:
 @tracing.leaf()
 def mean_similarity(
     keys: torch.Tensor,  # [B, N, Dk]
-    sample: int = 64,
+    sample: int = 128,
     *,
     mask: torch.Tensor | None = None,  # [B, N]
     grid: Sequence[int] | None = None,
@@ -100,7 +101,7 @@ def mean_similarity(
     step = step_of(int(n), int(grid[-1]) if grid is not None else math.isqrt(int(n)), sample)
     order = torch.arange(n, dtype=torch.int64, device=keys.device) * step % n
     if mask is None:
-        valid, total = None, n
+        valid, total = None, torch.full((), n, dtype=torch.int64, device=keys.device)
         sampled = keys[:, order[:sample]]
     else:
         turn = torch.arange(n, dtype=torch.int64, device=keys.device)
@@ -110,8 +111,6 @@ def mean_similarity(
     s, sbar, _, tier = similarity(sampled, None, valid, backend=backend)
     count = (tier == 0).sum(dim=1)
     of_itself = (s.diagonal(dim1=1, dim2=2) > 0.5).sum(dim=1)  # 1 of each key but a zero one
-    others = (sbar.double() * count * count - of_itself).clamp(min=0) / (count * (count - 1)).clamp(min=1)
-    mean = (of_itself / count.clamp(min=1).double() + (total - 1) * others) / (
-        total if mask is None else total.clamp(min=1)
-    )
+    others = (sbar.double() * count * count - of_itself) / (count * (count - 1)).clamp(min=1)  # 0 of no pair
+    mean = (of_itself / count.clamp(min=1).double() + (total - 1) * others) / total.clamp(min=1)
     return mean.clamp(0, 1).to(sbar.dtype)

@@ -32,7 +32,7 @@ def flops(keys, scores=None, mask=None) -> int:
 
 def examples(b: int) -> list[Example]:
     keys, scores = random(b, 12, 5) - 0.5, random(b, 12)
-    return [Example((keys, scores, scores > 0.1)), Example((keys.bfloat16(),)), Example((keys, scores.double()))]
+    return [Example((keys.bfloat16(),)), Example((keys, scores, scores > 0.1)), Example((keys, scores.double()))]
 
 
 backends.register(
