@@ -167,12 +167,13 @@ def bytes_on_reference(*args, **options) -> int:
     return 0
 
 
-def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, **_) -> int:
+def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, mean_similarity=None, **_) -> int:
     from .kernel import workspace_bytes as count
 
     batch, n = features.shape[:2]
     keys = features if keys is None else keys
-    return count(batch, n, num_anchors + num_background, keys.shape[2], keys.dtype)
+    given = mean_similarity is not None
+    return count(batch, n, num_anchors + num_background, keys.shape[2], keys.dtype, given)
 
 
 def count_bytes(backend: str, args: tuple, options: dict) -> int:
