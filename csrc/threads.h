@@ -16,23 +16,9 @@
 #endif
 
 #include "memory.h"
+#include "subnormals.h"
 
 namespace condense {
-
-// Subnormal numbers count while this lives: torch.set_flush_denormal acts on single threads, and a result must not
-// depend on which of them computed it.
-class KeepSubnormals {
- public:
-#if defined(__x86_64__)
-  KeepSubnormals() : before_(_mm_getcsr()) {
-    _mm_setcsr(before_ & ~0x8040u);
-  }  // neither flush to zero nor read as zero
-  ~KeepSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
 
 // Runs f(slot) for every slot on torch's own threads. torch would replace an exception by one that says nothing.
 template <class F>
@@ -125,6 +111,8 @@ class Crew {
     if (++spins > kAwake) return std::this_thread::yield();
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // some ten cycles; yield, meant for this, is none at all on most processors
 #endif
   }
 
