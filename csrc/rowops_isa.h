@@ -248,6 +248,39 @@ double sum_row(const T* x, int64_t n) {
   return sum;
 }
 
+template <class T>
+void add_wide(const T* x, T weight, int64_t n, double* sums) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(T))));
+  constexpr int kLanes = Simd<double>::kLanes;
+  const double factor = weight;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(sums + i, load<VecD>(sums + i) + __builtin_convertvector(load<Narrow>(x + i), VecD) * factor);
+  }
+  for (; i < n; ++i) sums[i] += static_cast<double>(x[i]) * factor;
+}
+
+template <class T>
+double dot_wide(const T* x, const double* y, int64_t n) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(T))));
+  constexpr int kLanes = Simd<double>::kLanes, kParts = 4;
+  VecD part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts * kLanes <= n; i += kParts * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kParts; ++v) {
+      const int64_t at = i + v * kLanes;
+      part[v] += __builtin_convertvector(load<Narrow>(x + at), VecD) * load<VecD>(y + at);
+    }
+  }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int v = 0; v < kParts; ++v) sum += part[v][lane];
+  }
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * y[i];
+  return sum;
+}
+
 // Lanes of two vectors, those of the second counted on from the first's. They are constants: SSE2 and NEON have no
 // shuffle by others, and would go by single numbers.
 template <class T, int... lanes>
@@ -900,6 +933,8 @@ constexpr RowOps<T> table() {
   ops.max_magnitude = max_magnitude<T>;
   ops.sum_of_squares = sum_of_squares<T>;
   ops.sum_row = sum_row<T>;
+  ops.add_wide = add_wide<T>;
+  ops.dot_wide = dot_wide<T>;
   ops.pack_panel = pack_panel<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
   ops.distance_tile = multiply_tile<T, Difference<T>>;

@@ -1,16 +1,12 @@
 // The flagship on one image, for the operators that lead to it: an image of a batch, or a segment of a packed one.
 #pragma once
 
+#include <optional>
+
 #include "stages.h"
 #include "tensors.h"
 
 namespace condense {
-
-// One pick comes after the other.
-inline Work flagship_work(int64_t n, int64_t k, int64_t key_channels) {
-  const auto tokens = static_cast<double>(n), shared = similarity_work(n, key_channels) + 300 * tokens;
-  return {shared + tokens * static_cast<double>(k + 350), shared};
-}
 
 struct Image {
   Rows features, keys;  // [N, D], [N, Dk]
@@ -18,12 +14,13 @@ struct Image {
   Space space;
   int64_t num_anchors, num_background;
   double suppression, background_suppression;
-  bool scale_prior;  // to the mean similarity; false: priors are utilities
+  bool scale_prior;                       // to the mean similarity; false: priors are utilities
+  std::optional<double> mean_similarity;  // else it is computed
 
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }
   int64_t K() const { return num_anchors + num_background; }
-  Work work() const { return flagship_work(N(), K(), keys.d); }
+  Work work() const;
 };
 
 // Where an image's results go, contiguous.

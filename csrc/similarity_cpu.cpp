@@ -21,12 +21,7 @@
 #include "tensors.h"
 
 namespace condense {
-namespace {
 
-constexpr bool kSymmetric = true, kSummed = true;
-constexpr int64_t kRun = 1024;  // channels converted at a time
-
-// tier, scale and inv of token i; row holds kRun channels.
 template <class T>
 void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
@@ -52,6 +47,10 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   }
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
+
+namespace {
+
+constexpr bool kSymmetric = true, kSummed = true;
 
 // g and the sum of |s|, from the tiles' integers.
 template <class T>
@@ -111,7 +110,7 @@ double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, Similari
 // The tiles of both sides, into `to`; of all tokens with all also their sums and who is nearest.
 template <class T>
 void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, bool summed, bool with_nearest,
-               const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory) {
+               const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory, const T* packed = nullptr) {
   const PairTiles<T> tiles{row_ops<T>(),
                            keys,
                            memory.factors,
@@ -122,7 +121,8 @@ void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, b
                            to,
                            memory.metric,
                            memory.unscale,
-                           with_nearest ? memory.penalty : nullptr};
+                           with_nearest ? memory.penalty : nullptr,
+                           packed};
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
@@ -183,14 +183,17 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_near
 
 template <class T>
 SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric,
-                                      bool with_nearest)
+                                      bool with_nearest, int64_t packed_channels)
     : metric(metric),
       factors(memory, n),
       of_slot(memory.take<TileMemory<T>>(slots)),
       slots(slots),
       sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
       strip(sums_are_plain() && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr),
-      penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr) {
+      penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
+      packed(packed_channels > 0 ? memory.take<T>((packed_channels + kChunk - 1) / kChunk * panels_of(n),
+                                                  std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))
+                                 : nullptr) {
   for (int slot = 0; slot < slots; ++slot) {
     const TileMemory<T> of_this(memory, n, stored, with_nearest);
     if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
@@ -231,6 +234,13 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
 }
 
 template <class T>
+void pack_keys(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory) {
+  const Side all{keys.n};
+  const PairTiles<T> tiles{row_ops<T>(), keys, memory.factors, all, all, !kSymmetric, !kSummed, {}, memory.metric};
+  crew.run([&](int slot) { tiles.pack_all(slot, crew.size(), memory.of_slot[slot], memory.packed); });
+}
+
+template <class T>
 void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal) {
   crew.run([&](int slot) {
     T square[kTile * kTile];
@@ -261,15 +271,18 @@ template <class T>
 void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows) {
   const Side some{count, tokens}, all{keys.n};
-  run_tiles<T>(keys, some, all, !kSymmetric, !kSummed, false, {rows, width_of(keys.n), true}, crew, memory);
+  run_tiles<T>(keys, some, all, !kSymmetric, !kSummed, false, {rows, width_of(keys.n), true}, crew, memory,
+               memory.packed);
 }
 
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
   template struct TileMemory<T>;                                                                                    \
   template struct SimilarityMemory<T>;                                                                              \
+  template void measure_token<T>(const Rows&, int64_t, bool, const uint8_t*, T*, int8_t*, T*, T*);                  \
   template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
                                     int8_t*, T*, int64_t);                                                          \
+  template void pack_keys<T>(const Rows&, Crew&, SimilarityMemory<T>&);                                             \
   template void similarity_diagonal<T>(const Rows&, Crew&, SimilarityMemory<T>&, T*);                               \
   template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
   template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);

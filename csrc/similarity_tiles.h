@@ -46,6 +46,7 @@ struct PairTiles {
   Metric metric = Metric::kCosine;
   T unscale = 1;               // of distances
   const T* penalty = nullptr;  // null: nobody asks who is nearest
+  const T* packed = nullptr;   // [chunks, panels]: side b, where it is packed already
 
   bool is_distance() const { return metric == Metric::kNegL2; }
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
@@ -67,6 +68,33 @@ struct PairTiles {
       std::fill(row + length, row + padded, T{0});
     }
     (in_pairs() ? ops.pack_pairs : ops.pack_panel)(memory.rows, padded, packed);
+  }
+
+  int64_t channels_of_chunk() const { return in_pairs() ? 2 * kChunk : kChunk; }
+
+  // Calls f(c, channels, depth) for every chunk: channels from c on, as so many numbers or pairs.
+  template <class F>
+  void for_each_chunk(const F& f) const {
+    const int64_t most = channels_of_chunk();
+    for (int64_t c = 0; c < keys.d; c += most) {
+      const int64_t channels = std::min(most, keys.d - c);
+      f(c, channels, in_pairs() ? (channels + 1) / 2 : channels);
+    }
+  }
+
+  // Where chunk c of a panel of side b is in `all`.
+  template <class P>
+  P* at(P* all, int64_t panel, int64_t c) const {
+    return all + (c / channels_of_chunk() * panels_of(b.count) + panel) * panel_size();
+  }
+
+  // This slot's share of side b into `all`.
+  void pack_all(int slot, int slots, TileMemory<T>& memory, T* all) const {
+    const Share share(panels_of(b.count), slot, slots);
+    for (int64_t J = share.lo; J < share.hi; ++J) {
+      for_each_chunk(
+          [&](int64_t c, int64_t channels, int64_t depth) { pack(b, J, c, channels, depth, memory, at(all, J, c)); });
+    }
   }
 
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
@@ -147,21 +175,19 @@ struct PairTiles {
       first_row = std::min(first_row, I), last_row = std::max(last_row, I);
       first_column = std::min(first_column, J), last_column = std::max(last_column, J);
     });
-    const int64_t most = in_pairs() ? 2 * kChunk : kChunk;
-    for (int64_t c = 0; c < keys.d; c += most) {
-      const int64_t channels = std::min(most, keys.d - c), depth = in_pairs() ? (channels + 1) / 2 : channels;
+    for_each_chunk([&](int64_t c, int64_t channels, int64_t depth) {
       const int64_t last_packed = diagonal ? std::max(last_row, last_column) : last_row;
       for (int64_t I = first_row; I <= last_packed; ++I) {
         pack(a, I, c, channels, depth, memory, pa + (I - I0) * panel_size());
       }
-      for (int64_t J = first_column; J <= last_column && !diagonal; ++J) {
+      for (int64_t J = first_column; J <= last_column && !diagonal && !packed; ++J) {
         pack(b, J, c, channels, depth, memory, pb + (J - J0) * panel_size());
       }
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
-        multiply(pa + (I - I0) * panel_size(), pb + (J - J0) * panel_size(), depth, a.in_panel(I), b.in_panel(J), sums,
-                 ld_tile, c > 0, memory);
+        multiply(pa + (I - I0) * panel_size(), packed ? at(packed, J, c) : pb + (J - J0) * panel_size(), depth,
+                 a.in_panel(I), b.in_panel(J), sums, ld_tile, c > 0, memory);
       });
-    }
+    });
     for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
   }
 
