@@ -29,11 +29,16 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = *inv = 0;
   *tier = kMasked;
   if (mask && mask[i] == 0) return;
+  const T* values = nullptr;
+  const auto load = [&](int64_t c) {
+    const int64_t depth = std::min(kRun, keys.d - c);
+    values = row_as(keys.run(i, c, depth), 0, row);
+    return depth;
+  };
   T magnitude = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, T{1}, row);
-    magnitude = std::max(magnitude, ops.max_magnitude(row, depth));
+    const int64_t depth = load(c);
+    magnitude = std::max(magnitude, ops.max_magnitude(values, depth));
   }
   *tier = finite_score && magnitude <= std::numeric_limits<T>::max() ? kValid : kNonFinite;
   if (*tier != kValid || magnitude == 0) return;
@@ -41,9 +46,8 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = std::ldexp(T{1}, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit));
   double squares = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, *scale, row);
-    squares += ops.sum_of_squares(row, depth);
+    const int64_t depth = keys.d > kRun ? load(c) : keys.d;
+    squares += ops.sum_of_squares(values, depth, *scale);
   }
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
@@ -171,11 +175,11 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
 template <class T>
 TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
+      panels(memory.take<T>((std::min<int64_t>(panels_of(n), kBlockPanels) + 1) *
                             std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
       tile(rows),  // what was packed is not needed when products are finished
       mirror(rows ? rows + kTile * kTile : nullptr),
-      block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
+      block(stored ? nullptr : memory.take<T>(kStreamedWidth * kStreamedWidth)),
       run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
       nearest(with_nearest ? memory.take<T>(width_of(n)) : nullptr),

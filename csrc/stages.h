@@ -25,6 +25,10 @@ struct Rows {
 
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
+  // Channels [c, c + count) of token i.
+  Rows run(int64_t i, int64_t c, int64_t count) const {
+    return {static_cast<const char*>(at(i, c)), dtype, 1, count, stride_n, stride_d};
+  }
   // Tokens [first, first + count).
   Rows part(int64_t first, int64_t count) const {
     return {static_cast<const char*>(at(first, 0)), dtype, count, d, stride_n, stride_d};
