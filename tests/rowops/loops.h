@@ -26,7 +26,10 @@ inline uint64_t any_bits(Source& source, Dtype dtype) {
   const float narrow = static_cast<float>(x);
   uint32_t word;
   std::memcpy(&word, &narrow, 4);
-  return dtype == Dtype::kFloat64 ? wide : dtype == Dtype::kFloat32 ? word : dtype == Dtype::kBFloat16 ? word >> 16 : bits;
+  return dtype == Dtype::kFloat64    ? wide
+         : dtype == Dtype::kFloat32  ? word
+         : dtype == Dtype::kBFloat16 ? word >> 16
+                                     : bits;
 }
 
 template <class T>
@@ -139,7 +142,8 @@ void test_picking(Source& source) {
         }
         auto alone = m;
         in_test = "next_pick";
-        expect_same(ops.next_pick(row.data(), nu.data(), suppression, combine, n, m.data()), lowest_of(scores, nu), -1, n);
+        expect_same(ops.next_pick(row.data(), nu.data(), suppression, combine, n, m.data()), lowest_of(scores, nu), -1,
+                    n);
         expect_same(m, raised, n);
         in_test = "raise_row";
         ops.raise_row(row.data(), n, alone.data());
@@ -157,7 +161,8 @@ void test_picking(Source& source) {
   }
 }
 
-// All scores are 0 if each operation is rounded, so token 0 is first; a fused one would leave what the rounding dropped.
+// All scores are 0 if each operation is rounded, so token 0 is first; a fused one would leave what the rounding
+// dropped.
 template <class T>
 void test_that_scores_are_not_fused(Source& source) {
   in_test = "next_pick, not fused";
@@ -205,11 +210,13 @@ void test_searching(Source& source) {
     std::vector<T> found(n + 128), wanted;
     int64_t count = 0, from = 0;
     while (from < n) {
-      const int64_t stop = ops.collect_above(row.data(), cap.data(), T(0.05), from, n, count + 9, found.data(), &count);
+      const int64_t room = count + 1;
+      const int64_t stop = ops.collect_above(row.data(), cap.data(), T(0.05), from, n, room, found.data(), &count);
       for (; from < stop; ++from) {
         if (cut[from] > T(0.05)) wanted.push_back(cut[from]);
       }
       expect_same(count, static_cast<int64_t>(wanted.size()), stop, n);
+      expect_same(int64_t{stop == n || count > room}, int64_t{1}, stop, n);
     }
     expect_same(found, wanted, n);
     in_test = "max_row";
