@@ -88,12 +88,20 @@ void test_sums(Source& source) {
       expect_same(ops.max_magnitude(x.data(), n), most, -1, n);
     }
     const auto x = source.row<T>(n, false), mean = source.row<T>(n, false), g = source.row<T>(n, false);
-    double squares = 0, sum = 0, slope = 0, sizes = 0;
+    auto wide = source.row<double>(n, false), added = wide;
+    double squares = 0, sum = 0, slope = 0, dot = 0, sizes = 0;
     for (int64_t i = 0; i < n; ++i) {
       squares += double{x[i]} * x[i], sum += x[i], slope += (double{x[i]} - mean[i]) * g[i], sizes += std::fabs(x[i]);
+      dot += x[i] * wide[i];
+      added[i] = added[i] + double{x[i]} * T(0.3);
     }
     in_test = "sum_of_squares";
-    expect_near(ops.sum_of_squares(x.data(), n), squares, n * epsilon * squares, n);
+    expect_near(ops.sum_of_squares(x.data(), n, T{4}), 16 * squares, n * epsilon * 16 * squares, n);
+    in_test = "dot_wide";
+    expect_near(ops.dot_wide(x.data(), wide.data(), n), dot, n * 2.3e-16 * sizes, n);
+    in_test = "add_wide";
+    ops.add_wide(x.data(), T(0.3), n, wide.data());
+    expect_same(wide, added, n);
     in_test = "sum_row";
     expect_near(ops.sum_row(x.data(), n), sum, n * 2.3e-16 * sizes, n);
     in_test = "gradient_row";
