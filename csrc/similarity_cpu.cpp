@@ -115,18 +115,24 @@ double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, Similari
 template <class T>
 void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, bool summed, bool with_nearest,
                const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory, const T* packed = nullptr) {
-  const PairTiles<T> tiles{row_ops<T>(),
-                           keys,
-                           memory.factors,
-                           a,
-                           b,
-                           symmetric,
-                           summed,
-                           to,
-                           memory.metric,
-                           memory.unscale,
-                           with_nearest ? memory.penalty : nullptr,
-                           packed};
+  PairTiles<T> tiles{row_ops<T>(),
+                     keys,
+                     memory.factors,
+                     a,
+                     b,
+                     symmetric,
+                     summed,
+                     to,
+                     memory.metric,
+                     memory.unscale,
+                     with_nearest ? memory.penalty : nullptr,
+                     packed};
+  // Many threads: packed once, the keys take less than what each would pack for itself.
+  const int64_t all = panels_of(a.count) * tiles.chunks() * tiles.panel_size();
+  if (symmetric && crew.size() > 1 && all <= memory.slots * memory.panels_size) {
+    crew.run([&](int slot) { tiles.pack_all(slot, crew.size(), memory.of_slot[slot], memory.panels); });
+    tiles.packed = memory.panels;
+  }
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
@@ -173,10 +179,9 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
 }  // namespace
 
 template <class T>
-TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
+TileMemory<T>::TileMemory(Memory& memory, T* panels, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>((std::min<int64_t>(panels_of(n), kBlockPanels) + 1) *
-                            std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
+      panels(panels),
       tile(rows),  // what was packed is not needed when products are finished
       mirror(rows ? rows + kTile * kTile : nullptr),
       block(stored ? nullptr : memory.take<T>(kStreamedWidth * kStreamedWidth)),
@@ -192,6 +197,8 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
       factors(memory, n),
       of_slot(memory.take<TileMemory<T>>(slots)),
       slots(slots),
+      panels_size(panels_of_thread(n) * std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel)),
+      panels(memory.take<T>(panels_size, slots)),
       sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
       strip(sums_are_plain() && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr),
       penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
@@ -199,7 +206,7 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
                                                   std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))
                                  : nullptr) {
   for (int slot = 0; slot < slots; ++slot) {
-    const TileMemory<T> of_this(memory, n, stored, with_nearest);
+    const TileMemory<T> of_this(memory, panels ? panels + slot * panels_size : nullptr, n, stored, with_nearest);
     if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
   }
 }
