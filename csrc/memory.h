@@ -36,48 +36,16 @@ std::vector<T> list_of(int64_t n, const std::string& what) {
   return list;
 }
 
-// Blocks that a thread has freed, for its next call: the C library gives blocks of this size back to the system, and
-// faulting their pages in again took up to a third of a call's time.
-class FreeBlocks {
- public:
-  static FreeBlocks& of_this_thread() {
-    thread_local FreeBlocks blocks;
-    return blocks;
-  }
-  FreeBlocks() { blocks_.reserve(kMostBlocks + 1); }  // so that giving a block back cannot fail
-  ~FreeBlocks() {
-    for (const Block& block : blocks_) ::operator delete(block.data, kAlignment);
-  }
-  void* take(size_t size) {
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-      if (blocks_[i].size != size) continue;
-      void* data = blocks_[i].data;
-      kept_ -= size;
-      blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
-      return data;
-    }
-    return ::operator new(size, kAlignment);
-  }
-  void give(void* data, size_t size) {
-    blocks_.push_back({data, size});
-    kept_ += size;
-    while (kept_ > kMostBytes || blocks_.size() > kMostBlocks) {  // the oldest goes
-      kept_ -= blocks_.front().size;
-      ::operator delete(blocks_.front().data, kAlignment);
-      blocks_.erase(blocks_.begin());
-    }
-  }
-
- private:
-  struct Block {
-    void* data;
-    size_t size;
-  };
-  static constexpr std::align_val_t kAlignment{64};                         // a cache line
-  static constexpr size_t kMostBytes = size_t{40} << 20, kMostBlocks = 16;  // s of 2880 tokens is 33 MB
-  std::vector<Block> blocks_;
-  size_t kept_ = 0;
+// Bytes on a cache line, on a page of 2 MB where they are many.
+struct Block {
+  void* data;
+  size_t size;
 };
+
+// Blocks that calls give back are kept for the next ones, of all threads: the C library gives blocks of this size back
+// to the system, and faulting their pages in again took up to three quarters of a call's time.
+Block take_block(size_t bytes);  // at least so many; throws bad_alloc
+void give_block(Block block) noexcept;
 
 // Hands out the pieces of one block, uninitialised, each on a cache line of its own; null for none. Without a block it
 // counts: the code that takes the pieces is also what says how many bytes they are.
@@ -111,31 +79,31 @@ class Memory {
   int64_t size_ = 0, at_ = 0, taken_ = 0;
 };
 
-// A call's working memory: the caller's, or a block of this thread.
+// A call's working memory: the caller's, or a block of the library's.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(taken(bytes)), own_(true) {}
-  Workspace(void* data, int64_t bytes) : bytes_(bytes), data_(data), own_(false) {}
+  explicit Workspace(int64_t bytes) : bytes_(bytes), block_(taken(bytes)), own_(true) {}
+  Workspace(void* data, int64_t bytes) : bytes_(bytes), block_{data, 0}, own_(false) {}
   Workspace(const Workspace&) = delete;
   ~Workspace() {
-    if (own_) FreeBlocks::of_this_thread().give(data_, bytes_);
+    if (own_) give_block(block_);
   }
   // Piece i of `bytes` each.
   Memory piece(int64_t i, int64_t bytes) const {
     if ((i + 1) * bytes > bytes_) throw std::logic_error("condense: more threads than the workspace was counted for.");
-    return {static_cast<char*>(data_) + i * bytes, bytes};
+    return {static_cast<char*>(block_.data) + i * bytes, bytes};
   }
 
  private:
-  static void* taken(int64_t bytes) {
+  static Block taken(int64_t bytes) {
     try {
-      return FreeBlocks::of_this_thread().take(bytes);
+      return take_block(bytes);
     } catch (const std::bad_alloc&) {
       fail_to_allocate(bytes, "of working memory");
     }
   }
   int64_t bytes_;
-  void* data_;
+  Block block_;
   bool own_;
 };
 

@@ -54,6 +54,10 @@ struct RowOps {
   T (*max_magnitude)(const T* x, int64_t n);
   double (*sum_of_squares)(const T* x, int64_t n, T scale);  // of x * scale
   double (*sum_row)(const T* x, int64_t n);
+  // sums[0, n) += x * weight, in fp64: of fp32 the product is exact.
+  void (*add_wide)(const T* x, T weight, int64_t n, double* sums);
+  // The sum of x * y, in fp64.
+  double (*dot_wide)(const T* x, const double* y, int64_t n);
 
   // panel[depth, first ... first + kStep) of [depth, kTile] = rows[kStep, kChunk], transposed; depth is a multiple of
   // kStep.

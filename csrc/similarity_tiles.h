@@ -48,7 +48,7 @@ struct PairTiles {
   Metric metric = Metric::kCosine;
   T unscale = 1;               // of distances
   const T* penalty = nullptr;  // null: nobody asks who is nearest
-  T* shared = nullptr;         // [panels, chunks] packed once for all threads; null: each packs what it needs
+  const T* packed = nullptr;   // [panels, chunks]: side b, packed once for all threads; null: each packs what it needs
 
   bool is_distance() const { return metric == Metric::kNegL2; }
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
@@ -79,13 +79,6 @@ struct PairTiles {
     }
   }
 
-  // This slot's share of all panels, where threads share them.
-  void pack_shared(int slot, int slots, TileMemory<T>& memory) const {
-    const Share share(panels_of(a.count) * chunks(), slot, slots);
-    for (int64_t i = share.lo; i < share.hi; ++i)
-      pack(a, i / chunks(), i % chunks(), memory, shared + i * panel_size());
-  }
-
   // A chunk of a token on its way into the second-level cache. A row is not read on from there: no
   // processor would know that by itself.
   static void prefetch_lines(const void* from, int64_t bytes) {
@@ -96,6 +89,20 @@ struct PairTiles {
     if (keys.stride_d != 1 || i >= side.count) return;
     const int64_t bytes = channels_of(chunk) * keys.element_size();
     prefetch_lines(keys.at(side.at(i), chunk * most_channels()), bytes);
+  }
+
+  // Where a chunk of a panel of side b is in `all`.
+  template <class P>
+  P* at(P* all, int64_t panel, int64_t chunk) const {
+    return all + (panel * chunks() + chunk) * panel_size();
+  }
+
+  // This slot's share of side b into `all`.
+  void pack_all(int slot, int slots, TileMemory<T>& memory, T* all) const {
+    const Share share(panels_of(b.count) * chunks(), slot, slots);
+    for (int64_t i = share.lo; i < share.hi; ++i) {
+      pack(b, i / chunks(), i % chunks(), memory, all + i * panel_size());
+    }
   }
 
   // Adds one chunk's products to a tile of `rows` x `columns` tokens, which lies in rows of ld_tile.
@@ -182,30 +189,30 @@ struct PairTiles {
     for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
       // Of the rows all panels are kept, of the columns the last one: a tile packs what is not there yet.
       T* packed_rows[kBlockPanels] = {};
-      const auto row_panel = [&](int64_t I) {
+      const auto row_panel = [&](int64_t I) -> const T* {
+        if (packed && symmetric) return at(packed, I, chunk);
         T*& panel = packed_rows[I - I0];
         if (!panel) pack(a, I, chunk, memory, panel = memory.panels + (I - I0) * panel_size());
         return panel;
+      };
+      T* const last = memory.panels + (I1 - I0) * panel_size();
+      int64_t column = -1;
+      const auto column_panel = [&](int64_t J) -> const T* {
+        if (packed) return at(packed, J, chunk);
+        if (diagonal) return row_panel(J);
+        if (J != column) pack(b, column = J, chunk, memory, last);
+        return last;
       };
       // The rows of what is packed next, some with each tile.
       const auto prefetch_share = [&](const Side& side, int64_t panel, int64_t part, int64_t parts) {
         const Share share(kTile, static_cast<int>(part), static_cast<int>(parts));
         for (int64_t r = share.lo; r < share.hi; ++r) prefetch(side, panel * kTile + r, chunk);
       };
-      T* const last = memory.panels + (I1 - I0) * panel_size();
-      int64_t column = -1;
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
-        const T *pa, *pb;
-        if (shared) {
-          pa = shared + (I * chunks() + chunk) * panel_size();
-          pb = shared + (J * chunks() + chunk) * panel_size();
-        } else {
-          if (!diagonal && J != column) pack(b, column = J, chunk, memory, last);
-          pb = diagonal ? row_panel(J) : last;
-          pa = row_panel(I);
-          if (!diagonal && J == J0 && I + 1 < I1) prefetch_share(a, I + 1, 0, 1);
-          if (J + 1 < J1) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
-        }
+        const T* pb = column_panel(J);
+        const T* pa = row_panel(I);
+        if (!diagonal && J == J0 && I + 1 < I1 && !(packed && symmetric)) prefetch_share(a, I + 1, 0, 1);
+        if (J + 1 < J1 && !packed) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
         const bool is_last = chunk + 1 == chunks();
         for (int64_t j = 0; is_last && to.data && symmetric && I != J && j < b.in_panel(J); ++j) {
           prefetch_lines(to.data + (J * kTile + j) * to.ld + I * kTile, kTile * sizeof(T));

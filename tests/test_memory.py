@@ -46,6 +46,90 @@ def test_peak_memory(n, d, cpp):
     assert int(done.stdout) <= 1024 * 1024
 
 
+KEPT = """
+import functools, resource, sys, threading, torch
+import condense_kernels as ck
+
+torch.set_num_threads(1)
+
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+
+@functools.cache
+def inputs(n, dtype):
+    return torch.randn(1, n, 8, dtype=dtype), torch.rand(1, n, dtype=dtype)
+
+def call(n, dtype=torch.float32):
+    ck.select_and_merge(*inputs(n, dtype), 12, 4, spatial_weight=0.0)
+
+def faults(*sizes, **options):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for n in sizes:
+        call(n, **options)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
+
+def kept(program: str) -> list[int]:
+    """What a program prints in which s is stored at any size."""
+    environment = {**os.environ, "CONDENSE_STORED_TOKENS": "10000", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KEPT + textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_call_that_is_repeated_finds_its_memory(cpp):
+    """Counted in pages that are faulted in: all of s would be 10,000 of 4 KB, or 21 of 2 MB."""
+    found = kept(
+        """
+        for sizes in ([3300], [4096], [3300, 3290, 3310, 3200], [576, 3300, 100, 49]):
+            faults(*sizes)
+            faults(*sizes)
+            print(faults(*sizes))
+        faults(4096, dtype=torch.float64)
+        print(faults(4096, dtype=torch.float64))
+        call(3300)
+        other = threading.Thread(target=lambda: (call(49), print(faults(3300))))
+        other.start(), other.join()
+        call(6500)  # alone more than is kept: the others stay
+        print(faults(3300))
+        """
+    )
+    assert max(found) < 16, found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_idle_threads_hold_no_more_than_all_may(cpp):
+    """16 threads at once, 44 MB each; then what is left of it when a thousand calls have not needed it."""
+    held, later = kept(
+        """
+        call(100)
+        barrier = threading.Barrier(17)
+        def call_and_idle():
+            barrier.wait()
+            call(3300)
+            barrier.wait()
+            barrier.wait()
+        threads = [threading.Thread(target=call_and_idle) for _ in range(16)]
+        before = status("VmRSS")
+        for thread in threads:
+            thread.start()
+        barrier.wait(), barrier.wait()
+        print(status("VmRSS") - before)
+        barrier.wait()
+        for thread in threads:
+            thread.join()
+        for _ in range(1001):
+            call(49)
+        print(status("VmRSS") - before)
+        """
+    )
+    assert 80 << 20 <= held <= 176 << 20, held
+    assert later <= 16 << 20, later
+
+
 # In place of the C library's: of the large allocations since fail_at(n), the n-th finds no memory.
 ALLOCATOR = """
 #include <errno.h>
@@ -124,7 +208,7 @@ ALLOCATED = {  # units of 2**20 bytes, and what for
     "select_and_merge": {"4 for merged", "8 for indices", "8 for assignment", "4 for mass"},
     "select_and_merge_varlen": {
         *("4 for merged", "8 for indices", "8 for assignment", "4 for mass"),
-        *("8 for the offsets", "40 for the segments", "24 for the segments"),
+        *("8 for the offsets", "48 for the segments", "24 for the segments"),
     },
 }
 
