@@ -62,12 +62,12 @@ struct Plan {
     return found;
   }
 
-  // Multiply-adds of an image, more or less.
+  // Of an image, more or less.
   double work(int64_t channels) const {
     const double pairs = way == Way::kTopK                   ? static_cast<double>(n)
                          : way == Way::kLazy && !needs_all() ? rounds_cost(1)
                                                              : stored_cost();
-    return pairs * static_cast<double>(channels);
+    return products(pairs * static_cast<double>(channels)) + 5.0 * static_cast<double>(n * channels);
   }
 
   static constexpr double kExpectedRounds = 4;  // 2 to 5 were seen where half of the tokens or fewer are copies
@@ -194,7 +194,7 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
   const auto plan_of = [&](const Part& part) {
     return given.plan(part.num_tokens, part.num_rows, arguments.suppression != 0);
   };
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     if (arguments.has_index) {
       check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, part.num_tokens);
@@ -202,7 +202,7 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
     work += part.num_rows > 0 ? plan_of(part).work(keys.size(1)) : 0;
   }
   const auto count = static_cast<int64_t>(parts.size());
-  const Schedule schedule = Schedule::for_batch(count, work / std::max(static_cast<double>(count), 1.0));
+  const Schedule schedule = Schedule::for_batch(count, work / count);
   int64_t bytes = 0;
   for (const Part& part : parts) {
     Memory counted;

@@ -115,9 +115,9 @@ RowOps<T> with_amx() {
   RowOps<T> ops = isa_avx512_bf16::row_ops<T>();
   ops.instruction_set = "amx";
   if constexpr (sizeof(T) == 4) {
-    ops.pack_pairs = [](const T* rows, int64_t depth, T* panel) {
-      std::memcpy(panel, rows, kChunk * kTile * sizeof(T));
-      isa_avx512_bf16::row_ops<T>().pack_pairs(rows, depth, panel + kChunk * kTile);
+    ops.pack_pairs = [](const T* rows, int64_t first, int64_t depth, T* panel) {
+      std::memcpy(panel + first * kChunk, rows, kStep * kChunk * sizeof(T));
+      isa_avx512_bf16::row_ops<T>().pack_pairs(rows, first, depth, panel + kChunk * kTile);
     };
     ops.pairs_panel = isa_amx::kPanel;
     ops.multiply_pairs = isa_amx::multiply_pairs;

@@ -213,20 +213,23 @@ T max_magnitude(const T* x, int64_t n) {
 }
 
 template <class T>
-double sum_of_squares(const T* x, int64_t n) {
+double sum_of_squares(const T* x, int64_t n, T scale) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
   V part[2] = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     for (int v = 0; v < 2; ++v) {
-      const V y = load<V>(x + i + v * kLanes);
+      const V y = load<V>(x + i + v * kLanes) * scale;
       part[v] = fma(y, y, part[v]);
     }
   }
   double sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(part[0][lane]) + part[1][lane];
-  for (; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  for (; i < n; ++i) {
+    const T y = x[i] * scale;
+    sum += static_cast<double>(y) * y;
+  }
   return sum;
 }
 
@@ -320,17 +323,19 @@ inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
   V row[kLanes];
+#pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) row[r] = load<V>(src + r * ld_src);
   transpose_rows<T>(row);
+#pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) store(dst + r * ld_dst, row[r]);
 }
 
 template <class T>
-void pack_panel(const T* rows, int64_t depth, T* panel) {
+void pack_rows(const T* rows, int64_t first, int64_t depth, T* panel) {
   constexpr int kLanes = Simd<T>::kLanes;
-  for (int r = 0; r < kTile; r += kLanes) {
+  for (int r = 0; r < kStep; r += kLanes) {
     for (int64_t c = 0; c < depth; c += kLanes) {
-      transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + r, kTile);
+      transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + first + r, kTile);
     }
   }
 }
@@ -395,14 +400,14 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
     Left<T, Step> left;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) bk[v] = load<V>(b + k * kTile + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V ak = left(a + k * kTile, r);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[r][v] = Step::add(ak, bk[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -412,14 +417,33 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
   }
 }
 
+// The upper blocks of a panel with itself, where one vector is a third of the tile's width.
+template <class T, class Step, int kRows>
+void multiply_diagonal(const T* a, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  static_assert(kTile == 3 * kLanes && kLanes == 2 * kRows, "three steps down the diagonal");
+  const auto multiply = [&](auto block, int i, int j) {
+    if (i < rows) block(a + i, a + j, depth, c + i * ldc + j, ldc, accumulate);
+  };
+  for (int i = 0; i < kLanes; i += kRows) multiply(multiply_block<T, Step, kRows, 3>, i, 0);
+  for (int i = kLanes; i < 2 * kLanes; i += kRows) multiply(multiply_block<T, Step, kRows, 2>, i, kLanes);
+  // Twice the rows: of half as many sums each would wait for the last.
+  const int i = 2 * kLanes;
+  if (rows > i + kRows) return multiply(multiply_block<T, Step, 2 * kRows, 1>, i, i);
+  multiply(multiply_block<T, Step, kRows, 1>, i, i);
+}
+
 template <class T, class Step>
 void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
   constexpr int kRows = Step::kRows;
   constexpr int kVectors = CONDENSE_ISA_BYTES == 32 ? 2 : 3;
   constexpr int kColumns = kVectors * Simd<T>::kLanes;
   static_assert(kTile % kRows == 0 && kTile % kColumns == 0, "blocks tile the tile");
+  if constexpr (kColumns == kTile) {
+    if (a == b) return multiply_diagonal<T, Step, kRows>(a, depth, rows, c, ldc, accumulate);
+  }
   for (int j = 0; j < kTile; j += kColumns) {
-    for (int i = 0; i < rows; i += kRows) {
+    for (int i = 0; i < rows && (a != b || i < j + kColumns); i += kRows) {
       multiply_block<T, Step, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
     }
   }
@@ -427,12 +451,20 @@ void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, in
 
 #if CONDENSE_ISA_PAIRS
 void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* words) {
-  constexpr int kLanes = Simd<float>::kLanes;
+  constexpr int kValues = 2 * Simd<float>::kLanes;
   const auto* values = static_cast<const c10::BFloat16*>(src);
   auto* to = reinterpret_cast<c10::BFloat16*>(words);
+  // In their words, without changing widths. What is rounded is a subnormal number; NaN has zeros where it would be.
+  const auto scaled = [scale](Vec32 bits) {
+    const Vec32 y = bits_as<Vec32>(bits_as<VecF>(bits) * scale);
+    return y + 0x7fffu + ((y >> 16) & 1u);
+  };
   int64_t i = 0;
   if (stride == 1) {
-    for (; i + kLanes <= n; i += kLanes) narrow(widen(values + i) * scale, to + i);
+    for (; i + kValues <= n; i += kValues) {
+      const Vec32 word = load<Vec32>(values + i);
+      store(to + i, scaled(word << 16) >> 16 | (scaled(word & 0xffff0000u) & 0xffff0000u));
+    }
   }
   for (; i < n; ++i) to[i] = static_cast<float>(values[i * stride]) * scale;
   if (n % 2) to[n] = 0.0f;
@@ -924,7 +956,7 @@ constexpr RowOps<T> table() {
 #if CONDENSE_ISA_PAIRS
   if constexpr (sizeof(T) == 4) {
     ops.load_pairs = load_pairs;
-    ops.pack_pairs = pack_panel<T>;
+    ops.pack_pairs = pack_rows<T>;
     ops.pairs_panel = kChunk * kTile;
     ops.multiply_pairs = multiply_tile<T, Pair>;
     ops.spin_pairs = [](int64_t rounds) { return 2 * spin<T, Pair>(rounds); };
@@ -935,7 +967,7 @@ constexpr RowOps<T> table() {
   ops.sum_row = sum_row<T>;
   ops.add_wide = add_wide<T>;
   ops.dot_wide = dot_wide<T>;
-  ops.pack_panel = pack_panel<T>;
+  ops.pack_rows = pack_rows<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
   ops.distance_tile = multiply_tile<T, Difference<T>>;
   ops.negate_root_tile = negate_root_tile<T>;

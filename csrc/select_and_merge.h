@@ -20,7 +20,7 @@ struct Image {
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }
   int64_t K() const { return num_anchors + num_background; }
-  double work() const;  // multiply-adds, more or less
+  Work work() const;
 };
 
 // Where an image's results go, contiguous.

@@ -210,10 +210,13 @@ Flagship flagship_as() {
 
 }  // namespace
 
-double Image::work() const {
+// One pick comes after the other.
+Work Image::work() const {
   const Plan plan(*this);
   const double pairs = plan.stores || plan.needs_all ? 2 * plan.stored_cost() : plan.lazy_cost(*this, 1);
-  return pairs * static_cast<double>(keys.d);
+  const auto tokens = static_cast<double>(N()), channels = static_cast<double>(keys.d);
+  const double shared = products(pairs * channels) + tokens * (5 * channels + 300);
+  return {shared + tokens * static_cast<double>(K() + 350), shared};
 }
 
 ScalarType mass_dtype(const Tensor& features, const Tensor& scores) {

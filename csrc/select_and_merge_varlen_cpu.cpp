@@ -94,7 +94,7 @@ struct Turn {
 };
 
 std::vector<Turn> turns_of(const std::vector<Segment>& segments, const Packed& packed) {
-  const auto work_of = [&](const Segment& segment) { return packed.image(segment).work(); };
+  const auto work_of = [&](const Segment& segment) { return packed.image(segment).work().all; };
   double total = 0;
   for (const Segment& segment : segments) total += work_of(segment);
   const double most = std::min(kWorthAThread, total / (8.0 * torch::stable::get_num_threads()));

@@ -29,11 +29,16 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = *inv = 0;
   *tier = kMasked;
   if (mask && mask[i] == 0) return;
+  const T* values = nullptr;
+  const auto load = [&](int64_t c) {
+    const int64_t depth = std::min(kRun, keys.d - c);
+    values = row_as(keys.run(i, c, depth), 0, row);
+    return depth;
+  };
   T magnitude = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, T{1}, row);
-    magnitude = std::max(magnitude, ops.max_magnitude(row, depth));
+    const int64_t depth = load(c);
+    magnitude = std::max(magnitude, ops.max_magnitude(values, depth));
   }
   *tier = finite_score && magnitude <= std::numeric_limits<T>::max() ? kValid : kNonFinite;
   if (*tier != kValid || magnitude == 0) return;
@@ -41,9 +46,8 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = std::ldexp(T{1}, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit));
   double squares = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, *scale, row);
-    squares += ops.sum_of_squares(row, depth);
+    const int64_t depth = keys.d > kRun ? load(c) : keys.d;
+    squares += ops.sum_of_squares(values, depth, *scale);
   }
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
@@ -171,11 +175,11 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
 template <class T>
 TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
+      panels(memory.take<T>((std::min<int64_t>(panels_of(n), kBlockPanels) + 1) *
                             std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
       tile(rows),  // what was packed is not needed when products are finished
       mirror(rows ? rows + kTile * kTile : nullptr),
-      block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
+      block(stored ? nullptr : memory.take<T>(kStreamedWidth * kStreamedWidth)),
       run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
       nearest(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
@@ -318,7 +322,7 @@ Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
   };
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
                         crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
@@ -381,28 +385,26 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   };
   const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
   int64_t end = 0;
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     fill_until(end, part.first_token);
     end = part.first_token + part.num_tokens;
-    work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens * keys.size(1));
+    work += similarity_work(part.num_tokens, keys.size(1));
   }
   fill_until(end, tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
   };
-  for_each_image(count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces,
-                 [&](int64_t p, auto& memory, Crew& crew) {
-                   const Part& part = parts[p];
-                   const int64_t first = part.first_token, n = part.num_tokens;
-                   T* rows = output<T>(s) + first * max_seqlen;
-                   similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
-                                       row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows,
-                                       output<T>(sbar) + part.number, output<T>(g) + first,
-                                       output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
-                   for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
-                 });
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+    const Part& part = parts[p];
+    const int64_t first = part.first_token, n = part.num_tokens;
+    T* rows = output<T>(s) + first * max_seqlen;
+    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+                        row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows, output<T>(sbar) + part.number,
+                        output<T>(g) + first, output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
+    for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
+  });
   return {s, sbar, g, tier, nearest};
 }
 

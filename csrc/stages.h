@@ -25,6 +25,10 @@ struct Rows {
 
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
+  // Channels [c, c + count) of token i.
+  Rows run(int64_t i, int64_t c, int64_t count) const {
+    return {static_cast<const char*>(at(i, c)), dtype, 1, count, stride_n, stride_d};
+  }
   // Tokens [first, first + count).
   Rows part(int64_t first, int64_t count) const {
     return {static_cast<const char*>(at(first, 0)), dtype, count, d, stride_n, stride_d};
@@ -94,6 +98,12 @@ struct SimilarityMemory {
 
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+// All similarities of n keys of d channels.
+inline double similarity_work(int64_t n, int64_t d) {
+  const auto numbers = static_cast<double>(n) * static_cast<double>(d);
+  return products(static_cast<double>(n) * numbers) + 5 * numbers;
+}
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
 // scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the

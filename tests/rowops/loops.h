@@ -26,7 +26,10 @@ inline uint64_t any_bits(Source& source, Dtype dtype) {
   const float narrow = static_cast<float>(x);
   uint32_t word;
   std::memcpy(&word, &narrow, 4);
-  return dtype == Dtype::kFloat64 ? wide : dtype == Dtype::kFloat32 ? word : dtype == Dtype::kBFloat16 ? word >> 16 : bits;
+  return dtype == Dtype::kFloat64    ? wide
+         : dtype == Dtype::kFloat32  ? word
+         : dtype == Dtype::kBFloat16 ? word >> 16
+                                     : bits;
 }
 
 template <class T>
@@ -85,12 +88,20 @@ void test_sums(Source& source) {
       expect_same(ops.max_magnitude(x.data(), n), most, -1, n);
     }
     const auto x = source.row<T>(n, false), mean = source.row<T>(n, false), g = source.row<T>(n, false);
-    double squares = 0, sum = 0, slope = 0, sizes = 0;
+    auto wide = source.row<double>(n, false), added = wide;
+    double squares = 0, sum = 0, slope = 0, dot = 0, sizes = 0;
     for (int64_t i = 0; i < n; ++i) {
       squares += double{x[i]} * x[i], sum += x[i], slope += (double{x[i]} - mean[i]) * g[i], sizes += std::fabs(x[i]);
+      dot += x[i] * wide[i];
+      added[i] = added[i] + double{x[i]} * T(0.3);
     }
     in_test = "sum_of_squares";
-    expect_near(ops.sum_of_squares(x.data(), n), squares, n * epsilon * squares, n);
+    expect_near(ops.sum_of_squares(x.data(), n, T{4}), 16 * squares, n * epsilon * 16 * squares, n);
+    in_test = "dot_wide";
+    expect_near(ops.dot_wide(x.data(), wide.data(), n), dot, n * 2.3e-16 * sizes, n);
+    in_test = "add_wide";
+    ops.add_wide(x.data(), T(0.3), n, wide.data());
+    expect_same(wide, added, n);
     in_test = "sum_row";
     expect_near(ops.sum_row(x.data(), n), sum, n * 2.3e-16 * sizes, n);
     in_test = "gradient_row";
@@ -139,7 +150,8 @@ void test_picking(Source& source) {
         }
         auto alone = m;
         in_test = "next_pick";
-        expect_same(ops.next_pick(row.data(), nu.data(), suppression, combine, n, m.data()), lowest_of(scores, nu), -1, n);
+        expect_same(ops.next_pick(row.data(), nu.data(), suppression, combine, n, m.data()), lowest_of(scores, nu), -1,
+                    n);
         expect_same(m, raised, n);
         in_test = "raise_row";
         ops.raise_row(row.data(), n, alone.data());
@@ -157,7 +169,8 @@ void test_picking(Source& source) {
   }
 }
 
-// All scores are 0 if each operation is rounded, so token 0 is first; a fused one would leave what the rounding dropped.
+// All scores are 0 if each operation is rounded, so token 0 is first; a fused one would leave what the rounding
+// dropped.
 template <class T>
 void test_that_scores_are_not_fused(Source& source) {
   in_test = "next_pick, not fused";
@@ -205,11 +218,13 @@ void test_searching(Source& source) {
     std::vector<T> found(n + 128), wanted;
     int64_t count = 0, from = 0;
     while (from < n) {
-      const int64_t stop = ops.collect_above(row.data(), cap.data(), T(0.05), from, n, count + 9, found.data(), &count);
+      const int64_t room = count + 1;
+      const int64_t stop = ops.collect_above(row.data(), cap.data(), T(0.05), from, n, room, found.data(), &count);
       for (; from < stop; ++from) {
         if (cut[from] > T(0.05)) wanted.push_back(cut[from]);
       }
       expect_same(count, static_cast<int64_t>(wanted.size()), stop, n);
+      expect_same(int64_t{stop == n || count > room}, int64_t{1}, stop, n);
     }
     expect_same(found, wanted, n);
     in_test = "max_row";

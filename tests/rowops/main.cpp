@@ -1,6 +1,6 @@
-// Runs every loop of csrc/rowops.h beside one written plainly. Compiled with csrc/rowops.cpp, without torch's libraries,
-// for whatever processor (tests/test_rowops.py). The argument is the number of the instruction set that may be used; prints
-// the one in use and what is wrong, and returns 1 if anything is.
+// Runs every loop of csrc/rowops.h beside one written plainly. Compiled with csrc/rowops.cpp, without torch's
+// libraries, for whatever processor (tests/test_rowops.py). The argument is the number of the instruction set that may
+// be used; prints the one in use and what is wrong, and returns 1 if anything is.
 #include <cstdlib>
 
 #include "environment.h"

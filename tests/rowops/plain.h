@@ -27,8 +27,8 @@ inline bool same(int64_t a, int64_t b) { return a == b; }
 template <class T>
 void expect_same(T found, T expected, int64_t at = -1, int64_t n = -1) {
   if (same(found, expected) || ++failures > 20) return;
-  std::printf("%s: %.17g, expected %.17g, at %" PRId64 " of %" PRId64 "\n", in_test, double(found), double(expected), at,
-              n);
+  std::printf("%s: %.17g, expected %.17g, at %" PRId64 " of %" PRId64 "\n", in_test, double(found), double(expected),
+              at, n);
 }
 
 template <class T>
@@ -78,7 +78,8 @@ struct Format {
   int digits, lowest;
   double most;
 };
-constexpr Format kHalf{11, -14, 65504}, kBFloat{8, -126, 3.3895313892515355e38}, kSingle{24, -126, std::numeric_limits<float>::max()};
+constexpr Format kHalf{11, -14, 65504}, kBFloat{8, -126, 3.3895313892515355e38},
+    kSingle{24, -126, std::numeric_limits<float>::max()};
 
 // x to the nearest number of the format, ties to even.
 inline double rounded(double x, const Format& format) {

@@ -25,13 +25,15 @@ template <class T>
 struct Panel {
   std::vector<T> rows, packed;
   Panel(std::vector<T> tokens, int64_t depth) : rows(std::move(tokens)), packed(kTile * kChunk, T(kNaN)) {
-    condense::row_ops<T>().pack_panel(rows.data(), depth, packed.data());
+    for (int64_t first = 0; first < kTile; first += condense::kStep) {
+      condense::row_ops<T>().pack_rows(rows.data() + first * kChunk, first, depth, packed.data());
+    }
   }
 };
 
 template <class T>
 void test_packing(Source& source) {
-  in_test = "pack_panel";
+  in_test = "pack_rows";
   for (int64_t depth : {0, 16, 48, 128}) {
     const Panel<T> panel(source.row<T>(kTile * kChunk, true), depth);
     for (int64_t c = 0; c < depth; ++c) {
@@ -41,24 +43,29 @@ void test_packing(Source& source) {
   }
 }
 
-// Products, or squares of differences, one after the other from the first channel on: the same bits in every place.
+// Products, or squares of differences, one after the other from the first channel on: the same bits in every place. Of
+// a panel with itself, what lies below the diagonal may be anything.
 template <class T, class Multiply, class Add>
 void test_products(Source& source, const Multiply& multiply, const Add& add) {
   constexpr int64_t kWidth = kTile + 5;
   for (int64_t depth : {16, 17, 48, 127, 128}) {
     const int64_t padded = (depth + 15) / 16 * 16;
-    const Panel<T> a(source.row<T>(kTile * kChunk, false), padded), b(source.row<T>(kTile * kChunk, false), padded);
+    const Panel<T> a(source.row<T>(kTile * kChunk, false), padded), other(source.row<T>(kTile * kChunk, false), padded);
     for (int64_t wanted : {1, 5, 40, 48}) {
-      std::vector<T> c(kTile * kWidth, T{3});
-      for (bool accumulate : {false, true}) {
-        const std::vector<T> before = c;
-        multiply(a.packed.data(), b.packed.data(), depth, wanted, c.data(), kWidth, accumulate);
-        for (int64_t i = 0; i < kTile; ++i) {
-          for (int64_t j = 0; j < kWidth; ++j) {
-            T sum = 0;
-            for (int64_t k = 0; k < depth; ++k) sum = add(a.rows[i * kChunk + k], b.rows[j % kTile * kChunk + k], sum);
-            const T old = before[i * kWidth + j], found = c[i * kWidth + j];
-            if (i < wanted || j >= kTile) expect_same(found, j >= kTile ? old : accumulate ? old + sum : sum, i, j);
+      for (const Panel<T>* b : {&other, &a}) {
+        std::vector<T> c(kTile * kWidth, T{3});
+        for (bool accumulate : {false, true}) {
+          const std::vector<T> before = c;
+          multiply(a.packed.data(), b->packed.data(), depth, wanted, c.data(), kWidth, accumulate);
+          for (int64_t i = 0; i < kTile; ++i) {
+            for (int64_t j = 0; j < kWidth; ++j) {
+              const T old = before[i * kWidth + j], found = c[i * kWidth + j];
+              if (j >= kTile) expect_same(found, old, i, j);
+              if (j >= kTile || i >= wanted || (b == &a && j < i)) continue;
+              T sum = 0;
+              for (int64_t k = 0; k < depth; ++k) sum = add(a.rows[i * kChunk + k], b->rows[j * kChunk + k], sum);
+              expect_same(found, accumulate ? old + sum : sum, i, j);
+            }
           }
         }
       }
@@ -85,10 +92,12 @@ inline void test_pairs(Source& source) {
         }
         ops.load_pairs(stored.bytes.data(), stride, channels, 0.5f, rows.data() + i * kChunk);
       }
-      ops.pack_pairs(rows.data(), (words + 15) / 16 * 16, panel.data());
+      for (int64_t first = 0; first < kTile; first += condense::kStep) {
+        ops.pack_pairs(rows.data() + first * kChunk, first, (words + 15) / 16 * 16, panel.data());
+      }
       ops.multiply_pairs(panel.data(), panel.data(), words, kTile, c.data(), kTile, false);
       for (int64_t i = 0; i < kTile; ++i) {
-        for (int64_t j = 0; j < kTile; ++j) {
+        for (int64_t j = i; j < kTile; ++j) {
           float sum = 0;
           for (int64_t d = 0; d < channels; ++d) sum += values[i * channels + d] * values[j * channels + d];
           expect_same(c[i * kTile + j], sum / 4, i, j);
