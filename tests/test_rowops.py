@@ -28,7 +28,7 @@ CROSS = "aarch64-linux-gnu-g++"
 # Who may fuse a product with a sum: what numerics.md says so of. No score and no bound of one is among them.
 NAMED = {
     *("multiply_block", "multiply_tile", "sum_of_squares", "accumulate_row", "sum_columns", "gradient_row", "exp_row"),
-    "spin",
+    *("multiply_diagonal", "spin"),
 }
 FUSED = re.compile(r"\tv?(fn?m(add|sub)|fml[as])")  # of x86 and aarch64
 FUNCTION = re.compile(r"_ZN8condense\d+isa_[a-z0-9_]+?12_GLOBAL__N_1(\d+)(\w+)")
