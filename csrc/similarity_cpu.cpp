@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "gathered.h"
 #include "packed.h"
 #include "similarity_tiles.h"
 #include "stages.h"
@@ -115,18 +116,24 @@ double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, Similari
 template <class T>
 void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, bool summed, bool with_nearest,
                const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory, const T* packed = nullptr) {
-  const PairTiles<T> tiles{row_ops<T>(),
-                           keys,
-                           memory.factors,
-                           a,
-                           b,
-                           symmetric,
-                           summed,
-                           to,
-                           memory.metric,
-                           memory.unscale,
-                           with_nearest ? memory.penalty : nullptr,
-                           packed};
+  PairTiles<T> tiles{row_ops<T>(),
+                     keys,
+                     memory.factors,
+                     a,
+                     b,
+                     symmetric,
+                     summed,
+                     to,
+                     memory.metric,
+                     memory.unscale,
+                     with_nearest ? memory.penalty : nullptr,
+                     packed};
+  // Many threads: packed once, the keys take less than what each would pack for itself.
+  const int64_t all = panels_of(a.count) * tiles.chunks() * tiles.panel_size();
+  if (symmetric && crew.size() > 1 && all <= memory.slots * memory.panels_size) {
+    crew.run([&](int slot) { tiles.pack_all(slot, crew.size(), memory.of_slot[slot], memory.panels); });
+    tiles.packed = memory.panels;
+  }
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
@@ -173,10 +180,9 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
 }  // namespace
 
 template <class T>
-TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
+TileMemory<T>::TileMemory(Memory& memory, T* panels, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>((std::min<int64_t>(panels_of(n), kBlockPanels) + 1) *
-                            std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
+      panels(panels),
       tile(rows),  // what was packed is not needed when products are finished
       mirror(rows ? rows + kTile * kTile : nullptr),
       block(stored ? nullptr : memory.take<T>(kStreamedWidth * kStreamedWidth)),
@@ -192,6 +198,8 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
       factors(memory, n),
       of_slot(memory.take<TileMemory<T>>(slots)),
       slots(slots),
+      panels_size(panels_of_thread(n) * std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel)),
+      panels(memory.take<T>(panels_size, slots)),
       sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
       strip(sums_are_plain() && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr),
       penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
@@ -199,7 +207,7 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
                                                   std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))
                                  : nullptr) {
   for (int slot = 0; slot < slots; ++slot) {
-    const TileMemory<T> of_this(memory, n, stored, with_nearest);
+    const TileMemory<T> of_this(memory, panels ? panels + slot * panels_size : nullptr, n, stored, with_nearest);
     if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
   }
 }
@@ -320,12 +328,15 @@ Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const Tensor tier = empty("tier", {B, N}, ScalarType::Char);
   const Tensor nearest = arguments.with_nearest ? empty("nearest", {B, N}, kScalarType<T>) : g;
   const auto pieces = [&](Memory& memory, int slots) {
-    return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
+    return std::pair{Gathered(memory, rows_of(keys), N),
+                     SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest)};
   };
-  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
-                        crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
-                        output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
+  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& taken, Crew& crew) {
+    auto& [gathered, memory] = taken;
+    similarity_image<T>(gathered.of(rows_of(keys, b), crew), row_of<T>(arguments.scores, b, N),
+                        row_of<uint8_t>(arguments.mask, b, N), crew, memory, output<T>(s) + b * N * N,
+                        output<T>(sbar) + b, output<T>(g) + b * N, output<int8_t>(tier) + b * N,
+                        arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
   });
   return {s, sbar, g, tier, nearest};
 }
@@ -394,13 +405,15 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   fill_until(end, tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) {
-    return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
+    return std::pair{Gathered(memory, rows_of(keys), longest(parts)),
+                     SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true)};
   };
-  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& taken, Crew& crew) {
+    auto& [gathered, memory] = taken;
     const Part& part = parts[p];
     const int64_t first = part.first_token, n = part.num_tokens;
     T* rows = output<T>(s) + first * max_seqlen;
-    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+    similarity_image<T>(gathered.of(rows_of(keys).part(first, n), crew), row_of<T>(arguments.scores, first, 1),
                         row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows, output<T>(sbar) + part.number,
                         output<T>(g) + first, output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
     for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});

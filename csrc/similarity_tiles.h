@@ -14,6 +14,7 @@ constexpr int kBlockPanels = 16;
 constexpr int kStreamedPanels = 8;  // where tiles are not stored, and a block of them (384 x 384) stays there
 constexpr int kStreamedWidth = kStreamedPanels * kTile;
 inline int64_t panels_of(int64_t n) { return width_of(n) / kTile; }
+inline int64_t panels_of_thread(int64_t n) { return std::min<int64_t>(panels_of(n), kBlockPanels) + 1; }
 
 // The tokens along one side of a product: all, or those that are listed.
 struct Side {
@@ -47,15 +48,20 @@ struct PairTiles {
   Metric metric = Metric::kCosine;
   T unscale = 1;               // of distances
   const T* penalty = nullptr;  // null: nobody asks who is nearest
-  const T* packed = nullptr;   // [chunks, panels]: side b, where it is packed already
+  const T* packed = nullptr;   // [panels, chunks]: side b, packed once for all threads; null: each packs what it needs
 
   bool is_distance() const { return metric == Metric::kNegL2; }
   bool in_pairs() const { return ops.multiply_pairs && keys.dtype == Dtype::kBFloat16 && !is_distance(); }
   int64_t panel_size() const { return in_pairs() ? ops.pairs_panel : kChunk * kTile; }
 
-  // kTile tokens of channels [c, c + channels), scaled, zeros beyond; `depth` numbers or pairs a token.
-  void pack(const Side& side, int64_t panel, int64_t c, int64_t channels, int64_t depth, TileMemory<T>& memory,
-            T* packed) const {
+  int64_t most_channels() const { return in_pairs() ? 2 * kChunk : kChunk; }
+  int64_t chunks() const { return (keys.d + most_channels() - 1) / most_channels(); }
+  int64_t channels_of(int64_t chunk) const { return std::min(most_channels(), keys.d - chunk * most_channels()); }
+  int64_t depth_of(int64_t chunk) const { return in_pairs() ? (channels_of(chunk) + 1) / 2 : channels_of(chunk); }
+
+  // A chunk of kTile tokens, scaled, zeros beyond them.
+  void pack(const Side& side, int64_t panel, int64_t chunk, TileMemory<T>& memory, T* packed) const {
+    const int64_t c = chunk * most_channels(), channels = channels_of(chunk), depth = depth_of(chunk);
     const int64_t filled = side.in_panel(panel), padded = (depth + kStep - 1) / kStep * kStep;
     for (int64_t r = 0; r < kTile; ++r) {
       T* row = memory.rows + r % kStep * kChunk;
@@ -73,40 +79,27 @@ struct PairTiles {
     }
   }
 
-  // Channels [c, c + channels) of a token on their way into the second-level cache. A row is not read on from there: no
+  // A chunk of a token on its way into the second-level cache. A row is not read on from there: no
   // processor would know that by itself.
-  void prefetch(const Side& side, int64_t i, int64_t c, int64_t channels) const {
+  void prefetch(const Side& side, int64_t i, int64_t chunk) const {
     if (keys.stride_d != 1 || i >= side.count) return;
-    const int64_t bytes = std::min(channels, keys.d - c) * keys.element_size();
-    const auto* at = static_cast<const char*>(keys.at(side.at(i), c));
+    const int64_t bytes = channels_of(chunk) * keys.element_size();
+    const auto* at = static_cast<const char*>(keys.at(side.at(i), chunk * most_channels()));
     for (int64_t b = 0; b < bytes; b += Memory::kLine) __builtin_prefetch(at + b);
     __asm__ volatile("");  // else GCC sees no effect and drops the call
   }
 
-  int64_t channels_of_chunk() const { return in_pairs() ? 2 * kChunk : kChunk; }
-
-  // Calls f(c, channels, depth) for every chunk: channels from c on, as so many numbers or pairs.
-  template <class F>
-  void for_each_chunk(const F& f) const {
-    const int64_t most = channels_of_chunk();
-    for (int64_t c = 0; c < keys.d; c += most) {
-      const int64_t channels = std::min(most, keys.d - c);
-      f(c, channels, in_pairs() ? (channels + 1) / 2 : channels);
-    }
-  }
-
-  // Where chunk c of a panel of side b is in `all`.
+  // Where a chunk of a panel of side b is in `all`.
   template <class P>
-  P* at(P* all, int64_t panel, int64_t c) const {
-    return all + (c / channels_of_chunk() * panels_of(b.count) + panel) * panel_size();
+  P* at(P* all, int64_t panel, int64_t chunk) const {
+    return all + (panel * chunks() + chunk) * panel_size();
   }
 
   // This slot's share of side b into `all`.
   void pack_all(int slot, int slots, TileMemory<T>& memory, T* all) const {
-    const Share share(panels_of(b.count), slot, slots);
-    for (int64_t J = share.lo; J < share.hi; ++J) {
-      for_each_chunk(
-          [&](int64_t c, int64_t channels, int64_t depth) { pack(b, J, c, channels, depth, memory, at(all, J, c)); });
+    const Share share(panels_of(b.count) * chunks(), slot, slots);
+    for (int64_t i = share.lo; i < share.hi; ++i) {
+      pack(b, i / chunks(), i % chunks(), memory, all + i * panel_size());
     }
   }
 
@@ -182,35 +175,36 @@ struct PairTiles {
         }
       }
     };
-    for_each_chunk([&](int64_t c, int64_t channels, int64_t depth) {
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
       // Of the rows all panels are kept, of the columns the last one: a tile packs what is not there yet.
       T* packed_rows[kBlockPanels] = {};
-      const auto row_panel = [&](int64_t I) {
+      const auto row_panel = [&](int64_t I) -> const T* {
+        if (packed && symmetric) return at(packed, I, chunk);
         T*& panel = packed_rows[I - I0];
-        if (!panel) pack(a, I, c, channels, depth, memory, panel = memory.panels + (I - I0) * panel_size());
+        if (!panel) pack(a, I, chunk, memory, panel = memory.panels + (I - I0) * panel_size());
         return panel;
       };
       T* const last = memory.panels + (I1 - I0) * panel_size();
       int64_t column = -1;
       const auto column_panel = [&](int64_t J) -> const T* {
-        if (packed) return at(packed, J, c);
+        if (packed) return at(packed, J, chunk);
         if (diagonal) return row_panel(J);
-        if (J != column) pack(b, column = J, c, channels, depth, memory, last);
+        if (J != column) pack(b, column = J, chunk, memory, last);
         return last;
       };
       // The rows of what is packed next, some with each tile.
       const auto prefetch_share = [&](const Side& side, int64_t panel, int64_t part, int64_t parts) {
         const Share share(kTile, static_cast<int>(part), static_cast<int>(parts));
-        for (int64_t r = share.lo; r < share.hi; ++r) prefetch(side, panel * kTile + r, c, channels);
+        for (int64_t r = share.lo; r < share.hi; ++r) prefetch(side, panel * kTile + r, chunk);
       };
       for_each_tile([&](int64_t I, int64_t J, T* sums) {
         const T* pb = column_panel(J);
         const T* pa = row_panel(I);
-        if (!diagonal && J == J0 && I + 1 < I1) prefetch_share(a, I + 1, 0, 1);
+        if (!diagonal && J == J0 && I + 1 < I1 && !(packed && symmetric)) prefetch_share(a, I + 1, 0, 1);
         if (J + 1 < J1 && !packed) prefetch_share(b, J + 1, I - I0, diagonal ? J + 1 - J0 : I1 - I0);
-        multiply(pa, pb, depth, a.in_panel(I), b.in_panel(J), sums, ld_tile, c > 0, memory);
+        multiply(pa, pb, depth_of(chunk), a.in_panel(I), b.in_panel(J), sums, ld_tile, chunk > 0, memory);
       });
-    });
+    }
     for_each_tile([&](int64_t I, int64_t J, T* sums) { finish(I, J, sums, ld_tile, memory); });
   }
 

@@ -71,7 +71,7 @@ struct KeyFactors {
 // What one thread multiplies tiles in.
 template <class T>
 struct TileMemory {
-  TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest);
+  TileMemory(Memory& memory, T* panels, int64_t n, bool stored, bool with_nearest);
   T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
   T* nearest;  // [n padded]
@@ -89,6 +89,8 @@ struct SimilarityMemory {
   T unscale = 1;  // of distances
   TileMemory<T>* of_slot;
   int slots;
+  int64_t panels_size;  // of a slot's panels, which lie behind each other
+  T* panels;
   double* sums;  // [n] plain sums alone
   T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
   T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
