@@ -27,6 +27,7 @@ from .ops.similarity import mean_similarity as estimate
 
 DEFAULT_BACKGROUND_RATIO = 0.25
 MAX_PACKED = torch.iinfo(torch.int32).max
+WORTH_ESTIMATING = 1024  # tokens; of fewer, all cosines take about as long (docs/design/cpu.md)
 
 
 @tracing.leaf(tuple, 2)
@@ -158,8 +159,8 @@ def condense(
         keep: a count of tokens (int), or a ratio in (0, 1] (float); rounded as :func:`split_budget` says.
         background_ratio: the share of background tokens among the kept, in [0, 1].
         grid: (H, W) or (T, H, W) with product N; this and the further options are those of :func:`select_and_merge`.
-        exact: False estimates the mean similarity from 128 tokens an image, by :func:`mean_similarity`, unless it is
-            given: most picks stay, and with a small budget it takes a fraction of the time.
+        exact: False estimates the mean similarity from 128 tokens an image, by :func:`mean_similarity`, where it is not
+            given and that pays: from 1024 tokens on, if at most a quarter is kept. Most picks stay.
 
     Returns:
         The named tuple (merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]) of :func:`select_and_merge`.
@@ -174,7 +175,8 @@ def condense(
             f"Remedy: keep={num_anchors + num_background}, or torch.export, which records the ratio."
         )
     check_flag("exact", exact)
-    if not exact and mean_similarity is None:
+    kept, num_tokens = num_anchors + num_background, features.shape[1]
+    if not exact and mean_similarity is None and num_tokens >= WORTH_ESTIMATING and 4 * kept <= num_tokens:
         mean_similarity = estimate(features if keys is None else keys, mask=mask, grid=grid, backend=backend)
     return select_and_merge(
         features,

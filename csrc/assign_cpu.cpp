@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "gathered.h"
 #include "packed.h"
 #include "stages.h"
 #include "tensors.h"
@@ -254,13 +255,15 @@ Tensor assign_varlen(const Tensor& s, const Tensor& indices, const Tensor& cu_se
 // What an image's assignment from keys takes: the rows of its kept tokens are all of s that is computed.
 template <class T>
 struct FromKeysMemory {
-  FromKeysMemory(Memory& memory, const Space& space, Metric metric, int64_t n, int64_t k, int slots)
-      : tier(memory.take<int8_t>(n)),
+  FromKeysMemory(Memory& memory, const Rows& keys, const Space& space, Metric metric, int64_t n, int64_t k, int slots)
+      : gathered(memory, keys, n),
+        tier(memory.take<int8_t>(n)),
         tokens(memory.take<int64_t>(k)),
         rows(memory.take<T>(k + kTile, width_of(n))),
         where(memory, space, n),
         assign(memory, n, k),
         similarity(memory, n, slots, true, metric) {}
+  Gathered gathered;
   int8_t* tier;
   int64_t* tokens;
   T* rows;  // [k, width_of(n)] and room for a tile
@@ -270,9 +273,10 @@ struct FromKeysMemory {
 };
 
 template <class T>
-void assign_from_keys_image(const Rows& keys, const int64_t* indices, int64_t k, const uint8_t* mask,
+void assign_from_keys_image(const Rows& given, const int64_t* indices, int64_t k, const uint8_t* mask,
                             const Space& space, const uint8_t* sources, Crew& crew, FromKeysMemory<T>& memory,
                             int64_t* assignment) {
+  const Rows keys = memory.gathered.of(given, crew);
   measure_keys<T>(keys, nullptr, mask, crew, memory.similarity, memory.tier);
   for (int64_t row = 0; row < k; ++row) {
     memory.tokens[row] = std::max<int64_t>(indices[row], 0);
@@ -295,7 +299,9 @@ Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std:
   const auto may_merge = contiguous_as("sources", sources, ScalarType::Bool);
   const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
-  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, first, metric, N, K, slots); };
+  const auto pieces = [&](Memory& memory, int slots) {
+    return FromKeysMemory<T>(memory, rows_of(keys), first, metric, N, K, slots);
+  };
   for_each_image(
       B, products(static_cast<double>(N) * K * keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
         assign_from_keys_image<T>(rows_of(keys, b), data_of<int64_t>(kept) + b * K, K, row_of<uint8_t>(valid, b, N),
@@ -350,7 +356,9 @@ Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, con
   }
   const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
   const auto count = static_cast<int64_t>(parts.size()), n = longest(parts), k = most_rows(parts);
-  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, space, metric, n, k, slots); };
+  const auto pieces = [&](Memory& memory, int slots) {
+    return FromKeysMemory<T>(memory, rows_of(keys), space, metric, n, k, slots);
+  };
   for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
     const Part& part = parts[p];
     const int64_t first = part.first_token;

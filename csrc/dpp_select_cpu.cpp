@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "dpp_select.h"
+#include "gathered.h"
 
 namespace condense {
 
@@ -335,13 +336,15 @@ constexpr int64_t kStoredKeys = 1024;  // tokens: 4 MB of similarities; above, r
 
 template <class T>
 struct FromKeysMemory {
-  FromKeysMemory(Memory& memory, int64_t n, int64_t k, int slots)
-      : similarity(memory, n, slots, n <= kStoredKeys),
+  FromKeysMemory(Memory& memory, const Rows& keys, int64_t n, int64_t k, int slots)
+      : gathered(memory, keys, n),
+        similarity(memory, n, slots, n <= kStoredKeys),
         tier(memory.take<int8_t>(n)),
         s(memory.take<T>(n <= kStoredKeys ? n * n : 0)),
         square(memory.take<T>(n <= kStoredKeys ? 0 : kDppPool * kDppPool)),
         rows(memory.take<T>(n <= kStoredKeys ? 0 : kDppPool + kTile, width_of(n))),
         dpp(memory, n, k) {}
+  Gathered gathered;
   SimilarityMemory<T> similarity;
   int8_t* tier;
   T *s, *square, *rows;
@@ -355,9 +358,9 @@ Tensor dpp_select_from_keys_as(const Tensor& keys, int64_t k, const DppOptions& 
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const double rows = static_cast<double>(N <= kStoredKeys ? N / 2 : k);
   const double work = dpp_work(N, k) + products(rows * static_cast<double>(N) * static_cast<double>(keys.size(2)));
-  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, N, k, slots); };
+  const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, rows_of(keys), N, k, slots); };
   for_each_image(B, work, pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    const Rows image = rows_of(keys, b);
+    const Rows image = memory.gathered.of(rows_of(keys, b), crew);
     const Dpp<T> dpp = arguments.from(b * N);
     int64_t* picks = output<int64_t>(order) + b * k;
     measure_keys<T>(image, nullptr, nullptr, crew, memory.similarity, memory.tier);

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "gathered.h"
 #include "stages.h"
 #include "tensors.h"
 
@@ -71,7 +72,9 @@ namespace {
 
 template <class T>
 struct OperatorMemory {
-  OperatorMemory(Memory& memory, int64_t n, int64_t d, int slots) : factors(memory, n), sums(memory, n, d, slots) {}
+  OperatorMemory(Memory& memory, const Rows& keys, int slots)
+      : gathered(memory, keys, keys.n), factors(memory, keys.n), sums(memory, keys.n, keys.d, slots) {}
+  Gathered gathered;
   KeyFactors<T> factors;
   GlobalMemory<T> sums;
 };
@@ -84,12 +87,13 @@ std::tuple<Tensor, Tensor> global_similarity_as(const Tensor& keys, const std::o
   const auto valid = contiguous_as("mask", mask, ScalarType::Bool);
   const Tensor g = empty("g", {B, N}, kScalarType<T>);
   const Tensor tier = empty("tier", {B, N}, ScalarType::Char);
-  const auto pieces = [&](Memory& memory, int slots) { return OperatorMemory<T>(memory, N, D, slots); };
-  for_each_image(
-      B, 4.0 * static_cast<double>(N) * static_cast<double>(D), pieces, [&](int64_t b, auto& memory, Crew& crew) {
-        global_similarity_image<T>(rows_of(keys, b), row_of<T>(finite, b, N), row_of<uint8_t>(valid, b, N), crew,
-                                   memory.factors, memory.sums, output<T>(g) + b * N, output<int8_t>(tier) + b * N);
-      });
+  const auto pieces = [&](Memory& memory, int slots) { return OperatorMemory<T>(memory, rows_of(keys), slots); };
+  for_each_image(B, 4.0 * static_cast<double>(N) * static_cast<double>(D), pieces,
+                 [&](int64_t b, auto& memory, Crew& crew) {
+                   global_similarity_image<T>(memory.gathered.of(rows_of(keys, b), crew), row_of<T>(finite, b, N),
+                                              row_of<uint8_t>(valid, b, N), crew, memory.factors, memory.sums,
+                                              output<T>(g) + b * N, output<int8_t>(tier) + b * N);
+                 });
   return {g, tier};
 }
 

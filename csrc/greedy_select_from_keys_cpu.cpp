@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "environment.h"
+#include "gathered.h"
 #include "greedy_select.h"
 #include "packed.h"
 #include "stages.h"
@@ -81,10 +82,11 @@ struct Plan {
 
 template <class T>
 struct ImageMemory {
-  ImageMemory(Memory& memory, const Plan& plan, int slots)
-      : ImageMemory(memory, plan, slots, plan.way == Way::kLazy, plan.way == Way::kStored ? plan.n : 1) {}
-  ImageMemory(Memory& memory, const Plan& plan, int slots, bool lazily, int64_t rows_of_s)
-      : tier(memory.take<int8_t>(plan.n)),
+  ImageMemory(Memory& memory, const Rows& keys, const Plan& plan, int slots)
+      : ImageMemory(memory, keys, plan, slots, plan.way == Way::kLazy, plan.way == Way::kStored ? plan.n : 1) {}
+  ImageMemory(Memory& memory, const Rows& keys, const Plan& plan, int slots, bool lazily, int64_t rows_of_s)
+      : gathered(memory, keys, plan.n),
+        tier(memory.take<int8_t>(plan.n)),
         g(memory.take<T>(plan.n)),
         s(memory.take<T>(lazily ? 0 : rows_of_s, plan.n)),
         rows(memory.take<T>(lazily ? std::min(plan.k, plan.pool) + kTile : 0, width_of(plan.n))),
@@ -92,6 +94,7 @@ struct ImageMemory {
         lazy(memory, lazily ? plan.n : 0, plan.pool),
         opening(memory.take<T>(plan.needs_nearest ? plan.n : 0)),
         similarity(memory, plan.n, slots, !lazily || !plan.needs_all(), plan.metric, plan.needs_nearest) {}
+  Gathered gathered;
   int8_t* tier;
   T *g, *s, *rows;  // s: all of it, or a row of zeros, or null
   GreedyMemory<T> greedy;
@@ -126,9 +129,10 @@ void pick_lazily(const Rows& keys, const uint8_t* mask, const Plan& plan, Select
 }
 
 template <class T>
-void pick_image(const Rows& keys, const uint8_t* mask, const Plan& plan, Selection<T> selection, Crew& crew,
+void pick_image(const Rows& given, const uint8_t* mask, const Plan& plan, Selection<T> selection, Crew& crew,
                 ImageMemory<T>& memory, int64_t* order) {
   const int64_t n = plan.n;
+  const Rows keys = memory.gathered.of(given, crew);
   T sbar = 0;
   if (plan.way == Way::kStored || plan.needs_all()) {
     similarity_image<T>(keys, selection.prior, mask, crew, memory.similarity, memory.s, &sbar, memory.g, memory.tier,
@@ -175,7 +179,7 @@ Tensor greedy_select_from_keys_as(const Tensor& keys, int64_t k, const Given& gi
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   if (k == 0) return order;
   const Plan plan = given.plan(N, k, arguments.suppression != 0);
-  const auto pieces = [&](Memory& memory, int slots) { return ImageMemory<T>(memory, plan, slots); };
+  const auto pieces = [&](Memory& memory, int slots) { return ImageMemory<T>(memory, rows_of(keys), plan, slots); };
   for_each_image(B, plan.work(keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     pick_image<T>(rows_of(keys, b), row_of<uint8_t>(valid, b, N), plan, arguments.image(b, b * N), crew, memory,
                   output<int64_t>(order) + b * k);
@@ -206,7 +210,7 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
   int64_t bytes = 0;
   for (const Part& part : parts) {
     Memory counted;
-    if (part.num_rows > 0) ImageMemory<T>(counted, plan_of(part), schedule.slots);
+    if (part.num_rows > 0) ImageMemory<T>(counted, rows_of(keys), plan_of(part), schedule.slots);
     bytes = std::max(bytes, counted.taken());
   }
   const Workspace workspace(schedule.at_a_time * bytes);
@@ -215,7 +219,7 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
     const int64_t first = part.first_token;
     if (part.num_rows == 0) return;
     const Plan plan = plan_of(part);
-    ImageMemory<T> memory(piece, plan, schedule.slots);
+    ImageMemory<T> memory(piece, rows_of(keys), plan, schedule.slots);
     pick_image<T>(rows_of(keys).part(first, part.num_tokens), row_of<uint8_t>(valid, first, 1), plan,
                   arguments.image(part.number, first), crew, memory, output<int64_t>(order) + part.first_row);
   });

@@ -6,8 +6,10 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
+#include "gathered.h"
 #include "merge.h"
 #include "stages.h"
 #include "tensors.h"
@@ -125,9 +127,12 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const std::optional<
   check_values("assignment", data_of<int64_t>(rows), B * N, -1, K);
   const Tensor merged = empty("merged", {B, K, D}, features.scalar_type());
   const Tensor mass = empty("mass", {B, K}, kScalarType<T>);
-  const auto pieces = [&](Memory& memory, int slots) { return MergeMemory<T>(memory, N, D, K, slots); };
-  for_each_image(B, N * D, pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    const Rows image = rows_of(features, b);
+  const auto pieces = [&](Memory& memory, int slots) {
+    return std::pair{Gathered(memory, rows_of(features), N), MergeMemory<T>(memory, N, D, K, slots)};
+  };
+  for_each_image(B, N * D, pieces, [&](int64_t b, auto& taken, Crew& crew) {
+    auto& [gathered, memory] = taken;
+    const Rows image = gathered.of(rows_of(features, b), crew);
     merge_image<T>(image, row_of<T>(a, b, N), data_of<int64_t>(kept) + b * K, data_of<int64_t>(rows) + b * N, K, crew,
                    memory, output<char>(merged) + b * K * D * image.element_size(), output<T>(mass) + b * K, merging);
   });

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "gathered.h"
 #include "merge.h"
 #include "packed.h"
 #include "stages.h"
@@ -19,8 +20,12 @@ namespace {
 
 template <class T>
 struct PackedMemory {
-  PackedMemory(Memory& memory, int64_t n, int64_t d, int64_t k, int slots)
-      : indices(memory.take<int64_t>(k)), assignment(memory.take<int64_t>(n)), merge(memory, n, d, k, slots) {}
+  PackedMemory(Memory& memory, const Rows& features, int64_t n, int64_t d, int64_t k, int slots)
+      : gathered(memory, features, n),
+        indices(memory.take<int64_t>(k)),
+        assignment(memory.take<int64_t>(n)),
+        merge(memory, n, d, k, slots) {}
+  Gathered gathered;
   int64_t *indices, *assignment;
   MergeMemory<T> merge;
 };
@@ -58,15 +63,18 @@ std::tuple<Tensor, Tensor> merge_varlen_as(const Tensor& features, const std::op
   const auto count = static_cast<int64_t>(parts.size());
   if (count == 0) return {merged, mass};
   const int64_t most_tokens = longest(parts), most = most_rows(parts);
-  const auto pieces = [&](Memory& memory, int slots) { return PackedMemory<T>(memory, most_tokens, D, most, slots); };
+  const auto pieces = [&](Memory& memory, int slots) {
+    return PackedMemory<T>(memory, tokens, most_tokens, D, most, slots);
+  };
   for_each_image(count, num_tokens * D / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
     const Part& part = parts[p];
     if (part.num_rows == 0) return;
     bound(data_of<int64_t>(kept) + part.first_row, part.num_rows, part.num_tokens, memory.indices);
     bound(data_of<int64_t>(rows) + part.first_token, part.num_tokens, part.num_rows, memory.assignment);
-    merge_image<T>(tokens.part(part.first_token, part.num_tokens), a ? data_of<T>(*a) + part.first_token : nullptr,
-                   memory.indices, memory.assignment, part.num_rows, crew, memory.merge,
-                   output<char>(merged) + part.first_row * row_bytes, output<T>(mass) + part.first_row, merging);
+    merge_image<T>(memory.gathered.of(tokens.part(part.first_token, part.num_tokens), crew),
+                   a ? data_of<T>(*a) + part.first_token : nullptr, memory.indices, memory.assignment, part.num_rows,
+                   crew, memory.merge, output<char>(merged) + part.first_row * row_bytes,
+                   output<T>(mass) + part.first_row, merging);
   });
   return {merged, mass};
 }

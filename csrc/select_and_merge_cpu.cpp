@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "environment.h"
+#include "gathered.h"
 #include "select_and_merge.h"
 
 namespace condense {
@@ -48,6 +49,11 @@ struct Plan {
   bool may_store, needs_all, stores;
 };
 
+bool has_keys_of_its_own(const Image& image) {
+  const Rows &x = image.features, &y = image.keys;
+  return x.data != y.data || x.stride_n != y.stride_n || x.stride_d != y.stride_d || x.d != y.d || x.dtype != y.dtype;
+}
+
 template <class T>
 struct Kept {
   int64_t token;
@@ -74,6 +80,8 @@ struct ImageMemory {
         streamed_greedy(memory, plan.stores ? 0 : n),
         where(memory, image.space, n),
         assign(memory, n, k),
+        features(memory, image.features, n),
+        keys(memory, image.keys, has_keys_of_its_own(image) ? n : 0),
         kept_to_the_end(memory.at()),
         similarity(memory, n, slots, !plan.needs_all || plan.stores, Metric::kCosine, false,
                    plan.needs_all || plan.stores ? 0 : image.keys.d),
@@ -98,6 +106,7 @@ struct ImageMemory {
   StreamedGreedyMemory<S> streamed_greedy;
   SpaceMemory<S> where;
   AssignMemory<S> assign;
+  Gathered features, keys;
   int64_t kept_to_the_end;
   SimilarityMemory<S> similarity;
   GlobalMemory<S> sums;
@@ -176,9 +185,12 @@ S measure_image(const Image& image, const Plan& plan, Crew& crew, ImageMemory<S,
 }
 
 template <class S, class M>
-void condense_image(const Image& image, const Results& out, Memory piece, Crew& crew) {
-  const int64_t N = image.N(), K = image.K();
-  ImageMemory<S, M> memory(piece, image, crew.size());
+void condense_image(const Image& given, const Results& out, Memory piece, Crew& crew) {
+  const int64_t N = given.N(), K = given.K();
+  ImageMemory<S, M> memory(piece, given, crew.size());
+  Image image = given;
+  image.features = memory.features.of(given.features, crew);
+  image.keys = has_keys_of_its_own(given) ? memory.keys.of(given.keys, crew) : image.features;
   image.scores.read(N, memory.scores);
   if constexpr (sizeof(S) != sizeof(M)) image.scores.read(N, memory.weights);
   if (image.mask) image.mask.read(N, memory.mask);

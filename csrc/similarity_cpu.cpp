@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "gathered.h"
 #include "packed.h"
 #include "similarity_tiles.h"
 #include "stages.h"
@@ -327,12 +328,15 @@ Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const Tensor tier = empty("tier", {B, N}, ScalarType::Char);
   const Tensor nearest = arguments.with_nearest ? empty("nearest", {B, N}, kScalarType<T>) : g;
   const auto pieces = [&](Memory& memory, int slots) {
-    return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
+    return std::pair{Gathered(memory, rows_of(keys), N),
+                     SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest)};
   };
-  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
-                        crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
-                        output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
+  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& taken, Crew& crew) {
+    auto& [gathered, memory] = taken;
+    similarity_image<T>(gathered.of(rows_of(keys, b), crew), row_of<T>(arguments.scores, b, N),
+                        row_of<uint8_t>(arguments.mask, b, N), crew, memory, output<T>(s) + b * N * N,
+                        output<T>(sbar) + b, output<T>(g) + b * N, output<int8_t>(tier) + b * N,
+                        arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
   });
   return {s, sbar, g, tier, nearest};
 }
@@ -401,13 +405,15 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   fill_until(end, tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) {
-    return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
+    return std::pair{Gathered(memory, rows_of(keys), longest(parts)),
+                     SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true)};
   };
-  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& taken, Crew& crew) {
+    auto& [gathered, memory] = taken;
     const Part& part = parts[p];
     const int64_t first = part.first_token, n = part.num_tokens;
     T* rows = output<T>(s) + first * max_seqlen;
-    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+    similarity_image<T>(gathered.of(rows_of(keys).part(first, n), crew), row_of<T>(arguments.scores, first, 1),
                         row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows, output<T>(sbar) + part.number,
                         output<T>(g) + first, output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
     for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});

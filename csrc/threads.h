@@ -180,7 +180,7 @@ struct Schedule {
 
   // `work` is that of an image.
   static Schedule for_batch(int64_t images, Work work) {
-    constexpr double kTogether = 1.15;  // of its time an image takes where threads share it: they wait for each other
+    constexpr double kTogether = 1.1;  // of its time an image takes where threads share it: they wait for each other
     const int64_t threads = torch::stable::get_num_threads();
     const auto count = static_cast<double>(images);
     const int slots = slots_for(work.shared, threads), at_a_time = slots_for(count * work.all, images);

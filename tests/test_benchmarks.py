@@ -15,6 +15,7 @@ import memory
 import pytest
 import report
 import rows
+import scan
 import shapes
 import targets
 import torch
@@ -389,6 +390,34 @@ def test_make_bench(tmp_path, cpp):
     assert "assign, llava15-192: 1 x 576 x 1024, K = 192" in done.stdout and "targets" in done.stdout
     sides = ("torch", "ours", "ours, with similarity", "ours, from keys")
     assert {(row.op, row.side) for row in rows.read_path(path)} == {("assign", side) for side in sides}
+
+
+# The scan for cliffs
+
+
+def test_a_cliff_is_listed_and_nothing_else(monkeypatch):
+    """Times are what is counted, but for one size: after a slow first time, and where it is slow every time."""
+    monkeypatch.setattr(scan, "call_of", lambda case: case)
+    line = "N", [scan.Case("merge", N=n) for n in scan.tokens(4200)]
+    for factor, slow in ((1.0, 0), (1.25, 0), (1.5, 1)):
+        measured = lambda case, *_: case.work * 1e-9 * (factor if case.N == 256 else 1.0)  # noqa: B023, E731
+        found = scan.scan(line, 1.3, 0.0, measured)
+        assert [case.N for case, *_ in found] == [256] * slow
+        assert all(0.9 * factor < time / expected < 1.1 * factor for _, time, expected in found)
+    seen = set()
+
+    def disturbed_once(case, *_):
+        noise = 10.0 if case.N == 256 and case not in seen else 1.0
+        seen.add(case)
+        return case.work * 1e-9 * noise
+
+    assert not scan.scan(line, 1.3, 0.0, disturbed_once)
+
+
+def test_scan(cpp, capsys):
+    """What a busy machine lists is not looked at."""
+    assert scan.main(["--quick", "--only", "greedy_select"]) in (0, 1)
+    assert "sizes on 1 lines" in capsys.readouterr().out
 
 
 def test_every_declared_operator_is_timed_as_a_call():

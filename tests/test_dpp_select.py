@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -321,6 +321,7 @@ def test_the_scale_does_not_matter(backend):
         quality = torch.ones(len(s)) if quality is None else quality
         options["damping"] = 0.0
         scaled = quality * 2.0**power
+        assume(torch.equal(scaled * 2.0**-power, quality))  # a subnormal number may lose bits
         assert torch.equal(one(s, scaled, k, backend, **options), one(s, quality, k, backend, **options))
 
     holds()

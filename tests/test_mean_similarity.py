@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import condense_kernels as ck
-from condense_kernels import Condensed
+from condense_kernels import Condensed, budget
 from condense_kernels._dispatch.library import SCHEMAS
 from condense_kernels.ops.similarity import reference
 from condense_kernels.ops.similarity.mean import step_of
@@ -300,32 +300,46 @@ def test_broken_and_zero_keys():
 # Where it goes
 
 
-def test_an_estimate_by_itself(backend):
-    inputs = make_inputs("masked", num_tokens=140, num_anchors=9, num_background=3)
-    call = functools.partial(
-        ck.condense, inputs.features, inputs.scores, 12, 0.25, inputs.grid, mask=inputs.mask, backend=backend
-    )
-    mean = ck.mean_similarity(inputs.features, mask=inputs.mask, grid=inputs.grid, backend=backend)
-    expected = dataclasses.replace(inputs, mean_similarity=mean).run(backend)
+def test_an_estimate_by_itself(cpp, monkeypatch):
+    """Where it pays; a third of what the mean is, so that the picks tell."""
+    inputs = make_inputs("clustered", num_tokens=1024, num_anchors=192, num_background=64)
+    inputs = dataclasses.replace(inputs, mask=torch.rand(2, 1024) > 0.2)
+    third = ck.mean_similarity(inputs.features, mask=inputs.mask, grid=inputs.grid) / 3
+    asked = []
+    monkeypatch.setattr(budget, "estimate", lambda keys, **options: asked.append(options) or third)
+    features, scores, grid, mask = inputs.features, inputs.scores, inputs.grid, inputs.mask
+    call = functools.partial(ck.condense, features, scores, 256, 0.25, grid, mask=mask)
+    expected, exact = dataclasses.replace(inputs, mean_similarity=third).run(cpp), inputs.run(cpp)
+    assert not torch.equal(expected.indices, exact.indices)
     assert_same_bits(call(exact=False), expected)
-    assert_same_bits(call(mean_similarity=mean), expected)
-    assert_same_bits(call(exact=False, mean_similarity=mean), expected)  # the one that is given
-    assert_same_bits(call(), inputs.run(backend))
-    layer = ck.Condense(9, 3, grid=inputs.grid, backend=backend)
-    assert_same_bits(layer(inputs.features, inputs.scores, mask=inputs.mask, mean_similarity=mean), expected)
+    assert asked == [{"mask": mask, "grid": grid, "backend": "auto"}]
+    assert_same_bits(call(), exact)
+    assert_same_bits(call(mean_similarity=third), expected)
+    given = call(mean_similarity=third / 2, exact=False)
+    assert_same_bits(given, dataclasses.replace(inputs, mean_similarity=third / 2).run(cpp))
+    for n, kept in ((1024, 257), (1023, 200)):
+        ck.condense(features[:, :n], scores[:, :n], kept, mask=mask[:, :n], spatial_weight=0.0, exact=False)
+    assert len(asked) == 1
+
+
+def test_a_layer_takes_it(backend):
+    inputs = given(make_inputs("masked", num_tokens=24))
+    layer = ck.Condense(inputs.num_anchors, inputs.num_background, grid=inputs.grid, backend=backend)
+    result = layer(*inputs.args[:2], mask=inputs.mask, mean_similarity=inputs.mean_similarity)
+    assert_same_bits(result, inputs.run(backend))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled(cpp):
-    features, scores = torch.randn(2, 300, 8), torch.rand(2, 300)
+    features, scores = torch.randn(2, 1024, 8), torch.rand(2, 1024)
 
     def call(features, scores):
-        return ck.condense(features, scores, 12, grid=(15, 20), exact=False)
+        return ck.condense(features, scores, 12, grid=(32, 32), exact=False)
 
     expected = call(features, scores)
     assert_same_bits(Condensed(*torch.compile(call, backend="aot_eager", fullgraph=True)(features, scores)), expected)
-    numbers = torch.func.vmap(lambda f, a: ck.select_and_merge(f, a, 5, 2, grid=(15, 20), mean_similarity=0.25))
-    each = [ck.select_and_merge(f, a, 5, 2, grid=(15, 20), mean_similarity=0.25) for f, a in ((features, scores),) * 2]
+    numbers = torch.func.vmap(lambda f, a: ck.select_and_merge(f, a, 5, 2, grid=(32, 32), mean_similarity=0.25))
+    each = [ck.select_and_merge(f, a, 5, 2, grid=(32, 32), mean_similarity=0.25) for f, a in ((features, scores),) * 2]
     mapped = numbers(torch.stack([features] * 2), torch.stack([scores] * 2))
     assert_same_bits(Condensed(*mapped), Condensed(*map(torch.stack, zip(*each, strict=True))))
 
