@@ -183,7 +183,6 @@ def test_the_library_compiles_for_aarch64(tmp_path, bare_python):
 def test_the_operators_with_other_instruction_sets(capability, cpp):
     """Their own tests, of the C++ backend."""
     files = [path for name in OPERATORS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
-    assert len(files) >= len(OPERATORS) / 2
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
     environment = {**os.environ, "CONDENSE_CPU_CAPABILITY": capability}
     output = run([*command, "-k", "cpp and not instruction_sets", *files], env=environment)
