@@ -8,13 +8,17 @@
 #include <vector>
 
 #include "checks.h"
-#include "environment.h"
 #include "select_and_merge.h"
+#include "storing.h"
 
 namespace condense {
 namespace {
 
-bool is_stored(const Image& image) { return image.N() <= stored_tokens(); }
+template <class S>
+bool is_stored(const Image& image) {
+  constexpr double kExpectedRounds = 12;  // of both loops, with the rows of their first picks: 8 to 15 were seen
+  return Storing::of<S>(image.keys, image.K()).is_chosen(kExpectedRounds);
+}
 
 template <class T>
 struct Kept {
@@ -26,7 +30,7 @@ struct Kept {
 template <class S, class M>
 struct ImageMemory {
   ImageMemory(Memory& memory, const Image& image, int slots)
-      : ImageMemory(memory, image, slots, image.N(), image.K(), is_stored(image)) {}
+      : ImageMemory(memory, image, slots, image.N(), image.K(), is_stored<S>(image)) {}
   ImageMemory(Memory& memory, const Image& image, int slots, int64_t n, int64_t k, bool stored)
       : scores(memory.take<S>(n)),
         weights(weights_beside(scores, memory, n)),
@@ -39,7 +43,7 @@ struct ImageMemory {
         s(memory.take<S>(stored ? n * n : 0)),
         rows(memory.take<S>(stored ? 0 : (k + kTile) * width_of(n))),
         greedy(memory, stored ? n : 0),
-        streamed_greedy(memory, stored ? 0 : n),
+        streamed_greedy(memory, stored ? 0 : n, pool_of(n, std::max(image.num_anchors, image.num_background))),
         where(memory, image.space, n),
         assign(memory, n, k),
         kept_to_the_end(memory.at()),
@@ -97,8 +101,8 @@ void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& mem
   };
   const auto select = [&](const S* prior, const int8_t* tier, double factor, int64_t first, int64_t k) {
     const auto suppression = static_cast<S>(factor);
-    return is_stored(image) ? select_stored(prior, tier, suppression, first, k)
-                            : select_streamed(prior, tier, suppression, first, k);
+    return is_stored<S>(image) ? select_stored(prior, tier, suppression, first, k)
+                               : select_streamed(prior, tier, suppression, first, k);
   };
   select(memory.scores, memory.tier, image.suppression, 0, num_anchors);
   std::copy(memory.tier, memory.tier + N, memory.rest);
