@@ -23,17 +23,18 @@ TEST := -m pytest -n auto --maxprocesses 8
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings -p no:randomly
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
-LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/ptx/*.h)
+LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/ptx/*.h tests/rowops/*)
 VLLM := .venv-vllm
 LMMS := .venv-lmms-eval
 TTSEM := ttsem==0.1.0
+ZIG := ziglang==0.17.1
 SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -53,6 +54,10 @@ test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow"
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
 test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in headless Chromium
 	$(RUN) $(TEST) tests/test_show_page.py $(ARGS)
+
+# aarch64 is emulated: apt-get install g++-aarch64-linux-gnu qemu-user. Without them those tests are skipped.
+port-check: $(VENV)/ziglang ## compile the row loops by Clang, and for aarch64, and run them
+	PYTHONPATH=$(VENV)/ziglang $(RUN) $(TEST) tests/test_rowops.py $(ARGS)
 
 # Both are described in docs/checking.md.
 ptx-check: $(VENV)/installed ## run the tests of Triton kernels on their PTX, executed and checked on the CPU
@@ -174,6 +179,11 @@ $(VLLM)/installed $(LMMS)/installed: %/installed: %/requirements $(CPP) $(SCHEMA
 $(VENV)/ttsem: $(VENV)/created
 	@echo "installing $(TTSEM)"
 	@$(PIP) install --quiet --no-deps --ignore-requires-python --target $@ $(TTSEM)
+
+# Clang, and the C and C++ libraries for two processors: 100 MB. Beside the other packages, as they need none of it.
+$(VENV)/ziglang: $(VENV)/installed
+	@echo "installing $(ZIG)"
+	@$(PIP) install --quiet --no-deps --target $@ $(ZIG)
 
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"

@@ -215,6 +215,16 @@ def divprune(s: torch.Tensor, k: int) -> torch.Tensor:  # [.., N, N]
     return torch.stack(order, dim=-1)
 
 
+def divprune_as_published(s: torch.Tensor, k: int) -> torch.Tensor:  # [.., N, N]
+    """The same in the steps of the authors' code: the nearest of all picks so far, anew at every step."""
+    distance = 1 - s
+    nearest_other = distance.topk(2, dim=-2, largest=False).values[..., 1, :]  # the nearest is the token itself
+    order = [nearest_other.argmax(dim=-1)]
+    for _ in range(1, k):
+        order.append(gather(distance, torch.stack(order, dim=-1)).amin(dim=-2).argmax(dim=-1))
+    return torch.stack(order, dim=-1)
+
+
 # Density peaks
 
 
@@ -309,6 +319,22 @@ def idpruner(s: torch.Tensor, importance: torch.Tensor, k: int, balance: float =
     """
     low, high = importance.aminmax(dim=-1, keepdim=True)
     return greedy_running_maximum(s, balance / (1 - balance) * (importance - low) / (high - low), k)
+
+
+def idpruner_as_published(s: torch.Tensor, importance: torch.Tensor, k: int, balance: float = 0.5) -> torch.Tensor:
+    """The same in the steps of AngelSlim's code: scores and mask anew, a top-k of one, which the host waits for."""
+    low, high = importance.aminmax(dim=-1, keepdim=True)
+    scaled, order = (importance - low) / (high - low), []
+    closeness, free = torch.full_like(scaled, -2), torch.ones_like(scaled, dtype=torch.bool)
+    score = scaled.clone()
+    for _ in range(k):
+        score[~free] = -torch.inf
+        order.append(score.topk(1, dim=-1).indices[..., 0])
+        order[-1].tolist()
+        strike(free, order[-1], False)
+        closeness = torch.maximum(closeness, row(s, order[-1]))
+        score = balance * scaled - (1 - balance) * closeness
+    return torch.stack(order, dim=-1)
 
 
 # VisionZip

@@ -4,6 +4,7 @@ Two of these methods are here as they are and as calls of ours, given S and from
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import baselines
 import gates
@@ -50,13 +51,15 @@ def idpruner_from_keys(keys: torch.Tensor, importance: torch.Tensor, k: int, bal
 def other_methods(
     shape: Shape, features: torch.Tensor, scores: torch.Tensor, s: torch.Tensor, loop: Work
 ) -> dict[str, Side]:
-    """DivPrune and IDPruner, given S and from the features on: ours, and as their authors write them."""
+    """DivPrune and IDPruner, given S and from the features on: ours, as a careful author writes them, as published."""
     pairs, k = shape.num_tokens * (shape.num_tokens + 1) / 2, shape.kept
     whole = Work(2 * shape.batch * pairs * shape.channels + loop.flop, features.nbytes)
     found = {}
-    for name, ours, from_keys, theirs, definition, prior in (
-        ("DivPrune", our_divprune, divprune_from_keys, baselines.divprune, gates.divprune_definition, ()),
-        ("IDPruner", our_idpruner, idpruner_from_keys, baselines.idpruner, gates.idpruner_definition, (scores,)),
+    divprune = baselines.divprune, baselines.divprune_as_published, gates.divprune_definition, ()
+    idpruner = baselines.idpruner, baselines.idpruner_as_published, gates.idpruner_definition, (scores,)
+    for name, ours, from_keys, careful, published, definition, prior in (
+        ("DivPrune", our_divprune, divprune_from_keys, *divprune),
+        ("IDPruner", our_idpruner, idpruner_from_keys, *idpruner),
     ):
 
         def check(order: torch.Tensor, definition=definition, prior=prior) -> None:
@@ -69,13 +72,15 @@ def other_methods(
         def by_ours(ours=ours, prior=prior) -> torch.Tensor:
             return ours(similarity(features)[0], *prior, k)
 
-        def by_torch(theirs=theirs, on_s=on_s) -> torch.Tensor:
-            return on_s(theirs, baselines.matmul(baselines.unit(features)))
+        def by_torch(select: Callable, on_s=on_s) -> torch.Tensor:
+            return on_s(select, baselines.matmul(baselines.unit(features)))
 
         found |= {
-            name: Side(lambda on_s=on_s, theirs=theirs: on_s(theirs, s), check, loop, capturable=False),
+            name: Side(partial(on_s, careful, s), check, loop, capturable=False),
+            f"{name}, as published": Side(partial(on_s, published, s), check, loop, capturable=False),
             f"{name}, ours": Side(lambda ours=ours, prior=prior: ours(s, *prior, k), check, loop),
-            f"{name}, whole": Side(by_torch, check, whole, capturable=False),
+            f"{name}, whole": Side(partial(by_torch, careful), check, whole, capturable=False),
+            f"{name}, as published, whole": Side(partial(by_torch, published), check, whole, capturable=False),
             f"{name}, whole, ours": Side(by_ours, check, whole),
             f"{name}, from keys": Side(
                 lambda from_keys=from_keys, prior=prior: from_keys(features, *prior, k), check, whole

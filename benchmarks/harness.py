@@ -6,6 +6,7 @@ rows = case.rows()
 """
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rows import Row, case_table, comparison_table, provenance, read_commit, results_file, write
 from shapes import ALL, SHAPES, SWEPT, Shape, make
 
-from condense_kernels._dispatch import backends
+from condense_kernels._dispatch import backends, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 31
@@ -60,8 +62,9 @@ Sides = Callable[[Shape, torch.Tensor, torch.Tensor], dict[str, Side]]  # of fea
 
 
 class Ceilings(NamedTuple):
-    flops: float
+    flops: float  # of a large product
     bytes_per_second: float
+    peak: float | None = None  # of multiply-adds that wait for nothing
 
 
 def seconds(call: Callable[[], object], device: str, repeats: int = 1, *, launches_count: bool = True) -> float:
@@ -124,8 +127,38 @@ def ceilings(dtype: torch.dtype, device: str) -> Ceilings:
 
     before = _ceilings.get((dtype, device)) or _ceilings.get((torch.float32, device)) or Ceilings(0, 0)
     flops, rate = 2 * n**3 / best(lambda: torch.mm(a, b)), 2 * copied / best(lambda: target.copy_(source))
-    _ceilings[dtype, device] = Ceilings(max(flops, before.flops), max(rate, before.bytes_per_second))
+    highest = max(peak(dtype) if device == "cpu" else 0, before.peak or 0)
+    _ceilings[dtype, device] = Ceilings(max(flops, before.flops), max(rate, before.bytes_per_second), highest or None)
     return _ceilings[dtype, device]
+
+
+def spinner() -> Callable[[int, int], int]:
+    """(bytes of a number, rounds) -> multiply-adds done; the library's own, which nobody else needs."""
+    spin = ctypes.CDLL(str(library.FOLDER / library.FILE)).condense_spin  # ctypes lets other threads run beside it
+    spin.argtypes, spin.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    return spin
+
+
+def peak(dtype: torch.dtype, seconds: float = 0.02, repeats: int = 10) -> float:
+    """FLOP a second of multiply-adds that wait for nothing, on as many threads as torch has: the best of some tries.
+
+    By the instruction set that the library runs with: pairs of bf16 where it has them, else fp32, to which 16 bits are
+    widened. 0 where it is not known.
+    """
+    if library.cpp_unavailable() is not None:
+        return 0
+    spin = spinner()
+    has_pairs = spin(torch.bfloat16.itemsize, 1) > 0
+    size = 4 if dtype == torch.float16 or (dtype == torch.bfloat16 and not has_pairs) else dtype.itemsize
+
+    def flops(rounds: int) -> float:
+        start = time.perf_counter()
+        return 2 * spin(size, rounds) / (time.perf_counter() - start)
+
+    threads = torch.get_num_threads()
+    rounds = max(1, round(seconds * flops(10000) / (2 * spin(size, 1))))
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(flops, [rounds] * threads)) for _ in range(repeats))
 
 
 def captured(call: Callable[[], object]) -> tuple[Callable[[], None], object]:
@@ -291,6 +324,7 @@ class Case:
                     gbs=side.work and side.work.byte / median * 1e-9,
                     ceiling_gflops=ceiling.flops * 1e-9,
                     ceiling_gbs=ceiling.bytes_per_second * 1e-9,
+                    peak_gflops=ceiling.peak and ceiling.peak * 1e-9,
                     peak_extra_mb=memory[name] * 1e-6 if name in memory else None,
                     launches=None,
                     **origin,

@@ -126,28 +126,48 @@ def speed(by_key: dict, letter: str, path: Path) -> None:
     plt.close(made)
 
 
+def height(row: Row) -> float:
+    """Of the roof; a file may be older than the peak, and AMX has none."""
+    return max(row.peak_gflops or 0, row.ceiling_gflops)
+
+
+def ceilings(axes: Axes, rows: dict[str, Row], gbs: float, right: float) -> None:
+    """Of each kind the processor's peak and the large product below it, from where memory no longer limits."""
+    lines = [
+        (level, f"{name}, {kind}: {level:,.0f} GFLOP/s", style, colour)
+        for kind, row in rows.items()
+        for name, level, style, colour in (
+            ("large matmul", row.ceiling_gflops, "--", "#777777"),
+            ("peak", row.peak_gflops, "-", INK),
+        )
+        if level
+    ]
+    lines.sort(key=lambda line: line[0])
+    places = apart([math.log10(level) for level, *_ in lines], 0.1)
+    for (level, label, style, colour), place in zip(lines, places, strict=True):
+        axes.plot([level / gbs, right], [level, level], style, color=colour, linewidth=1.6)
+        axes.annotate(
+            label, (level / gbs, 10**place), xytext=(-12, 0), textcoords="offset points", ha="right", va="center",
+            color=colour, fontsize=9.5,
+        )  # fmt: skip
+
+
 def roofline(by_key: dict, path: Path) -> None:
     points = [(by_key[key[:3]], *key[3:]) for key in ROOFLINE if key[:3] in by_key]
     if not points:
         return
-    # 16 bits have a ceiling of their own where the machine has instructions for them.
-    wide = max((row for row, *_ in points if "bf16" not in row.side), key=lambda row: row.ceiling_gflops)
-    half = max((row for row, *_ in points), key=lambda row: row.ceiling_gflops)
+    wide = max((row for row, *_ in points if "bf16" not in row.side), key=height)
+    half = max((row for row, *_ in points), key=height)
     made, axes = figure("Arithmetic and memory: how near the machine's ceilings", origin(wide))
     xs = [row.gflop / row.mbyte * 1e3 for row, *_ in points]
     left, right = min(xs) / 6, max(xs) * 12
-    for row, style in ((wide, "-"), (half, "--")):
-        bend = row.ceiling_gflops / wide.ceiling_gbs
-        slope = [left, bend, right], [left * wide.ceiling_gbs, row.ceiling_gflops, row.ceiling_gflops]
-        axes.plot(*slope, style, color=INK, linewidth=1.6)
-        kind = "fp32" if row is wide else "bf16"
-        axes.annotate(
-            f"large matmul, {kind}: {row.ceiling_gflops:,.0f} GFLOP/s", (bend, row.ceiling_gflops), xytext=(0, 6),
-            textcoords="offset points", fontsize=9.5,
-        )  # fmt: skip
-        if half.ceiling_gflops < 1.1 * wide.ceiling_gflops:
-            break
-    middle = wide.ceiling_gflops / wide.ceiling_gbs / 3
+    axes.plot(
+        [left, height(half) / wide.ceiling_gbs], [left * wide.ceiling_gbs, height(half)], color=INK, linewidth=1.6
+    )
+    # 16 bits have ceilings of their own where the machine has instructions for them.
+    kinds = {"fp32": wide} | ({"bf16": half} if height(half) > 1.1 * height(wide) else {})
+    ceilings(axes, kinds, wide.ceiling_gbs, right)
+    middle = height(wide) / wide.ceiling_gbs / 8
     axes.annotate(
         f"large copy: {wide.ceiling_gbs:,.0f} GB/s", (middle, middle * wide.ceiling_gbs), xytext=(-8, 4),
         textcoords="offset points", ha="right", fontsize=9.5,
@@ -159,7 +179,7 @@ def roofline(by_key: dict, path: Path) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="FLOP per byte that the task needs", ylabel="GFLOP/s", xlim=(left, right)
     )
-    axes.set_ylim(top=2.5 * half.ceiling_gflops)
+    axes.set_ylim(top=2.5 * height(half))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

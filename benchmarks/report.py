@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rows import ROOT, Row, number, read_path
 from shapes import SHAPES
-from targets import judge
+from targets import judge, shown
 
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 SIDES = (
@@ -47,11 +47,9 @@ def times(rows: list[Row]) -> str:
 def verdicts(rows: list[Row]) -> str:
     lines = []
     for measured in judge(rows):
-        unit = "" if measured.over else f" {measured.target.unit}"
         reason = "" if measured.met or measured.target.reason is None else measured.target.reason(measured)
-        value, goal = number(measured.value) + unit, number(measured.target.goal) + unit
-        lines.append([measured.target.case, value, goal, "yes" if measured.met else "no", reason])
-    return markdown(["target", "measured", "at most", "met", "why not"], lines)
+        lines.append([measured.target.case, *shown(measured), "yes" if measured.met else "no", reason])
+    return markdown(["target", "measured", "goal", "met", "why not"], lines)
 
 
 def results(rows: list[Row]) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from condense_kernels._dispatch import environment
-from condense_kernels.cli.env import driver, processor, version
+from condense_kernels._dispatch import environment, library
+from condense_kernels.cli.env import driver, processor, read_lines, version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,9 +48,11 @@ class Row:
     gbs: float | None
     ceiling_gflops: float  # a large matrix product and a large copy, in the same run
     ceiling_gbs: float
+    peak_gflops: float | None  # multiply-adds that wait for nothing, by the instruction set below; none on a GPU
     peak_extra_mb: float | None  # above what was there before the call, results included
     launches: int | None
     device: str
+    instruction_set: str  # that the library runs with
     driver: str
     threads: int
     torch: str
@@ -79,9 +81,18 @@ def commit() -> str:
         return environment.read("CONDENSE_COMMIT") or "unknown"
 
 
+def model() -> str:
+    """The processor's name and family: of a rented one the name alone may be that of several generations."""
+    family = next(
+        (line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("cpu family")), ""
+    )
+    return f"{processor()[0]} family {family}" if family else processor()[0]
+
+
 def provenance(device: str) -> dict[str, str | int]:
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else ", ".join(processor()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else ", ".join([model(), processor()[1]]),
+        "instruction_set": "" if device == "cuda" or library.cpp_unavailable() else torch.ops.condense.cpu_capability(),
         "driver": driver() if device == "cuda" else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -96,9 +107,8 @@ def slug(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        model, simd = processor()
-        widest = next((name for name in SIMD if name in simd.split()), "")
-        name = f"{model} {widest} {torch.get_num_threads()} threads"
+        widest = next((name for name in SIMD if name in processor()[1].split()), "")
+        name = f"{model()} {widest} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -115,8 +125,12 @@ def _value(field: dataclasses.Field, text: str):
 
 
 def read(file: Iterable[str]) -> list[Row]:
+    """A file may be older than a column."""
     fields = dataclasses.fields(Row)
-    return [Row(**{field.name: _value(field, line[field.name]) for field in fields}) for line in csv.DictReader(file)]
+    return [
+        Row(**{field.name: _value(field, line.get(field.name, "")) for field in fields})
+        for line in csv.DictReader(file)
+    ]
 
 
 def read_path(path: Path) -> list[Row]:
@@ -167,6 +181,8 @@ def case_table(rows: list[Row], leaves_out: dict[str, str]) -> Table:
     """The sides of one case, as they ran beside each other."""
     first = rows[0]
     ceilings = f"ceilings {first.ceiling_gflops:.0f} GFLOP/s, {first.ceiling_gbs:.0f} GB/s"
+    if first.peak_gflops:
+        ceilings += f", peak {first.peak_gflops:.0f} GFLOP/s"
     title = f"{first.op}, {first.shape}: {first.B} x {first.N} x {first.D}, K = {first.K} ({ceilings})"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("side", no_wrap=True)

@@ -3,10 +3,10 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from ._dispatch.checks import (
     FLOATS,
     MAX_TOKENS,
     as_count,
+    check_flag,
     check_num_tokens,
     check_tensor,
     is_int,
@@ -22,11 +23,10 @@ from ._dispatch.checks import (
     shown,
 )
 from .ops.select_and_merge import Condensed, select_and_merge
+from .ops.similarity import mean_similarity as estimate
 
 DEFAULT_BACKGROUND_RATIO = 0.25
 MAX_PACKED = torch.iinfo(torch.int32).max
-
-F = TypeVar("F", bound=Callable)
 
 
 @tracing.leaf(tuple, 2)
@@ -88,14 +88,8 @@ def rounded(count: int, ratio: float) -> int:
 LARGEST = 1 << 30  # of a denominator: with counts up to 2**31, no product leaves int64
 
 
-def constant_in_graphs(function: F) -> F:
-    """torch.compiler.assume_constant_result, which imports dynamo for that: seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of dynamo's own
-    return function
-
-
 @functools.lru_cache
-@constant_in_graphs
+@tracing.constant_in_graphs
 def as_fraction(ratio: float) -> tuple[int, int]:
     """What a ratio in [0, 1] was written as: the simplest fraction that is this float. 0.29 is 29 / 100.
 
@@ -152,6 +146,8 @@ def condense(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: float | torch.Tensor | None = None,  # or [B]
+    exact: bool = True,
     backend: str = "auto",
 ) -> Condensed:
     """Condense every image to a budget: ``condense(features, scores, keep=64, grid=(24, 24)).merged``.
@@ -162,6 +158,8 @@ def condense(
         keep: a count of tokens (int), or a ratio in (0, 1] (float); rounded as :func:`split_budget` says.
         background_ratio: the share of background tokens among the kept, in [0, 1].
         grid: (H, W) or (T, H, W) with product N; this and the further options are those of :func:`select_and_merge`.
+        exact: False estimates the mean similarity from 128 tokens an image, by :func:`mean_similarity`, unless it is
+            given: most picks stay, and with a small budget it takes a fraction of the time.
 
     Returns:
         The named tuple (merged [B, K, D], indices [B, K], assignment [B, N], mass [B, K]) of :func:`select_and_merge`.
@@ -175,6 +173,9 @@ def condense(
             f"keep: expected an int, as torch.jit.trace records the count of this size for all sizes, got {keep}. "
             f"Remedy: keep={num_anchors + num_background}, or torch.export, which records the ratio."
         )
+    check_flag("exact", exact)
+    if not exact and mean_similarity is None:
+        mean_similarity = estimate(features if keys is None else keys, mask=mask, grid=grid, backend=backend)
     return select_and_merge(
         features,
         scores,
@@ -188,6 +189,7 @@ def condense(
         spatial_weight=spatial_weight,
         background_suppression=background_suppression,
         scale_prior=scale_prior,
+        mean_similarity=mean_similarity,
         backend=backend,
     )
 

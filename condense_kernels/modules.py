@@ -75,6 +75,7 @@ class Condense(torch.nn.Module):
         grid: Sequence[int] | None = None,
         positions: torch.Tensor | None = None,  # [N, P] or [B, N, P]
         mask: torch.Tensor | None = None,  # [B, N]
+        mean_similarity: float | torch.Tensor | None = None,  # or [B]
     ) -> Condensed:
         """A grid or positions given here take the place of the layer's grid."""
         if grid is None and positions is None:
@@ -92,6 +93,7 @@ class Condense(torch.nn.Module):
             spatial_weight=self.spatial_weight,
             background_suppression=self.background_suppression,
             scale_prior=self.scale_prior,
+            mean_similarity=mean_similarity,
             backend=self.backend,
         )
 

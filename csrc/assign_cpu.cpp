@@ -196,7 +196,7 @@ Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu
   const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
   std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, num_tokens, total_keep, max_seqlen);
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
     work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_rows);
@@ -206,22 +206,21 @@ Tensor assign_varlen_as(const Tensor& s, const Tensor& indices, const Tensor& cu
   const auto pieces = [&](Memory& memory, int) {
     return std::pair{SpaceMemory<T>(memory, space, n), AssignMemory<T>(memory, n, k)};
   };
-  for_each_image(count, work / std::max(static_cast<double>(count), 1.0), pieces,
-                 [&](int64_t p, auto& taken, Crew& crew) {
-                   auto& [where, memory] = taken;
-                   const Part& part = parts[p];
-                   const int64_t first = part.first_token;
-                   const int8_t* own_tier = row_of<int8_t>(tiers, first, 1);
-                   const int64_t* own_kept = data_of<int64_t>(kept) + part.first_row;
-                   where.fill(space.from(first), part.num_tokens, own_tier);
-                   for (int64_t row = 0; row < part.num_rows; ++row) {
-                     const int64_t token = first + std::max<int64_t>(own_kept[row], 0);
-                     memory.s_rows[row] = data_of<T>(rows_of_s) + token * rows_of_s.stride(0);
-                   }
-                   int64_t* to = output<int64_t>(assignment) + first;
-                   assign_image<T>(own_kept, own_tier, where.layout, part.num_tokens, part.num_rows, crew, memory, to);
-                   leave_alone(row_of<uint8_t>(may_merge, first, 1), own_kept, part.num_tokens, to);
-                 });
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& taken, Crew& crew) {
+    auto& [where, memory] = taken;
+    const Part& part = parts[p];
+    const int64_t first = part.first_token;
+    const int8_t* own_tier = row_of<int8_t>(tiers, first, 1);
+    const int64_t* own_kept = data_of<int64_t>(kept) + part.first_row;
+    where.fill(space.from(first), part.num_tokens, own_tier);
+    for (int64_t row = 0; row < part.num_rows; ++row) {
+      const int64_t token = first + std::max<int64_t>(own_kept[row], 0);
+      memory.s_rows[row] = data_of<T>(rows_of_s) + token * rows_of_s.stride(0);
+    }
+    int64_t* to = output<int64_t>(assignment) + first;
+    assign_image<T>(own_kept, own_tier, where.layout, part.num_tokens, part.num_rows, crew, memory, to);
+    leave_alone(row_of<uint8_t>(may_merge, first, 1), own_kept, part.num_tokens, to);
+  });
   return assignment;
 }
 
@@ -297,11 +296,12 @@ Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std:
   const Space first = space_of(grid, positions, spatial_weight, 0);
   const Tensor assignment = empty("assignment", {B, N}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, first, metric, N, K, slots); };
-  for_each_image(B, static_cast<double>(N) * K * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
-    assign_from_keys_image<T>(rows_of(keys, b), data_of<int64_t>(kept) + b * K, K, row_of<uint8_t>(valid, b, N),
-                              space_of(grid, positions, spatial_weight, b), row_of<uint8_t>(may_merge, b, N), crew,
-                              memory, output<int64_t>(assignment) + b * N);
-  });
+  for_each_image(
+      B, products(static_cast<double>(N) * K * keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+        assign_from_keys_image<T>(rows_of(keys, b), data_of<int64_t>(kept) + b * K, K, row_of<uint8_t>(valid, b, N),
+                                  space_of(grid, positions, spatial_weight, b), row_of<uint8_t>(may_merge, b, N), crew,
+                                  memory, output<int64_t>(assignment) + b * N);
+      });
   return assignment;
 }
 
@@ -343,23 +343,21 @@ Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, con
   const Tensor assignment = empty("assignment", {num_tokens}, ScalarType::Long);
   std::fill(output<int64_t>(assignment), output<int64_t>(assignment) + num_tokens, -1);
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, num_tokens, indices.size(0), max_seqlen);
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     check_values("indices", data_of<int64_t>(kept) + part.first_row, part.num_rows, -1, part.num_tokens);
-    work += static_cast<double>(part.num_tokens) * part.num_rows * keys.size(1);
+    work += products(static_cast<double>(part.num_tokens) * part.num_rows * keys.size(1));
   }
   const Space space = space_of(std::nullopt, positions, spatial_weight, 0);
   const auto count = static_cast<int64_t>(parts.size()), n = longest(parts), k = most_rows(parts);
   const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, space, metric, n, k, slots); };
-  for_each_image(
-      count, work / std::max(static_cast<double>(count), 1.0), pieces, [&](int64_t p, auto& memory, Crew& crew) {
-        const Part& part = parts[p];
-        const int64_t first = part.first_token;
-        assign_from_keys_image<T>(rows_of(keys).part(first, part.num_tokens), data_of<int64_t>(kept) + part.first_row,
-                                  part.num_rows, row_of<uint8_t>(valid, first, 1), space.from(first),
-                                  row_of<uint8_t>(may_merge, first, 1), crew, memory,
-                                  output<int64_t>(assignment) + first);
-      });
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+    const Part& part = parts[p];
+    const int64_t first = part.first_token;
+    assign_from_keys_image<T>(rows_of(keys).part(first, part.num_tokens), data_of<int64_t>(kept) + part.first_row,
+                              part.num_rows, row_of<uint8_t>(valid, first, 1), space.from(first),
+                              row_of<uint8_t>(may_merge, first, 1), crew, memory, output<int64_t>(assignment) + first);
+  });
   return assignment;
 }
 

@@ -30,7 +30,9 @@ struct HeadGroup {
     of_head.data += head * per_head * queries.element_size();
     return of_head;
   }
-  double work() const { return static_cast<double>(heads) * num_rows * keys.n * keys.d; }
+  double work() const {  // an exponential a pair costs as much as 40 channels
+    return products(static_cast<double>(heads) * num_rows * keys.n * (keys.d + 40));
+  }
 };
 
 // What one thread computes a strip of kTile rows with.

@@ -72,7 +72,7 @@ struct Attention {
     const int64_t words = depth.words(chunk), padded = depth.padded(chunk);
     const auto load = depth.in_pairs ? ops.load_pairs : nullptr;
     for (int64_t r = 0; r < kTile; ++r) {
-      T* row = rows + r * kChunk;
+      T* row = rows + r % kStep * kChunk;
       const int64_t filled = r < count ? words : 0;
       if (filled > 0) {
         const void* at = from.at(which[r], chunk * depth.most);
@@ -83,8 +83,9 @@ struct Attention {
         }
       }
       std::fill(row + filled, row + padded, T{0});
+      if (r % kStep == kStep - 1)
+        (depth.in_pairs ? ops.pack_pairs : ops.pack_rows)(rows, r + 1 - kStep, padded, packed);
     }
-    (depth.in_pairs ? ops.pack_pairs : ops.pack_panel)(rows, padded, packed);
   }
 
   void pack_keys(const Share& share, const StripMemory<T>& mine) const {

@@ -48,17 +48,16 @@ Tensor attention_scores_varlen_as(const Tensor& queries, const Tensor& keys, con
                         output<T>(scores) + at,
                         tokens};
   };
-  double work = 0;
+  Work work = 0;
   for (const Part& segment : segments) work += group_of(segment, 0).work();
   const int64_t longest = segments[0].num_tokens;
   const auto pieces = [&](Memory& memory, int slots) {
     return AttentionMemory<T>(memory, longest, longest, d, multiplies_in_pairs(rows_of_head(keys, 0, 0, 0)), slots);
   };
   const auto count = static_cast<int64_t>(segments.size());
-  for_each_image(count * key_heads, work / static_cast<double>(count), pieces,
-                 [&](int64_t i, auto& memory, Crew& crew) {
-                   attention_scores_of(group_of(segments[i / key_heads], i % key_heads), crew, memory);
-                 });
+  for_each_image(count * key_heads, work / count, pieces, [&](int64_t i, auto& memory, Crew& crew) {
+    attention_scores_of(group_of(segments[i / key_heads], i % key_heads), crew, memory);
+  });
   return scores;
 }
 

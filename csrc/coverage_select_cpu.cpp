@@ -138,13 +138,19 @@ bool is_wide(const Tensor& c, const std::optional<Tensor>& weight) {
   return is_double(c) || (weight && is_double(*weight));
 }
 
+// The first gains are shared; of others, lazily, twice as many were seen.
+Work coverage_work(int64_t m, int64_t n) {
+  const double gains = static_cast<double>(m) * static_cast<double>(n);
+  return {3 * gains, gains};
+}
+
 template <class T>
 Tensor coverage_select_as(const Tensor& c, int64_t k, const Arguments<T>& arguments) {
   const int64_t B = c.size(0), M = c.size(1), N = c.size(2);
   const Matrices matrices(c.scalar_type() == kScalarType<T> ? c : contiguous_as("c", c, kScalarType<T>));
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return CoverageMemory<T>(memory, M, N); };
-  for_each_image(B, static_cast<double>(M) * N, pieces, [&](int64_t b, auto& memory, Crew& crew) {
+  for_each_image(B, coverage_work(M, N), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     arguments.of(matrices.at<T>(b), matrices.ld, M, N, b * N).select(k, crew, memory, output<int64_t>(order) + b * k);
   });
   return order;
@@ -169,7 +175,7 @@ Tensor coverage_select_varlen_as(const Tensor& c, const std::vector<Part>& parts
   std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
   const auto pieces = [&](Memory& memory, int) { return CoverageMemory<T>(memory, most, most); };
   const auto images = static_cast<int64_t>(parts.size());
-  for_each_image(images, static_cast<double>(most) * most, pieces, [&](int64_t s, auto& memory, Crew& crew) {
+  for_each_image(images, coverage_work(most, most), pieces, [&](int64_t s, auto& memory, Crew& crew) {
     const Part& part = parts[s];
     if (part.num_rows == 0) return;
     arguments.of(data_of<T>(matrix) + part.first_token * ld, ld, part.num_tokens, part.num_tokens, part.first_token)

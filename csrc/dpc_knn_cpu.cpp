@@ -253,18 +253,17 @@ Results dpc_knn_varlen_as(const Tensor& s, const Tensor& cu_seqlens, const Tenso
   for (const Tensor& t : {density, peak_distance}) std::fill(output<T>(t), output<T>(t) + tokens, T{0});
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, tokens, total_keep, max_seqlen);
   const int64_t most = longest(parts);
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) { return DpcMemory<T>(memory, most, k_nn, slots); };
-  for_each_image(
-      count, work / std::max<double>(static_cast<double>(count), 1), pieces, [&](int64_t i, auto& memory, Crew& crew) {
-        const Part& part = parts[i];
-        dpc_knn_image<T>(data_of<T>(rows) + part.first_token * rows.stride(0), rows.stride(0),
-                         tiers ? data_of<int8_t>(*tiers) + part.first_token : nullptr, part.num_tokens, part.num_rows,
-                         k_nn, static_cast<T>(scale), crew, memory, output<int64_t>(order) + part.first_row,
-                         output<T>(density) + part.first_token, output<T>(peak_distance) + part.first_token);
-      });
+  for_each_image(count, work / count, pieces, [&](int64_t i, auto& memory, Crew& crew) {
+    const Part& part = parts[i];
+    dpc_knn_image<T>(data_of<T>(rows) + part.first_token * rows.stride(0), rows.stride(0),
+                     tiers ? data_of<int8_t>(*tiers) + part.first_token : nullptr, part.num_tokens, part.num_rows, k_nn,
+                     static_cast<T>(scale), crew, memory, output<int64_t>(order) + part.first_row,
+                     output<T>(density) + part.first_token, output<T>(peak_distance) + part.first_token);
+  });
   return {order, density, peak_distance};
 }
 

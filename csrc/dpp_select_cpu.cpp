@@ -354,7 +354,7 @@ Tensor dpp_select_from_keys_as(const Tensor& keys, int64_t k, const DppOptions& 
   const DppArguments<T> arguments(options);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const double rows = static_cast<double>(N <= kStoredKeys ? N / 2 : k);
-  const double work = dpp_work(N, k) + rows * static_cast<double>(N) * static_cast<double>(keys.size(2));
+  const double work = dpp_work(N, k) + products(rows * static_cast<double>(N) * static_cast<double>(keys.size(2)));
   const auto pieces = [&](Memory& memory, int slots) { return FromKeysMemory<T>(memory, N, k, slots); };
   for_each_image(B, work, pieces, [&](int64_t b, auto& memory, Crew& crew) {
     const Rows image = rows_of(keys, b);

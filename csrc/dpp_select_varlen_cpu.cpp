@@ -21,17 +21,15 @@ Tensor dpp_select_varlen_as(const Tensor& s, const std::vector<Part>& parts, int
   const Tensor order = empty("order", {total_keep}, ScalarType::Long);
   std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
   const int64_t most = longest(parts), most_picks = most_rows(parts);
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) work += dpp_work(part.num_tokens, part.num_rows);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int) { return DppMemory<T>(memory, most, most_picks); };
-  for_each_image(count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces,
-                 [&](int64_t p, const auto& memory, Crew& crew) {
-                   const Part& part = parts[p];
-                   dpp_select_image<T>(data_of<T>(rows) + part.first_token * ld, ld, arguments.from(part.first_token),
-                                       part.num_tokens, part.num_rows, crew, memory,
-                                       output<int64_t>(order) + part.first_row);
-                 });
+  for_each_image(count, work / count, pieces, [&](int64_t p, const auto& memory, Crew& crew) {
+    const Part& part = parts[p];
+    dpp_select_image<T>(data_of<T>(rows) + part.first_token * ld, ld, arguments.from(part.first_token), part.num_tokens,
+                        part.num_rows, crew, memory, output<int64_t>(order) + part.first_row);
+  });
   return order;
 }
 

@@ -316,6 +316,12 @@ CONDENSE_INSTANTIATE(double)
 
 namespace {
 
+// One pick comes after the other; the search for the nearest neighbours is shared.
+Work greedy_work(int64_t n, int64_t k, bool max_min) {
+  const auto tokens = static_cast<double>(n), shared = max_min ? tokens * tokens : 0;
+  return {tokens * static_cast<double>(k) + shared, shared};
+}
+
 template <class T>
 Tensor greedy_select_as(const Tensor& s, const std::optional<Tensor>& prior, int64_t k, const Options& options) {
   const int64_t B = s.size(0), N = s.size(1);
@@ -324,7 +330,7 @@ Tensor greedy_select_as(const Tensor& s, const std::optional<Tensor>& prior, int
   if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first), B, -1, N);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, N); };
-  for_each_image(B, N * (options.max_min ? k + N : k), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+  for_each_image(B, greedy_work(N, k, options.max_min), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     greedy_select_image<T>(matrices.at<T>(b), matrices.ld, arguments.image(b, b * N), options.max_min, N, k, crew,
                            memory, output<int64_t>(order) + b * k);
   });
@@ -360,21 +366,20 @@ Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& pri
   auto* picks = output<int64_t>(order);
   std::fill(picks, picks + total_keep, -1);
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, s.size(0), total_keep, max_seqlen);
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     const int64_t n = part.num_tokens;
-    work += static_cast<double>(n) * static_cast<double>(options.max_min ? part.num_rows + n : part.num_rows);
+    work += greedy_work(n, part.num_rows, options.max_min);
     if (arguments.has_index) check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, n);
   }
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int) { return GreedyMemory<T>(memory, longest(parts)); };
-  for_each_image(
-      count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces, [&](int64_t i, auto& memory, Crew& crew) {
-        const Part& part = parts[i];
-        const int64_t first = part.first_token, ld = rows.stride(0);
-        greedy_select_image<T>(data_of<T>(rows) + first * ld, ld, arguments.image(part.number, first), options.max_min,
-                               part.num_tokens, part.num_rows, crew, memory, picks + part.first_row);
-      });
+  for_each_image(count, work / count, pieces, [&](int64_t i, auto& memory, Crew& crew) {
+    const Part& part = parts[i];
+    const int64_t first = part.first_token, ld = rows.stride(0);
+    greedy_select_image<T>(data_of<T>(rows) + first * ld, ld, arguments.image(part.number, first), options.max_min,
+                           part.num_tokens, part.num_rows, crew, memory, picks + part.first_row);
+  });
   return order;
 }
 

@@ -63,12 +63,12 @@ struct Plan {
     return found;
   }
 
-  // Multiply-adds of an image, more or less.
+  // Of an image, more or less.
   double work(int64_t channels) const {
     const double pairs = way == Way::kTopK                   ? static_cast<double>(n)
                          : way == Way::kLazy && !needs_all() ? rounds_cost(1)
                                                              : stored_cost();
-    return pairs * static_cast<double>(channels);
+    return products(pairs * static_cast<double>(channels)) + 5.0 * static_cast<double>(n * channels);
   }
 
   static constexpr double kExpectedRounds = 4;  // 2 to 5 were seen where half of the tokens or fewer are copies
@@ -176,7 +176,7 @@ Tensor greedy_select_from_keys_as(const Tensor& keys, int64_t k, const Given& gi
   const auto valid = contiguous_as("mask", given.mask, ScalarType::Bool);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   if (k == 0) return order;
-  const Plan plan = given.plan(Storing::of<T>(rows_of(keys, 0), k), arguments.suppression != 0);
+  const Plan plan = given.plan(Storing::of(rows_of(keys, 0), k, sizeof(T)), arguments.suppression != 0);
   const auto pieces = [&](Memory& memory, int slots) { return ImageMemory<T>(memory, plan, slots); };
   for_each_image(B, plan.work(keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     pick_image<T>(rows_of(keys, b), row_of<uint8_t>(valid, b, N), plan, arguments.image(b, b * N), crew, memory,
@@ -195,9 +195,9 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, keys.size(0), total_keep, max_seqlen);
   const auto plan_of = [&](const Part& part) {
     const Rows part_keys = rows_of(keys).part(part.first_token, part.num_tokens);
-    return given.plan(Storing::of<T>(part_keys, part.num_rows), arguments.suppression != 0);
+    return given.plan(Storing::of(part_keys, part.num_rows, sizeof(T)), arguments.suppression != 0);
   };
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     if (arguments.has_index) {
       check_values("first", data_of<int64_t>(*arguments.first) + part.number, 1, -1, part.num_tokens);
@@ -205,7 +205,7 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
     work += part.num_rows > 0 ? plan_of(part).work(keys.size(1)) : 0;
   }
   const auto count = static_cast<int64_t>(parts.size());
-  const Schedule schedule = Schedule::for_batch(count, work / std::max(static_cast<double>(count), 1.0));
+  const Schedule schedule = Schedule::for_batch(count, work / count);
   int64_t bytes = 0;
   for (const Part& part : parts) {
     Memory counted;

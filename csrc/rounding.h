@@ -8,4 +8,4 @@
 #if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
 #error "float is computed in a wider type (-mfpmath=387); condense_kernels needs each operation rounded"
 #endif
-static_assert(0.1 != 0.1f, "double constants are of type float (-fsingle-precision-constant)");
+static_assert(sizeof(0.1) == 8, "double constants are of type float (-fsingle-precision-constant)");

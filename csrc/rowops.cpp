@@ -5,12 +5,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "environment.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -30,6 +33,7 @@
 #if defined(__x86_64__) && !defined(__clang__)
 #define CONDENSE_HAS_X86_ISAS 1
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -111,12 +115,13 @@ RowOps<T> with_amx() {
   RowOps<T> ops = isa_avx512_bf16::row_ops<T>();
   ops.instruction_set = "amx";
   if constexpr (sizeof(T) == 4) {
-    ops.pack_pairs = [](const T* rows, int64_t depth, T* panel) {
-      std::memcpy(panel, rows, kChunk * kTile * sizeof(T));
-      isa_avx512_bf16::row_ops<T>().pack_pairs(rows, depth, panel + kChunk * kTile);
+    ops.pack_pairs = [](const T* rows, int64_t first, int64_t depth, T* panel) {
+      std::memcpy(panel + first * kChunk, rows, kStep * kChunk * sizeof(T));
+      isa_avx512_bf16::row_ops<T>().pack_pairs(rows, first, depth, panel + kChunk * kTile);
     };
     ops.pairs_panel = isa_amx::kPanel;
     ops.multiply_pairs = isa_amx::multiply_pairs;
+    ops.spin_pairs = nullptr;
   }
   return ops;
 }

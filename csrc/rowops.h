@@ -52,20 +52,25 @@ struct RowOps {
 
   // The largest magnitude of x[0, n); infinity where x has a NaN or an infinity.
   T (*max_magnitude)(const T* x, int64_t n);
-  double (*sum_of_squares)(const T* x, int64_t n);
+  double (*sum_of_squares)(const T* x, int64_t n, T scale);  // of x * scale
   double (*sum_row)(const T* x, int64_t n);
+  // sums[0, n) += x * weight, in fp64: of fp32 the product is exact.
+  void (*add_wide)(const T* x, T weight, int64_t n, double* sums);
+  // The sum of x * y, in fp64.
+  double (*dot_wide)(const T* x, const double* y, int64_t n);
 
-  // panel[depth, kTile] = rows[kTile, kChunk], transposed; depth is a multiple of kStep.
-  void (*pack_panel)(const T* rows, int64_t depth, T* panel);
+  // panel[depth, first ... first + kStep) of [depth, kTile] = rows[kStep, kChunk], transposed; depth is a multiple of
+  // kStep.
+  void (*pack_rows)(const T* rows, int64_t first, int64_t depth, T* panel);
   // c[kTile, kTile] = a^T b over depth channels of two panels, added to what c holds if accumulate. Rows from `rows` on
-  // may be left out.
+  // may be left out and, where a is b, what lies below the diagonal.
   void (*multiply_tile)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
   // Pairs of bf16 values as 32-bit words, where the processor multiplies them as such; null elsewhere. Products are
   // exact and sums fp32, like those of multiply_tile, but values below 2^-126 count as 0.
   // words[0, (n + 1) / 2) = src[0, n) * scale, a power of two.
   void (*load_pairs)(const void* src, int64_t stride, int64_t n, T scale, T* words);
-  // The same as multiply_pairs wants it: pairs_panel numbers.
-  void (*pack_pairs)(const T* rows, int64_t depth, T* panel);
+  // pack_rows as multiply_pairs wants it: of pairs_panel numbers.
+  void (*pack_pairs)(const T* rows, int64_t first, int64_t depth, T* panel);
   int64_t pairs_panel;
   // As multiply_tile, over depth words.
   void (*multiply_pairs)(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate);
@@ -131,6 +136,11 @@ struct RowOps {
 
   // dx[0, n) = weight * g; the sum of (x - mean) * g is returned. dx may be x.
   double (*gradient_row)(const T* x, const T* mean, const T* g, T weight, int64_t n, T* dx);
+
+  // For benchmarks: `rounds` rounds of multiply-adds that wait for nothing, whose number is returned; of pairs, two for
+  // each, and null where multiply_pairs is or has units of its own.
+  int64_t (*spin)(int64_t rounds);
+  int64_t (*spin_pairs)(int64_t rounds);
 };
 
 // The loops for the best instruction set of this machine that the environment allows (environment.h).

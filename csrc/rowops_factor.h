@@ -50,7 +50,7 @@ inline void factor_vectors(const FactorRows<T>& task, int first, T* factor, T* g
 template <class T, int kRows>
 void factor_block(const FactorRows<T>& task, T* factor, T* gain) {
   // As many accumulators as there are registers for, less what the operands need.
-  constexpr int kVectors = CONDENSE_ISA_BYTES == 64 || kRows == 1 ? 4 : 2;
+  constexpr int kVectors = kRegisters == 32 || kRows == 1 ? 4 : 2;
   constexpr int kStep = kVectors * Simd<T>::kLanes;
   static_assert(kFactorBlock % kStep == 0, "vectors tile the block");
   for (int first = 0; first < kFactorBlock; first += kStep) {

@@ -33,6 +33,13 @@ typedef Simd<double>::V VecD;
 typedef uint16_t Vec16 __attribute__((vector_size(CONDENSE_ISA_BYTES / 2)));
 typedef Simd<float>::U Vec32;
 
+// Vector registers.
+#if CONDENSE_ISA_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 template <class V>
 inline V load(const void* p) {
   V v;
@@ -67,6 +74,13 @@ inline VecF sqrt(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
 inline VecD sqrt(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
 inline VecF widen_half(Vec16 h) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
 inline Vec16 narrow_half(VecF x) { return (Vec16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+inline VecF sqrt(VecF x) { return (VecF)vsqrtq_f32((float32x4_t)x); }
+inline VecD sqrt(VecD x) { return (VecD)vsqrtq_f64((float64x2_t)x); }
+inline VecF widen_half(Vec16 h) { return (VecF)vcvt_f32_f16((float16x4_t)h); }
+inline Vec16 narrow_half(VecF x) { return (Vec16)vcvt_f16_f32((float32x4_t)x); }
 #else
 // Without fused multiply-add in the instruction set a product is rounded before it is added.
 inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
@@ -199,20 +213,23 @@ T max_magnitude(const T* x, int64_t n) {
 }
 
 template <class T>
-double sum_of_squares(const T* x, int64_t n) {
+double sum_of_squares(const T* x, int64_t n, T scale) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
   V part[2] = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     for (int v = 0; v < 2; ++v) {
-      const V y = load<V>(x + i + v * kLanes);
+      const V y = load<V>(x + i + v * kLanes) * scale;
       part[v] = fma(y, y, part[v]);
     }
   }
   double sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(part[0][lane]) + part[1][lane];
-  for (; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  for (; i < n; ++i) {
+    const T y = x[i] * scale;
+    sum += static_cast<double>(y) * y;
+  }
   return sum;
 }
 
@@ -234,44 +251,91 @@ double sum_row(const T* x, int64_t n) {
   return sum;
 }
 
+template <class T>
+void add_wide(const T* x, T weight, int64_t n, double* sums) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(T))));
+  constexpr int kLanes = Simd<double>::kLanes;
+  const double factor = weight;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(sums + i, load<VecD>(sums + i) + __builtin_convertvector(load<Narrow>(x + i), VecD) * factor);
+  }
+  for (; i < n; ++i) sums[i] += static_cast<double>(x[i]) * factor;
+}
+
+template <class T>
+double dot_wide(const T* x, const double* y, int64_t n) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kLanes * sizeof(T))));
+  constexpr int kLanes = Simd<double>::kLanes, kParts = 4;
+  VecD part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts * kLanes <= n; i += kParts * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kParts; ++v) {
+      const int64_t at = i + v * kLanes;
+      part[v] += __builtin_convertvector(load<Narrow>(x + at), VecD) * load<VecD>(y + at);
+    }
+  }
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int v = 0; v < kParts; ++v) sum += part[v][lane];
+  }
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * y[i];
+  return sum;
+}
+
+// Lanes of two vectors, those of the second counted on from the first's. They are constants: SSE2 and NEON have no
+// shuffle by others, and would go by single numbers.
+template <class T, int... lanes>
+inline typename Simd<T>::V shuffle(typename Simd<T>::V first, typename Simd<T>::V second) {
+#if defined(__clang__)
+  return __builtin_shufflevector(first, second, lanes...);
+#else
+  return __builtin_shuffle(first, second, typename Simd<T>::I{lanes...});
+#endif
+}
+
+template <class T>
+using Lanes = std::make_integer_sequence<int, Simd<T>::kLanes>;
+
+// Exchanges the blocks of d x d off the diagonal in two rows.
+template <class T, int d, int... i>
+inline void exchange_blocks(typename Simd<T>::V& upper, typename Simd<T>::V& lower, std::integer_sequence<int, i...>) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const typename Simd<T>::V u = upper, l = lower;
+  upper = shuffle<T, (i & d ? kLanes + i - d : i)...>(u, l);
+  lower = shuffle<T, (i & d ? kLanes + i : i + d)...>(u, l);
+}
+
+template <class T, int d = 1>
+inline void transpose_rows(typename Simd<T>::V* row) {
+  constexpr int kLanes = Simd<T>::kLanes;
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) {
+    if (!(r & d)) exchange_blocks<T, d>(row[r], row[r + d], Lanes<T>());
+  }
+  if constexpr (2 * d < kLanes) transpose_rows<T, 2 * d>(row);
+}
+
 // dst[c, r] = src[r, c] for one block of kLanes x kLanes.
 template <class T>
 inline void transpose_block(const T* src, int64_t ld_src, T* dst, int64_t ld_dst) {
   typedef typename Simd<T>::V V;
   constexpr int kLanes = Simd<T>::kLanes;
-#if defined(__clang__)
-  for (int r = 0; r < kLanes; ++r) {
-    for (int c = 0; c < kLanes; ++c) dst[c * ld_dst + r] = src[r * ld_src + c];
-  }
-#else
-  typedef typename Simd<T>::I I;
   V row[kLanes];
-  for (int r = 0; r < kLanes; ++r) row[r] = load<V>(src + r * ld_src);
-#pragma GCC unroll 4
-  for (int d = 1; d < kLanes; d *= 2) {  // exchange the off-diagonal blocks of d x d
-    I low, high;
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = (i & d) ? kLanes + (i - d) : i;
-      high[i] = (i & d) ? kLanes + i : i + d;
-    }
 #pragma GCC unroll 16
-    for (int r = 0; r < kLanes; ++r) {
-      if (r & d) continue;
-      const V upper = row[r], lower = row[r + d];
-      row[r] = __builtin_shuffle(upper, lower, low);
-      row[r + d] = __builtin_shuffle(upper, lower, high);
-    }
-  }
+  for (int r = 0; r < kLanes; ++r) row[r] = load<V>(src + r * ld_src);
+  transpose_rows<T>(row);
+#pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) store(dst + r * ld_dst, row[r]);
-#endif
 }
 
 template <class T>
-void pack_panel(const T* rows, int64_t depth, T* panel) {
+void pack_rows(const T* rows, int64_t first, int64_t depth, T* panel) {
   constexpr int kLanes = Simd<T>::kLanes;
-  for (int r = 0; r < kTile; r += kLanes) {
+  for (int r = 0; r < kStep; r += kLanes) {
     for (int64_t c = 0; c < depth; c += kLanes) {
-      transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + r, kTile);
+      transpose_block(rows + r * kChunk + c, kChunk, panel + c * kTile + first + r, kTile);
     }
   }
 }
@@ -280,6 +344,7 @@ void pack_panel(const T* rows, int64_t depth, T* panel) {
 template <class T>
 struct Channel {
   typedef typename Simd<T>::V V;
+  static constexpr int kRows = kRegisters == 32 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
   static inline V broadcast(const T* p) { return *p - V{}; }
   static inline V add(V a, V b, V sum) { return fma(a, b, sum); }
 };
@@ -288,6 +353,7 @@ struct Channel {
 template <class T>
 struct Difference {
   typedef typename Simd<T>::V V;
+  static constexpr int kRows = CONDENSE_ISA_BYTES == 64 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
   static inline V broadcast(const T* p) { return *p - V{}; }
   static inline V add(V a, V b, V sum) {
     const V apart = a - b;
@@ -297,12 +363,31 @@ struct Difference {
 
 #if CONDENSE_ISA_PAIRS
 struct Pair {
+  static constexpr int kRows = 8;
   static inline VecF broadcast(const float* word) { return (VecF)_mm512_set1_epi32(load<int32_t>(word)); }
   static inline VecF add(VecF a, VecF b, VecF sum) {
     return (VecF)_mm512_dpbf16_ps((__m512)sum, bits_as<__m512bh>(a), bits_as<__m512bh>(b));
   }
 };
 #endif
+
+// What row r of a tile's rows from `a` on multiplies.
+template <class T, class Step>
+struct Left {
+  typedef typename Simd<T>::V V;
+#if defined(__aarch64__)
+  // A multiply-add takes it from any lane, so that one load serves several rows; GCC, had it seen that load, would load
+  // the lanes one by one.
+  V lanes;
+  inline V operator()(const T* a, int r) {
+    constexpr int kLanes = Simd<T>::kLanes;
+    if (r % kLanes == 0) asm("" : "=w"(lanes) : "0"(load<V>(a + r)));
+    return lanes[r % kLanes] - V{};
+  }
+#else
+  inline V operator()(const T* a, int r) { return Step::broadcast(a + r); }
+#endif
+};
 
 // kRows x kVectors accumulators in registers: all that the instruction set has, less what the operands need.
 template <class T, class Step, int kRows, int kVectors>
@@ -312,16 +397,17 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
   V acc[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     V bk[kVectors];
+    Left<T, Step> left;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) bk[v] = load<V>(b + k * kTile + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const V ak = Step::broadcast(a + k * kTile + r);
+      const V ak = left(a + k * kTile, r);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[r][v] = Step::add(ak, bk[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -331,14 +417,33 @@ inline void multiply_block(const T* a, const T* b, int64_t depth, T* c, int64_t 
   }
 }
 
+// The upper blocks of a panel with itself, where one vector is a third of the tile's width.
+template <class T, class Step, int kRows>
+void multiply_diagonal(const T* a, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  static_assert(kTile == 3 * kLanes && kLanes == 2 * kRows, "three steps down the diagonal");
+  const auto multiply = [&](auto block, int i, int j) {
+    if (i < rows) block(a + i, a + j, depth, c + i * ldc + j, ldc, accumulate);
+  };
+  for (int i = 0; i < kLanes; i += kRows) multiply(multiply_block<T, Step, kRows, 3>, i, 0);
+  for (int i = kLanes; i < 2 * kLanes; i += kRows) multiply(multiply_block<T, Step, kRows, 2>, i, kLanes);
+  // Twice the rows: of half as many sums each would wait for the last.
+  const int i = 2 * kLanes;
+  if (rows > i + kRows) return multiply(multiply_block<T, Step, 2 * kRows, 1>, i, i);
+  multiply(multiply_block<T, Step, kRows, 1>, i, i);
+}
+
 template <class T, class Step>
 void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, int64_t ldc, bool accumulate) {
-  constexpr int kRows = CONDENSE_ISA_BYTES == 64 ? 8 : CONDENSE_ISA_BYTES == 32 ? 6 : 4;
+  constexpr int kRows = Step::kRows;
   constexpr int kVectors = CONDENSE_ISA_BYTES == 32 ? 2 : 3;
   constexpr int kColumns = kVectors * Simd<T>::kLanes;
   static_assert(kTile % kRows == 0 && kTile % kColumns == 0, "blocks tile the tile");
+  if constexpr (kColumns == kTile) {
+    if (a == b) return multiply_diagonal<T, Step, kRows>(a, depth, rows, c, ldc, accumulate);
+  }
   for (int j = 0; j < kTile; j += kColumns) {
-    for (int i = 0; i < rows; i += kRows) {
+    for (int i = 0; i < rows && (a != b || i < j + kColumns); i += kRows) {
       multiply_block<T, Step, kRows, kVectors>(a + i, b + j, depth, c + i * ldc + j, ldc, accumulate);
     }
   }
@@ -346,12 +451,20 @@ void multiply_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* c, in
 
 #if CONDENSE_ISA_PAIRS
 void load_pairs(const void* src, int64_t stride, int64_t n, float scale, float* words) {
-  constexpr int kLanes = Simd<float>::kLanes;
+  constexpr int kValues = 2 * Simd<float>::kLanes;
   const auto* values = static_cast<const c10::BFloat16*>(src);
   auto* to = reinterpret_cast<c10::BFloat16*>(words);
+  // In their words, without changing widths. What is rounded is a subnormal number; NaN has zeros where it would be.
+  const auto scaled = [scale](Vec32 bits) {
+    const Vec32 y = bits_as<Vec32>(bits_as<VecF>(bits) * scale);
+    return y + 0x7fffu + ((y >> 16) & 1u);
+  };
   int64_t i = 0;
   if (stride == 1) {
-    for (; i + kLanes <= n; i += kLanes) narrow(widen(values + i) * scale, to + i);
+    for (; i + kValues <= n; i += kValues) {
+      const Vec32 word = load<Vec32>(values + i);
+      store(to + i, scaled(word << 16) >> 16 | (scaled(word & 0xffff0000u) & 0xffff0000u));
+    }
   }
   for (; i < n; ++i) to[i] = static_cast<float>(values[i * stride]) * scale;
   if (n % 2) to[n] = 0.0f;
@@ -668,6 +781,13 @@ void score_row(const T* m, const T* nu, T suppression, Combine combine, int64_t 
   }
 }
 
+// The sums of lanes 0 and 1, of 2 and 3, and so on, of two vectors in a row.
+template <class T, int... i>
+inline typename Simd<T>::V add_neighbours(typename Simd<T>::V low, typename Simd<T>::V high,
+                                          std::integer_sequence<int, i...>) {
+  return shuffle<T, 2 * i...>(low, high) + shuffle<T, 2 * i + 1 ...>(low, high);
+}
+
 template <class T>
 T coverage_gain(const T* column, const T* covered, int64_t n) {
   typedef typename Simd<T>::V V;
@@ -680,27 +800,13 @@ T coverage_gain(const T* column, const T* covered, int64_t n) {
       part[v] = part[v] + (more > 0 ? more : V{});
     }
   }
-#if defined(__clang__)
-  constexpr int kLeft = kVectors;
-#else
-  typedef typename Simd<T>::I I;
-  constexpr int kLeft = 1;
-  I even, odd;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    even[lane] = 2 * lane;
-    odd[lane] = 2 * lane + 1;
-  }
-  for (int left = kVectors / 2; left > 0; left /= 2) {  // whole vectors of neighbours' sums
+  for (int left = kVectors / 2; left > 0; left /= 2) {
 #pragma GCC unroll 8
-    for (int v = 0; v < left; ++v) {
-      const V low = part[2 * v], high = part[2 * v + 1];
-      part[v] = __builtin_shuffle(low, high, even) + __builtin_shuffle(low, high, odd);
-    }
+    for (int v = 0; v < left; ++v) part[v] = add_neighbours<T>(part[2 * v], part[2 * v + 1], Lanes<T>());
   }
-#endif
-  T lane[kLeft * kLanes];
-  for (int v = 0; v < kLeft; ++v) store(lane + v * kLanes, part[v]);
-  for (int left = kLeft * kLanes / 2; left > 0; left /= 2) {
+  T lane[kLanes];
+  store(lane, part[0]);
+  for (int left = kLanes / 2; left > 0; left /= 2) {
     for (int l = 0; l < left; ++l) lane[l] = lane[2 * l] + lane[2 * l + 1];
   }
   return lane[0];
@@ -824,6 +930,23 @@ double gradient_row(const T* x, const T* mean, const T* g, T weight, int64_t n, 
   return sum;
 }
 
+// The accumulators of multiply_tile, without its loads. Each starts elsewhere, so that none is another's copy.
+template <class T, class Step>
+int64_t spin(int64_t rounds) {
+  typedef typename Simd<T>::V V;
+  constexpr int kChains = CONDENSE_ISA_BYTES == 64 ? 24 : 12;
+  volatile T value = T{0.5};
+  V acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = value * i - V{};
+  const V a = value - V{}, b = value * value - V{};
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = Step::add(a, b, acc[i]);
+  }
+  for (int i = 0; i < kChains; ++i) value = acc[i][0];
+  return rounds * kChains * Simd<T>::kLanes;
+}
+
 template <class T>
 constexpr RowOps<T> table() {
   RowOps<T> ops = {};
@@ -833,15 +956,18 @@ constexpr RowOps<T> table() {
 #if CONDENSE_ISA_PAIRS
   if constexpr (sizeof(T) == 4) {
     ops.load_pairs = load_pairs;
-    ops.pack_pairs = pack_panel<T>;
+    ops.pack_pairs = pack_rows<T>;
     ops.pairs_panel = kChunk * kTile;
     ops.multiply_pairs = multiply_tile<T, Pair>;
+    ops.spin_pairs = [](int64_t rounds) { return 2 * spin<T, Pair>(rounds); };
   }
 #endif
   ops.max_magnitude = max_magnitude<T>;
   ops.sum_of_squares = sum_of_squares<T>;
   ops.sum_row = sum_row<T>;
-  ops.pack_panel = pack_panel<T>;
+  ops.add_wide = add_wide<T>;
+  ops.dot_wide = dot_wide<T>;
+  ops.pack_rows = pack_rows<T>;
   ops.multiply_tile = multiply_tile<T, Channel<T>>;
   ops.distance_tile = multiply_tile<T, Difference<T>>;
   ops.negate_root_tile = negate_root_tile<T>;
@@ -867,6 +993,7 @@ constexpr RowOps<T> table() {
   ops.exp_row = exp_row<T>;
   ops.sum_columns = sum_columns<T>;
   ops.gradient_row = gradient_row<T>;
+  ops.spin = spin<T, Channel<T>>;
   return ops;
 }
 

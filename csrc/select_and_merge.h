@@ -1,6 +1,8 @@
 // The flagship on one image, for the operators that lead to it: an image of a batch, or a segment of a packed one.
 #pragma once
 
+#include <optional>
+
 #include "stages.h"
 #include "tensors.h"
 
@@ -12,12 +14,16 @@ struct Image {
   Space space;
   int64_t num_anchors, num_background;
   double suppression, background_suppression;
-  bool scale_prior;  // to the mean similarity; false: priors are utilities
+  bool scale_prior;                       // to the mean similarity; false: priors are utilities
+  std::optional<double> mean_similarity;  // else it is computed
 
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }
   int64_t K() const { return num_anchors + num_background; }
-  double work() const { return static_cast<double>(N()) * N() * keys.d; }  // multiply-adds of s
+  int64_t similarity_bytes() const {
+    return keys.dtype == Dtype::kFloat64 || scores.dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+  }
+  Work work() const;
 };
 
 // Where an image's results go, contiguous.

@@ -14,11 +14,43 @@
 namespace condense {
 namespace {
 
-template <class S>
-bool is_stored(const Image& image) {
-  constexpr double kExpectedRounds = 12;  // of both loops, with the rows of their first picks: 8 to 15 were seen
-  return Storing::of<S>(image.keys, image.K()).is_chosen(kExpectedRounds);
-}
+// How an image's tokens are picked; the picks are the same either way. Costs are in products of two keys.
+struct Plan {
+  explicit Plan(const Image& image)
+      : n(static_cast<double>(image.N())),
+        storing(Storing::of(image.keys, image.K(), image.similarity_bytes())),
+        may_store(storing.is_allowed()),
+        needs_all(!image.mean_similarity),
+        stores(needs_all ? storing.is_chosen(kRoundsOfAll)
+                         : may_store && lazy_cost(image, kExpectedRounds) > 0.9 * stored_cost()) {}
+
+  double stored_cost() const { return 0.5 * n * n; }
+  static int64_t pool_of(int64_t n, int64_t k) { return std::min({n, kPool, width_of(k)}); }
+  // A pass over the packed keys takes as long as 8 rows do, packing a key as 16 products.
+  double round_cost(int64_t k) const {
+    const auto pool = static_cast<double>(pool_of(static_cast<int64_t>(n), k));
+    return 8 * n + (0.5 * pool + 16) * pool;
+  }
+  double loop_cost(int64_t k, double rounds) const {
+    return k > 0 ? n * static_cast<double>(k) + rounds * round_cost(k) : 0;
+  }
+  double lazy_cost(const Image& image, double rounds) const {
+    return 16 * n + loop_cost(image.num_anchors, rounds) + loop_cost(image.num_background, rounds);
+  }
+  // Tokens in many copies may end a round with every pick. Once the rounds of a loop have cost as much as s, it is s
+  // that is computed after all.
+  Rounds rounds(int64_t k) const {
+    Rounds found;
+    if (!needs_all && may_store) found.most = static_cast<int64_t>(stored_cost() / round_cost(k));
+    return found;
+  }
+
+  static constexpr double kExpectedRounds = 3;
+  static constexpr double kRoundsOfAll = 12;  // of both loops, with the rows of their first picks: 8 to 15 were seen
+  double n;
+  Storing storing;
+  bool may_store, needs_all, stores;
+};
 
 template <class T>
 struct Kept {
@@ -30,8 +62,8 @@ struct Kept {
 template <class S, class M>
 struct ImageMemory {
   ImageMemory(Memory& memory, const Image& image, int slots)
-      : ImageMemory(memory, image, slots, image.N(), image.K(), is_stored<S>(image)) {}
-  ImageMemory(Memory& memory, const Image& image, int slots, int64_t n, int64_t k, bool stored)
+      : ImageMemory(memory, image, slots, image.N(), image.K(), Plan(image)) {}
+  ImageMemory(Memory& memory, const Image& image, int slots, int64_t n, int64_t k, const Plan& plan)
       : scores(memory.take<S>(n)),
         weights(weights_beside(scores, memory, n)),
         mask(memory.take<uint8_t>(image.mask ? n : 0)),
@@ -40,14 +72,16 @@ struct ImageMemory {
         g(memory.take<S>(n)),
         order(memory.take<int64_t>(k)),
         kept(memory.take<Kept<S>>(k)),
-        s(memory.take<S>(stored ? n * n : 0)),
-        rows(memory.take<S>(stored ? 0 : (k + kTile) * width_of(n))),
-        greedy(memory, stored ? n : 0),
-        streamed_greedy(memory, stored ? 0 : n, pool_of(n, std::max(image.num_anchors, image.num_background))),
+        s(memory.take<S>(plan.stores ? n * n : 0)),
+        rows(memory.take<S>(plan.stores ? 0 : (k + kTile) * width_of(n))),
+        greedy(memory, plan.stores ? n : 0),
+        streamed_greedy(memory, plan.stores ? 0 : n, pool_of(n, std::max(image.num_anchors, image.num_background))),
         where(memory, image.space, n),
         assign(memory, n, k),
         kept_to_the_end(memory.at()),
-        similarity(memory, n, slots, stored),
+        similarity(memory, n, slots, !plan.needs_all || plan.stores, Metric::kCosine, false,
+                   plan.needs_all || plan.stores ? 0 : image.keys.d),
+        sums(memory, plan.needs_all ? 0 : n, image.keys.d, slots),
         merge(memory.rewound(kept_to_the_end), n, image.D(), k, slots) {}
   // The scores as the merge wants them.
   static M* weights_beside(S* scores, Memory& memory, int64_t n) {
@@ -70,45 +104,79 @@ struct ImageMemory {
   AssignMemory<S> assign;
   int64_t kept_to_the_end;
   SimilarityMemory<S> similarity;
-  MergeMemory<M> merge;  // in the place of similarity
+  GlobalMemory<S> sums;
+  MergeMemory<M> merge;  // in the place of the two
 };
+
+// All of s [N, N], once tokens are measured.
+template <class S, class M>
+void store_similarities(const Image& image, Crew& crew, ImageMemory<S, M>& memory) {
+  similarity_among<S>(image.keys, nullptr, image.N(), crew, memory.similarity, memory.s);
+}
 
 // The kept tokens, ascending: anchors by score (Eq. 2), then background by global similarity (Eq. 4).
 template <class S, class M>
-void select_image(const Image& image, S sbar, Crew& crew, ImageMemory<S, M>& memory) {
+void select_image(const Image& image, const Plan& plan, S sbar, Crew& crew, ImageMemory<S, M>& memory,
+                  std::optional<Workspace>& rest) {
   const int64_t N = image.N(), num_anchors = image.num_anchors, width = width_of(N);
-  const auto selection_of = [&](const S* prior, const int8_t* tier, S suppression) {
+  bool is_stored = plan.stores;
+  const auto select_stored = [&](const Selection<S>& selection, int64_t first, int64_t k) {
+    int64_t* order = memory.order + first;
+    const GreedyMemory<S>& greedy = plan.stores ? memory.greedy : memory.streamed_greedy.all;
+    greedy_select_image<S>(memory.s, N, selection, false, N, k, crew, greedy, order);
+    for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
+  };
+  const auto select_streamed = [&](const Selection<S>& selection, int64_t first, int64_t k) {
+    int64_t* order = memory.order + first;
+    S* rows = memory.rows + first * width;
+    StreamedGreedyMemory<S> greedy = memory.streamed_greedy;
+    if (!plan.needs_all) greedy.most = Plan::pool_of(N, k);
+    const int64_t picks = greedy_select_streamed<S>(image.keys, selection, k, crew, memory.similarity, greedy, order,
+                                                    rows, plan.rounds(k));
+    const auto is_out = [](S nu) { return std::isnan(nu); };
+    is_stored = picks < k && !std::all_of(greedy.all.nu, greedy.all.nu + N, is_out);  // from here on
+    if (is_stored) {
+      const int64_t bytes = bytes_of(bytes_of(N, N), sizeof(S));
+      rest.emplace(bytes);
+      memory.s = rest->piece(0, bytes).template take<S>(N, N);
+      store_similarities(image, crew, memory);
+      greedy_select_resumed<S>(memory.s, N, selection, N, picks, k, greedy.all, order);
+    } else {
+      std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      memory.kept[first + i] = {order[i], is_stored && i >= picks ? memory.s + order[i] * N : rows + i * width};
+    }
+  };
+  const auto select = [&](const S* prior, const int8_t* tier, double factor, int64_t first, int64_t k) {
     Selection<S> selection;
     selection.prior = prior;
     selection.sbar = image.scale_prior ? &sbar : nullptr;
     selection.tier = tier;
-    selection.suppression = suppression;
-    return selection;
-  };
-  const auto select_stored = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
-    int64_t* order = memory.order + first;
-    greedy_select_image<S>(memory.s, N, selection_of(prior, tier, suppression), false, N, k, crew, memory.greedy,
-                           order);
-    for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], memory.s + order[i] * N};
-  };
-  const auto select_streamed = [&](const S* prior, const int8_t* tier, S suppression, int64_t first, int64_t k) {
-    int64_t* order = memory.order + first;
-    S* rows = memory.rows + first * width;
-    const int64_t picks = greedy_select_streamed<S>(image.keys, selection_of(prior, tier, suppression), k, crew,
-                                                    memory.similarity, memory.streamed_greedy, order, rows);
-    std::fill(rows + picks * width, rows + k * width, S{0});  // of tokens that are not valid
-    for (int64_t i = 0; i < k; ++i) memory.kept[first + i] = {order[i], rows + i * width};
-  };
-  const auto select = [&](const S* prior, const int8_t* tier, double factor, int64_t first, int64_t k) {
-    const auto suppression = static_cast<S>(factor);
-    return is_stored<S>(image) ? select_stored(prior, tier, suppression, first, k)
-                               : select_streamed(prior, tier, suppression, first, k);
+    selection.suppression = static_cast<S>(factor);
+    return is_stored ? select_stored(selection, first, k) : select_streamed(selection, first, k);
   };
   select(memory.scores, memory.tier, image.suppression, 0, num_anchors);
   std::copy(memory.tier, memory.tier + N, memory.rest);
   for (int64_t i = 0; i < num_anchors; ++i) memory.rest[memory.order[i]] = kTaken;  // no candidate for the background
   select(memory.g, memory.rest, image.background_suppression, num_anchors, image.num_background);
   std::sort(memory.kept, memory.kept + image.K(), [](const Kept<S>& x, const Kept<S>& y) { return x.token < y.token; });
+}
+
+// What the picks need beside s: tier, sbar, g; and s where it is stored.
+template <class S, class M>
+S measure_image(const Image& image, const Plan& plan, Crew& crew, ImageMemory<S, M>& memory) {
+  const uint8_t* mask = image.mask ? memory.mask : nullptr;
+  if (plan.needs_all) {
+    S sbar = 0;
+    similarity_image<S>(image.keys, memory.scores, mask, crew, memory.similarity, memory.s, &sbar, memory.g,
+                        memory.tier);
+    return sbar;
+  }
+  global_similarity_image<S>(image.keys, memory.scores, mask, crew, memory.similarity.factors, memory.sums,
+                             image.num_background > 0 ? memory.g : nullptr, memory.tier);
+  plan.stores ? store_similarities(image, crew, memory) : pack_keys(image.keys, crew, memory.similarity);
+  return static_cast<S>(*image.mean_similarity);
 }
 
 template <class S, class M>
@@ -118,10 +186,10 @@ void condense_image(const Image& image, const Results& out, Memory piece, Crew& 
   image.scores.read(N, memory.scores);
   if constexpr (sizeof(S) != sizeof(M)) image.scores.read(N, memory.weights);
   if (image.mask) image.mask.read(N, memory.mask);
-  S sbar = 0;
-  similarity_image<S>(image.keys, memory.scores, image.mask ? memory.mask : nullptr, crew, memory.similarity, memory.s,
-                      &sbar, memory.g, memory.tier);
-  select_image(image, sbar, crew, memory);
+  const Plan plan(image);
+  const S sbar = measure_image(image, plan, crew, memory);
+  std::optional<Workspace> rest;  // s, where rounds end after few picks
+  select_image(image, plan, sbar, crew, memory, rest);
   for (int64_t row = 0; row < K; ++row) {
     out.indices[row] = memory.kept[row].token;
     memory.assign.s_rows[row] = memory.kept[row].s_row;
@@ -146,6 +214,15 @@ Flagship flagship_as() {
 
 }  // namespace
 
+// One pick comes after the other.
+Work Image::work() const {
+  const Plan plan(*this);
+  const double pairs = plan.stores || plan.needs_all ? 2 * plan.stored_cost() : plan.lazy_cost(*this, 1);
+  const auto tokens = static_cast<double>(N()), channels = static_cast<double>(keys.d);
+  const double shared = products(pairs * channels) + tokens * (5 * channels + 300);
+  return {shared + tokens * static_cast<double>(K() + 350), shared};
+}
+
 ScalarType mass_dtype(const Tensor& features, const Tensor& scores) {
   return is_double(features) || is_double(scores) ? ScalarType::Double : ScalarType::Float;
 }
@@ -163,7 +240,7 @@ namespace {
 struct Arguments {
   const Tensor &features, &scores, &keys;
   const std::optional<std::vector<int64_t>>& grid;
-  const std::optional<Tensor>&positions, &mask;
+  const std::optional<Tensor>&positions, &mask, &mean_similarity;
   int64_t num_anchors, num_background;
   double suppression, spatial_weight, background_suppression;
   bool scale_prior;
@@ -182,7 +259,8 @@ struct Arguments {
             num_background,
             suppression,
             background_suppression,
-            scale_prior};
+            scale_prior,
+            number_of(mean_similarity, b)};
   }
 };
 
@@ -223,7 +301,8 @@ struct Call {
 Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                   const std::optional<Tensor>& keys, const std::optional<std::vector<int64_t>>& grid,
                   const std::optional<Tensor>& positions, const std::optional<Tensor>& mask, double suppression,
-                  double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
+                  double spatial_weight, std::optional<double> background_suppression, bool scale_prior,
+                  const std::optional<Tensor>& mean_similarity) {
   check_rank("features", features, "B N D", 3);
   check_floating("features", features);
   check_not_empty("features", features, 1, "token");
@@ -247,17 +326,13 @@ Arguments checked(const Tensor& features, const Tensor& scores, int64_t num_anch
   check_weight("spatial_weight", spatial_weight);
   check_weight("background_suppression", background_suppression);
   check_where(grid, positions, spatial_weight, B, N);
-  return {features,
-          scores,
-          keys ? *keys : features,
-          grid,
-          positions,
-          mask,
-          num_anchors,
-          num_background,
-          suppression,
-          spatial_weight,
-          background_suppression.value_or(suppression),
+  if (mean_similarity) {
+    check_shape("mean_similarity", *mean_similarity, "B", {B});
+    check_working("mean_similarity", *mean_similarity);
+  }
+  return {features,       scores,      keys ? *keys : features, grid,
+          positions,      mask,        mean_similarity,         num_anchors,
+          num_background, suppression, spatial_weight,          background_suppression.value_or(suppression),
           scale_prior};
 }
 
@@ -286,9 +361,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge(
     const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
     std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions,
     std::optional<Tensor> mask, double suppression, double spatial_weight, std::optional<double> background_suppression,
-    bool scale_prior) {
+    bool scale_prior, std::optional<Tensor> mean_similarity) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression, scale_prior);
+                              spatial_weight, background_suppression, scale_prior, mean_similarity);
   const Outputs out{empty("merged", {a.B(), a.K(), a.D()}, features.scalar_type()),
                     empty("indices", {a.B(), a.K()}, ScalarType::Long),
                     empty("assignment", {a.B(), a.N()}, ScalarType::Long),
@@ -302,10 +377,10 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
                           std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                           std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
                           double spatial_weight, std::optional<double> background_suppression, bool scale_prior,
-                          std::optional<Tensor> workspace, const Tensor& merged, const Tensor& indices,
-                          const Tensor& assignment, const Tensor& mass) {
+                          std::optional<Tensor> mean_similarity, std::optional<Tensor> workspace, const Tensor& merged,
+                          const Tensor& indices, const Tensor& assignment, const Tensor& mass) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression, scale_prior);
+                              spatial_weight, background_suppression, scale_prior, mean_similarity);
   check_output("merged", merged, "B K D", {a.B(), a.K(), a.D()}, features.scalar_type());
   check_output("indices", indices, "B K", {a.B(), a.K()}, ScalarType::Long);
   check_output("assignment", assignment, "B N", {a.B(), a.N()}, ScalarType::Long);
@@ -314,7 +389,7 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
       {Span::written("merged", merged), Span::written("indices", indices), Span::written("assignment", assignment),
        Span::written("mass", mass), workspace ? Span::written("workspace", *workspace) : Span("workspace"),
        Span::read("features", features), Span::read("scores", scores), Span::read("keys", keys),
-       Span::read("positions", positions), Span::read("mask", mask)},
+       Span::read("positions", positions), Span::read("mask", mask), Span::read("mean_similarity", mean_similarity)},
       5);
   const Outputs out{merged, indices, assignment, mass};
   const Call call(a);
@@ -328,9 +403,10 @@ void select_and_merge_out(const Tensor& features, const Tensor& scores, int64_t 
 int64_t workspace_bytes(const Tensor& features, const Tensor& scores, int64_t num_anchors, int64_t num_background,
                         std::optional<Tensor> keys, std::optional<std::vector<int64_t>> grid,
                         std::optional<Tensor> positions, std::optional<Tensor> mask, double suppression,
-                        double spatial_weight, std::optional<double> background_suppression, bool scale_prior) {
+                        double spatial_weight, std::optional<double> background_suppression, bool scale_prior,
+                        std::optional<Tensor> mean_similarity) {
   const Arguments a = checked(features, scores, num_anchors, num_background, keys, grid, positions, mask, suppression,
-                              spatial_weight, background_suppression, scale_prior);
+                              spatial_weight, background_suppression, scale_prior, mean_similarity);
   return Memory::kLine + Call(a).bytes();
 }
 

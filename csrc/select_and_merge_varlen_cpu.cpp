@@ -16,7 +16,7 @@ namespace {
 
 // What a segment keeps of the packed tokens and rows; none of the counts is 0.
 struct Segment {
-  int64_t first_token, num_tokens, first_row, num_anchors, num_background;
+  int64_t number, first_token, num_tokens, first_row, num_anchors, num_background;
 
   int64_t num_rows() const { return num_anchors + num_background; }
 };
@@ -26,6 +26,7 @@ struct Packed {
   Image tokens;
   Results results;
   int64_t total_keep, row_bytes, mass_bytes;
+  const std::optional<Tensor>& mean_similarity;
 
   Image image(const Segment& segment) const {
     const int64_t first = segment.first_token;
@@ -36,6 +37,7 @@ struct Packed {
     part.space = tokens.space.from(first);
     part.num_anchors = segment.num_anchors;
     part.num_background = segment.num_background;
+    part.mean_similarity = number_of(mean_similarity, segment.number);
     return part;
   }
   Results results_of(const Segment& segment) const {
@@ -67,7 +69,7 @@ std::vector<Segment> segments_of(const Tensor& cu_seqlens, const Tensor& cu_anch
     const int64_t n = tokens[s + 1] - tokens[s], k = std::min(n, rows[s + 1] - rows[s]);
     if (k == 0 || n > max_seqlen) continue;
     const int64_t num_anchors = std::clamp<int64_t>(anchors[s + 1] - anchors[s], 0, k);
-    segments.push_back({tokens[s], n, rows[s], num_anchors, k - num_anchors});
+    segments.push_back({static_cast<int64_t>(s), tokens[s], n, rows[s], num_anchors, k - num_anchors});
   }
   return segments;
 }
@@ -91,10 +93,8 @@ struct Turn {
   double work;
 };
 
-std::vector<Turn> turns_of(const std::vector<Segment>& segments, int64_t key_channels) {
-  const auto work_of = [&](const Segment& segment) {
-    return static_cast<double>(segment.num_tokens) * segment.num_tokens * key_channels;
-  };
+std::vector<Turn> turns_of(const std::vector<Segment>& segments, const Packed& packed) {
+  const auto work_of = [&](const Segment& segment) { return packed.image(segment).work().all; };
   double total = 0;
   for (const Segment& segment : segments) total += work_of(segment);
   const double most = std::min(kWorthAThread, total / (8.0 * torch::stable::get_num_threads()));
@@ -130,7 +130,7 @@ int64_t count_giants(const std::vector<Turn>& turns, double total) {
 }
 
 void condense_segments(const std::vector<Segment>& segments, const Packed& packed, const Flagship& flagship) {
-  const std::vector<Turn> turns = turns_of(segments, packed.tokens.keys.d);
+  const std::vector<Turn> turns = turns_of(segments, packed);
   const auto work_from = [&](int64_t first) {
     return std::accumulate(turns.begin() + first, turns.end(), 0.0, [](double w, const Turn& t) { return w + t.work; });
   };
@@ -163,7 +163,8 @@ void condense_segments(const std::vector<Segment>& segments, const Packed& packe
 void check_arguments(const Tensor& features, const Tensor& scores, const Tensor& cu_seqlens, const Tensor& cu_anchors,
                      const Tensor& cu_background, int64_t total_keep, int64_t max_seqlen,
                      const std::optional<Tensor>& keys, const std::optional<Tensor>& positions, double suppression,
-                     double spatial_weight, std::optional<double> background_suppression) {
+                     double spatial_weight, std::optional<double> background_suppression,
+                     const std::optional<Tensor>& mean_similarity) {
   check_rank("features", features, "T D", 2);
   check_floating("features", features);
   check_not_empty("features", features, 1, "channel");
@@ -187,15 +188,19 @@ void check_arguments(const Tensor& features, const Tensor& scores, const Tensor&
   check_weight("spatial_weight", spatial_weight);
   check_weight("background_suppression", background_suppression);
   check_packed_positions(positions, spatial_weight, T);
+  if (mean_similarity) {
+    check_shape("mean_similarity", *mean_similarity, "S", {cu_seqlens.size(0) - 1});
+    check_working("mean_similarity", *mean_similarity);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(
     const Tensor& features, const Tensor& scores, const Tensor& cu_seqlens, const Tensor& cu_anchors,
     const Tensor& cu_background, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> keys,
     std::optional<Tensor> positions, double suppression, double spatial_weight,
-    std::optional<double> background_suppression, bool scale_prior) {
+    std::optional<double> background_suppression, bool scale_prior, std::optional<Tensor> mean_similarity) {
   check_arguments(features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, keys, positions,
-                  suppression, spatial_weight, background_suppression);
+                  suppression, spatial_weight, background_suppression, mean_similarity);
   const int64_t T = features.size(0), D = features.size(1);
   const Tensor merged = empty("merged", {total_keep, D}, features.scalar_type());
   const Tensor indices = empty("indices", {total_keep}, ScalarType::Long);
@@ -212,11 +217,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_and_merge_varlen(
                        0,
                        suppression,
                        background_suppression.value_or(suppression),
-                       scale_prior},
+                       scale_prior,
+                       {}},
                       {output<char>(merged), output<int64_t>(indices), output<int64_t>(assignment), output<char>(mass)},
                       total_keep,
                       D * static_cast<int64_t>(merged.element_size()),
-                      static_cast<int64_t>(mass.element_size())};
+                      static_cast<int64_t>(mass.element_size()),
+                      mean_similarity};
   const std::vector<Segment> segments = segments_of(cu_seqlens, cu_anchors, cu_background, T, total_keep, max_seqlen);
   clear_between(segments, packed);
   if (!segments.empty()) condense_segments(segments, packed, flagship_for(features, scores, k));

@@ -21,13 +21,8 @@
 #include "tensors.h"
 
 namespace condense {
-namespace {
 
-constexpr bool kSymmetric = true, kSummed = true;
-constexpr int64_t kRun = 1024;             // channels converted at a time
 constexpr int64_t kStripRows = 4 * kTile;  // a packing of all keys costs as much as 16 of them
-
-// tier, scale and inv of token i; row holds kRun channels.
 template <class T>
 void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
@@ -35,11 +30,16 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = *inv = 0;
   *tier = kMasked;
   if (mask && mask[i] == 0) return;
+  const T* values = nullptr;
+  const auto load = [&](int64_t c) {
+    const int64_t depth = std::min(kRun, keys.d - c);
+    values = row_as(keys.run(i, c, depth), 0, row);
+    return depth;
+  };
   T magnitude = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, T{1}, row);
-    magnitude = std::max(magnitude, ops.max_magnitude(row, depth));
+    const int64_t depth = load(c);
+    magnitude = std::max(magnitude, ops.max_magnitude(values, depth));
   }
   *tier = finite_score && magnitude <= std::numeric_limits<T>::max() ? kValid : kNonFinite;
   if (*tier != kValid || magnitude == 0) return;
@@ -47,12 +47,15 @@ void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t
   *scale = std::ldexp(T{1}, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit));
   double squares = 0;
   for (int64_t c = 0; c < keys.d; c += kRun) {
-    const int64_t depth = std::min(kRun, keys.d - c);
-    ops.load_row(keys.at(i, c), keys.dtype, keys.stride_d, depth, *scale, row);
-    squares += ops.sum_of_squares(row, depth);
+    const int64_t depth = keys.d > kRun ? load(c) : keys.d;
+    squares += ops.sum_of_squares(values, depth, *scale);
   }
   *inv = static_cast<T>(1 / std::sqrt(squares));
 }
+
+namespace {
+
+constexpr bool kSymmetric = true, kSummed = true;
 
 // g and the sum of |s|, from the tiles' integers.
 template <class T>
@@ -180,18 +183,25 @@ double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, Similari
 // The tiles of both sides, into `to`; of all tokens with all also their sums and who is nearest.
 template <class T>
 void run_tiles(const Rows& keys, const Side& a, const Side& b, bool symmetric, bool summed, bool with_nearest,
-               const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory) {
-  const PairTiles<T> tiles{row_ops<T>(),
-                           keys,
-                           memory.factors,
-                           a,
-                           b,
-                           symmetric,
-                           summed,
-                           to,
-                           memory.metric,
-                           memory.unscale,
-                           with_nearest ? memory.penalty : nullptr};
+               const Destination<T>& to, Crew& crew, SimilarityMemory<T>& memory, const T* packed = nullptr) {
+  PairTiles<T> tiles{row_ops<T>(),
+                     keys,
+                     memory.factors,
+                     a,
+                     b,
+                     symmetric,
+                     summed,
+                     to,
+                     memory.metric,
+                     memory.unscale,
+                     with_nearest ? memory.penalty : nullptr,
+                     packed};
+  // Many threads: packed once, the keys take less than what each would pack for itself.
+  const int64_t all = panels_of(a.count) * tiles.chunks() * tiles.panel_size();
+  if (symmetric && crew.size() > 1 && all <= memory.slots * memory.panels_size) {
+    crew.run([&](int slot) { tiles.pack_all(slot, crew.size(), memory.of_slot[slot], memory.panels); });
+    tiles.packed = memory.panels;
+  }
   crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
 }
 
@@ -238,13 +248,12 @@ void end_nearest(int64_t n, const int8_t* tier, const SimilarityMemory<T>& memor
 }  // namespace
 
 template <class T>
-TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest)
+TileMemory<T>::TileMemory(Memory& memory, T* panels, int64_t n, bool stored, bool with_nearest)
     : rows(memory.take<T>(kTile * kChunk)),
-      panels(memory.take<T>(std::min<int64_t>(2 * panels_of(n), std::max(kWholePanels, 2 * kBlockPanels)) *
-                            std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))),
+      panels(panels),
       tile(rows),  // what was packed is not needed when products are finished
       mirror(rows ? rows + kTile * kTile : nullptr),
-      block(stored ? nullptr : memory.take<T>(kBlockWidth * kBlockWidth)),
+      block(stored ? nullptr : memory.take<T>(kStreamedWidth * kStreamedWidth)),
       run(memory.take<T>(kRun)),
       g(memory.take<int64_t>(width_of(n))),
       nearest(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
@@ -252,17 +261,22 @@ TileMemory<T>::TileMemory(Memory& memory, int64_t n, bool stored, bool with_near
 
 template <class T>
 SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric,
-                                      bool with_nearest)
+                                      bool with_nearest, int64_t packed_channels)
     : metric(metric),
       factors(memory, n),
       of_slot(memory.take<TileMemory<T>>(slots)),
       slots(slots),
+      panels_size(panels_of_thread(n) * std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel)),
+      panels(memory.take<T>(panels_size, slots)),
       sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
       strip(sums_are_plain() && !stored ? memory.take<T>((sizeof(T) == 8 ? kStripRows : kTile) * width_of(n))
                                         : nullptr),
-      penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr) {
+      penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
+      packed(packed_channels > 0 ? memory.take<T>((packed_channels + kChunk - 1) / kChunk * panels_of(n),
+                                                  std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))
+                                 : nullptr) {
   for (int slot = 0; slot < slots; ++slot) {
-    const TileMemory<T> of_this(memory, n, stored, with_nearest);
+    const TileMemory<T> of_this(memory, panels ? panels + slot * panels_size : nullptr, n, stored, with_nearest);
     if (of_slot) new (of_slot + slot) TileMemory<T>(of_this);
   }
 }
@@ -301,6 +315,13 @@ void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Cr
 }
 
 template <class T>
+void pack_keys(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory) {
+  const Side all{keys.n};
+  const PairTiles<T> tiles{row_ops<T>(), keys, memory.factors, all, all, !kSymmetric, !kSummed, {}, memory.metric};
+  crew.run([&](int slot) { tiles.pack_all(slot, crew.size(), memory.of_slot[slot], memory.packed); });
+}
+
+template <class T>
 void similarity_diagonal(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory, T* diagonal) {
   crew.run([&](int slot) {
     T square[kTile * kTile];
@@ -331,15 +352,18 @@ template <class T>
 void similarity_rows(const Rows& keys, const int64_t* tokens, int64_t count, Crew& crew, SimilarityMemory<T>& memory,
                      T* rows) {
   const Side some{count, tokens}, all{keys.n};
-  run_tiles<T>(keys, some, all, !kSymmetric, !kSummed, false, {rows, width_of(keys.n), true}, crew, memory);
+  run_tiles<T>(keys, some, all, !kSymmetric, !kSummed, false, {rows, width_of(keys.n), true}, crew, memory,
+               memory.packed);
 }
 
 #define CONDENSE_INSTANTIATE(T)                                                                                     \
   template struct TileMemory<T>;                                                                                    \
   template struct SimilarityMemory<T>;                                                                              \
+  template void measure_token<T>(const Rows&, int64_t, bool, const uint8_t*, T*, int8_t*, T*, T*);                  \
   template void measure_keys<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, int8_t*);       \
   template void similarity_image<T>(const Rows&, const T*, const uint8_t*, Crew&, SimilarityMemory<T>&, T*, T*, T*, \
                                     int8_t*, T*, int64_t);                                                          \
+  template void pack_keys<T>(const Rows&, Crew&, SimilarityMemory<T>&);                                             \
   template void similarity_diagonal<T>(const Rows&, Crew&, SimilarityMemory<T>&, T*);                               \
   template void similarity_among<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);         \
   template void similarity_rows<T>(const Rows&, const int64_t*, int64_t, Crew&, SimilarityMemory<T>&, T*);
@@ -375,7 +399,7 @@ Pairs similarity_as(const Tensor& keys, const Arguments<T>& arguments) {
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, N, slots, true, arguments.metric, arguments.with_nearest);
   };
-  for_each_image(B, static_cast<double>(N) * N * keys.size(2), pieces, [&](int64_t b, auto& memory, Crew& crew) {
+  for_each_image(B, similarity_work(N, keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     similarity_image<T>(rows_of(keys, b), row_of<T>(arguments.scores, b, N), row_of<uint8_t>(arguments.mask, b, N),
                         crew, memory, output<T>(s) + b * N * N, output<T>(sbar) + b, output<T>(g) + b * N,
                         output<int8_t>(tier) + b * N, arguments.with_nearest ? output<T>(nearest) + b * N : nullptr);
@@ -438,28 +462,26 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
   };
   const std::vector<Part> parts = parts_of(cu_seqlens, std::nullopt, tokens, 0, max_seqlen);
   int64_t end = 0;
-  double work = 0;
+  Work work = 0;
   for (const Part& part : parts) {
     fill_until(end, part.first_token);
     end = part.first_token + part.num_tokens;
-    work += static_cast<double>(part.num_tokens) * static_cast<double>(part.num_tokens * keys.size(1));
+    work += similarity_work(part.num_tokens, keys.size(1));
   }
   fill_until(end, tokens);
   const auto count = static_cast<int64_t>(parts.size());
   const auto pieces = [&](Memory& memory, int slots) {
     return SimilarityMemory<T>(memory, longest(parts), slots, true, arguments.metric, true);
   };
-  for_each_image(count, work / static_cast<double>(std::max<int64_t>(count, 1)), pieces,
-                 [&](int64_t p, auto& memory, Crew& crew) {
-                   const Part& part = parts[p];
-                   const int64_t first = part.first_token, n = part.num_tokens;
-                   T* rows = output<T>(s) + first * max_seqlen;
-                   similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
-                                       row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows,
-                                       output<T>(sbar) + part.number, output<T>(g) + first,
-                                       output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
-                   for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
-                 });
+  for_each_image(count, work / count, pieces, [&](int64_t p, auto& memory, Crew& crew) {
+    const Part& part = parts[p];
+    const int64_t first = part.first_token, n = part.num_tokens;
+    T* rows = output<T>(s) + first * max_seqlen;
+    similarity_image<T>(rows_of(keys).part(first, n), row_of<T>(arguments.scores, first, 1),
+                        row_of<uint8_t>(arguments.mask, first, 1), crew, memory, rows, output<T>(sbar) + part.number,
+                        output<T>(g) + first, output<int8_t>(tier) + first, output<T>(nearest) + first, max_seqlen);
+    for (int64_t i = 0; i < n; ++i) std::fill_n(rows + i * max_seqlen + n, max_seqlen - n, T{0});
+  });
   return {s, sbar, g, tier, nearest};
 }
 

@@ -25,6 +25,10 @@ struct Rows {
 
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
   const void* at(int64_t i, int64_t c) const { return data + (i * stride_n + c * stride_d) * element_size(); }
+  // Channels [c, c + count) of token i.
+  Rows run(int64_t i, int64_t c, int64_t count) const {
+    return {static_cast<const char*>(at(i, c)), dtype, 1, count, stride_n, stride_d};
+  }
   // Tokens [first, first + count).
   Rows part(int64_t first, int64_t count) const {
     return {static_cast<const char*>(at(first, 0)), dtype, count, d, stride_n, stride_d};
@@ -67,7 +71,7 @@ struct KeyFactors {
 // What one thread multiplies tiles in.
 template <class T>
 struct TileMemory {
-  TileMemory(Memory& memory, int64_t n, bool stored, bool with_nearest);
+  TileMemory(Memory& memory, T* panels, int64_t n, bool stored, bool with_nearest);
   T *rows, *panels, *tile, *mirror, *block, *run;
   int64_t* g;  // [n padded] fixed point
   T* nearest;  // [n padded]
@@ -77,7 +81,7 @@ struct TileMemory {
 template <class T>
 struct SimilarityMemory {
   SimilarityMemory(Memory& memory, int64_t n, int slots, bool stored, Metric metric = Metric::kCosine,
-                   bool with_nearest = false);
+                   bool with_nearest = false, int64_t packed_channels = 0);
   bool sums_are_plain() const { return sizeof(T) == 8 || metric != Metric::kCosine; }
 
   Metric metric;
@@ -85,13 +89,23 @@ struct SimilarityMemory {
   T unscale = 1;  // of distances
   TileMemory<T>* of_slot;
   int slots;
+  int64_t panels_size;  // of a slot's panels, which lie behind each other
+  T* panels;
   double* sums;  // [n] plain sums alone
   T* strip;      // [rows, width_of(n)] plain sums alone, where s is not stored
   T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
+  T* packed;     // all keys as similarity_rows multiplies them, once pack_keys has been called; null: they are packed
+                 // again for each product
 };
 
 // Length of a row of similarities that is a whole number of tiles.
 constexpr int64_t width_of(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+// All similarities of n keys of d channels.
+inline double similarity_work(int64_t n, int64_t d) {
+  const auto numbers = static_cast<double>(n) * static_cast<double>(d);
+  return products(static_cast<double>(n) * numbers) + 5 * numbers;
+}
 
 // sbar [1], g [n], tier [n], and s [n, n] contiguous unless it is null: then tiles are dropped once they are summed.
 // scores may be null, and so may mask. nearest [n], unless null: the largest similarity to another valid token, the
@@ -100,10 +114,38 @@ template <class T>
 void similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                       T* s, T* sbar, T* g, int8_t* tier, T* nearest = nullptr, int64_t ld = 0);
 
+constexpr int64_t kRun = 1024;  // channels converted at a time
+
+// tier, scale and inv of token i; row holds kRun channels.
+template <class T>
+void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
+                   T* inv);
+
+// Of global_similarity_image.
+template <class T>
+struct GlobalMemory {
+  GlobalMemory(Memory& memory, int64_t n, int64_t d, int slots)
+      : parts(static_cast<int>(std::clamp<int64_t>(n / 64, 1, 16))),
+        rows(memory.take<T>(n > 0 ? kRun : 0, slots)),
+        sums(memory.take<double>(n > 0 ? d : 0, parts)) {}
+  int parts;
+  T* rows;       // [slots, kRun]
+  double* sums;  // [parts, d]
+};
+
+// measure_keys of cosines, and g [n] unless it is null.
+template <class T>
+void global_similarity_image(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew,
+                             const KeyFactors<T>& factors, const GlobalMemory<T>& memory, T* g, int8_t* tier);
+
 // tier [n], and in memory what similarity_among and similarity_rows go by: of similarity_image the first step.
 template <class T>
 void measure_keys(const Rows& keys, const T* scores, const uint8_t* mask, Crew& crew, SimilarityMemory<T>& memory,
                   int8_t* tier);
+
+// Fills memory.packed, after measure_keys.
+template <class T>
+void pack_keys(const Rows& keys, Crew& crew, SimilarityMemory<T>& memory);
 
 // diagonal [n]: of each token with itself, after measure_keys.
 template <class T>

@@ -17,10 +17,9 @@ struct Storing {
   int64_t size;     // bytes of a similarity
   double channels;  // multiply-adds of one
 
-  template <class T>
-  static Storing of(const Rows& keys, int64_t k) {
-    const bool in_pairs = row_ops<T>().multiply_pairs && keys.dtype == Dtype::kBFloat16;
-    return {keys.n, k, sizeof(T), (in_pairs ? 0.5 : 1.0) * static_cast<double>(keys.d)};
+  static Storing of(const Rows& keys, int64_t k, int64_t size) {
+    const bool in_pairs = keys.dtype == Dtype::kBFloat16 && size == 4 && row_ops<float>().multiply_pairs;
+    return {keys.n, k, size, (in_pairs ? 0.5 : 1.0) * static_cast<double>(keys.d)};
   }
 
   double pairs() const { return static_cast<double>(n) * static_cast<double>(n); }

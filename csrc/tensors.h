@@ -182,6 +182,14 @@ inline Column column_of(const Tensor& t, int64_t b = 0) {
   return {static_cast<const char*>(t.const_data_ptr()) + offset * size, t.scalar_type(), t.stride(token) * size};
 }
 
+// Number b of a tensor [B] in any layout; of an empty batch, whose first image is asked for its size, 0.
+inline std::optional<double> number_of(const std::optional<Tensor>& t, int64_t b) {
+  if (!t) return std::nullopt;
+  double number = 0;
+  if (b < t->size(0)) column_of(*t).from(b).read(1, &number);
+  return number;
+}
+
 // Where an image's tokens are, as Eq. 6 is told: on a grid, or at positions [n, num_axes] of any dtype and layout.
 struct Space {
   double spatial_weight;

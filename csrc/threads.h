@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -16,23 +17,9 @@
 #endif
 
 #include "memory.h"
+#include "subnormals.h"
 
 namespace condense {
-
-// Subnormal numbers count while this lives: torch.set_flush_denormal acts on single threads, and a result must not
-// depend on which of them computed it.
-class KeepSubnormals {
- public:
-#if defined(__x86_64__)
-  KeepSubnormals() : before_(_mm_getcsr()) {
-    _mm_setcsr(before_ & ~0x8040u);
-  }  // neither flush to zero nor read as zero
-  ~KeepSubnormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
-#endif
-};
 
 // Runs f(slot) for every slot on torch's own threads. torch would replace an exception by one that says nothing.
 template <class F>
@@ -125,6 +112,8 @@ class Crew {
     if (++spins > kAwake) return std::this_thread::yield();
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // some ten cycles; yield, meant for this, is none at all on most processors
 #endif
   }
 
@@ -152,10 +141,31 @@ void with_crew(int size, const F& f) {
   });
 }
 
-// Multiply-adds of some ten microseconds: what a parallel region costs.
-constexpr double kWorthAThread = 1 << 17;
+// What a call costs, in numbers that a loop over rows passes: some 0.15 ns each. `shared` is what the threads of an
+// image can divide among them.
+struct Work {
+  Work(double all) : Work(all, all) {}
+  Work(double all, double shared) : all(all), shared(shared) {}
+  Work& operator+=(const Work& other) {
+    all += other.all;
+    shared += other.shared;
+    return *this;
+  }
+  // That of each of so many images, on average.
+  Work operator/(int64_t images) const {
+    const auto count = static_cast<double>(std::max<int64_t>(images, 1));
+    return {all / count, shared / count};
+  }
+  double all, shared;
+};
 
-// Threads worth waking for so many multiply-adds.
+// Multiply-adds of tiles, of which a thread makes some 200 in a nanosecond.
+constexpr double products(double multiply_adds) { return multiply_adds / 32; }
+
+// Some fifteen microseconds: a parallel region costs five, and more where other programs use the cores.
+constexpr double kWorthAThread = 100000;
+
+// Threads worth waking for so much work.
 inline int slots_for(double work, int64_t most) {
   const auto threads = static_cast<double>(torch::stable::get_num_threads());
   return static_cast<int>(std::max(1.0, std::min({threads, static_cast<double>(most), work / kWorthAThread})));
@@ -168,18 +178,23 @@ struct Schedule {
   int slots;              // threads of an image
   int64_t in_a_turn = 1;  // images that a thread takes at once, neighbours: their results share cache lines
 
-  // `work` is what an image costs, in multiply-adds.
-  static Schedule for_batch(int64_t images, double work) {
+  // `work` is that of an image.
+  static Schedule for_batch(int64_t images, Work work) {
+    constexpr double kTogether = 1.15;  // of its time an image takes where threads share it: they wait for each other
     const int64_t threads = torch::stable::get_num_threads();
-    if (images % threads != 0 && images < 4 * threads) return {1, slots_for(work, threads)};
-    const double turn = std::min(kWorthAThread / std::max(work, 1.0), images / (8.0 * threads));
-    return {slots_for(static_cast<double>(images) * work, images), 1, std::max<int64_t>(1, turn)};
+    const auto count = static_cast<double>(images);
+    const int slots = slots_for(work.shared, threads), at_a_time = slots_for(count * work.all, images);
+    const double in_turn = count * (work.all - work.shared + work.shared / slots) * kTogether;
+    if (slots > 1 && in_turn < std::ceil(count / at_a_time) * work.all) return {1, slots};
+    const double turn = std::min(kWorthAThread / std::max(work.all, 1.0), count / (8.0 * at_a_time));
+    return {at_a_time, 1, std::max<int64_t>(1, turn)};
   }
 };
 
 // Runs f(image, memory, crew) for every image, memory being `bytes` of the workspace.
 template <class F>
 void for_each_image(int64_t images, const Schedule& schedule, const Workspace& workspace, int64_t bytes, const F& f) {
+  if (images == 0) return;
   if (schedule.slots > 1) {
     return with_crew(schedule.slots, [&](Crew& crew) {
       for (int64_t b = 0; b < images; ++b) f(b, workspace.piece(0, bytes), crew);
@@ -197,7 +212,7 @@ void for_each_image(int64_t images, const Schedule& schedule, const Workspace& w
 
 // The same for an operator of its own, f(image, pieces, crew): Pieces(memory, slots) takes what an image needs.
 template <class Pieces, class F>
-void for_each_image(int64_t images, double work, const Pieces& pieces, const F& f) {
+void for_each_image(int64_t images, Work work, const Pieces& pieces, const F& f) {
   const Schedule schedule = Schedule::for_batch(images, work);
   Memory count;
   pieces(count, schedule.slots);

@@ -26,7 +26,7 @@ def in_a_row(inputs: Inputs, of_anchors: float, of_background: float, backend: s
     where = {"grid": inputs.grid, "positions": inputs.positions, "spatial_weight": inputs.spatial_weight}
     keys = inputs.features if inputs.keys is None else inputs.keys
     s, sbar, g, tier = ck.similarity(keys, inputs.scores, inputs.mask, backend=backend)
-    pick = functools.partial(ck.greedy_select, sbar=sbar, backend=backend)
+    pick = functools.partial(ck.greedy_select, sbar=sbar if inputs.scale_prior else None, backend=backend)
     anchors = pick(s, inputs.scores, inputs.num_anchors, tier=tier, suppression=of_anchors)
     rest = tier.scatter(1, anchors, 3)
     background = pick(s, g, inputs.num_background, tier=rest, suppression=of_background)

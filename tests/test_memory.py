@@ -208,7 +208,7 @@ ALLOCATED = {  # units of 2**20 bytes, and what for
     "select_and_merge": {"4 for merged", "8 for indices", "8 for assignment", "4 for mass"},
     "select_and_merge_varlen": {
         *("4 for merged", "8 for indices", "8 for assignment", "4 for mass"),
-        *("8 for the offsets", "40 for the segments", "24 for the segments"),
+        *("8 for the offsets", "48 for the segments", "24 for the segments"),
     },
 }
 

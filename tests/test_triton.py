@@ -29,7 +29,11 @@ from condense_kernels.testing import KINDS, Inputs, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's; they are meant to be
 NAN, INF = float("nan"), float("inf")
-STAGES = compose(Stages(similarity.similarity, greedy_select.greedy_select, assign.assign, merge.merge))
+STAGES = compose(
+    Stages(
+        similarity.similarity, similarity.global_similarity_of, greedy_select.greedy_select, assign.assign, merge.merge
+    )
+)
 
 
 def assert_same_bits(actual, expected):

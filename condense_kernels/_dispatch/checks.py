@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WORKING = (torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -172,6 +173,15 @@ def check_weight(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}: {value!r}. Remedy: float({name}).")
     if not 0 <= value <= FLOAT32_MAX:
         raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}. Remedy: 0 switches the term off.")
+
+
+def as_each(name: str, value: Any, like: torch.Tensor, count: int | None = None) -> Any:
+    """A number for each image, [B] or of ``count``, where it is one for all; a tensor, and None, as they are."""
+    if value is None or isinstance(value, torch.Tensor) or not isinstance(like, torch.Tensor) or like.dim() == 0:
+        return value
+    if not torch.compiler.is_compiling():
+        check_weight(name, value)
+    return like.new_full((like.shape[0] if count is None else count,), value, dtype=torch.float64)
 
 
 def check_background_suppression(value: float | None) -> None:

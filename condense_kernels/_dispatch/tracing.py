@@ -9,6 +9,7 @@ from torch.fx import Proxy
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable)
 
 
 def leaf(
@@ -50,3 +51,9 @@ def checked(check: Callable[P, object], *args: P.args, **options: P.kwargs) -> N
     operator asks them when it runs."""
     if not torch.compiler.is_compiling():
         unrecorded(check, *args, **options)
+
+
+def constant_in_graphs(function: F) -> F:
+    """torch.compiler.assume_constant_result, which imports dynamo for that: seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of dynamo's own
+    return function

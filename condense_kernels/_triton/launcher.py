@@ -19,7 +19,7 @@ VARYING = (
     "HEIGHT", "GRID_WIDTH", "stride_score_b", "stride_score_h", "stride_mask_b", "stride_mass_b",
     "stride_grad_mass_b", "stride_index_b", "stride_assignment_b", "stride_tier_b", "stride_source_b",
     "stride_prior_b", "stride_where_b", "stride_row_b", "stride_lse_b", "stride_lse_h", "stride_first_b",
-    "stride_candidate_b", "stride_quality_b", "K_NN", "stride_neighbour_b", "stride_neighbour_k",
+    "stride_candidate_b", "stride_quality_b", "stride_sbar_b", "K_NN", "stride_neighbour_b", "stride_neighbour_k",
     "stride_weight_b", "stride_weight_k",
 )  # fmt: skip
 

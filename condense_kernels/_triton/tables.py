@@ -70,6 +70,19 @@ class SimilarityConfig:
 
 
 @dataclass(frozen=True)
+class UnitSumConfig:
+    """Of the launches that add unit keys, and multiply each with the sum; their channels are SimilarityConfig's."""
+
+    block: int = 32  # tokens of a program
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def for_shape(cls) -> "UnitSumConfig":
+        return _chosen(cls())
+
+
+@dataclass(frozen=True)
 class DistanceConfig:
     """Of metric "neg_l2". The order of the channels, and so the bits, depend on block_d alone."""
 

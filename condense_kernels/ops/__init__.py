@@ -39,5 +39,7 @@ from .select_and_merge import Condensed as Condensed
 from .select_and_merge import select_and_merge as select_and_merge
 from .select_and_merge import workspace_bytes as workspace_bytes
 from .select_and_merge_varlen import select_and_merge_varlen as select_and_merge_varlen
+from .similarity import global_similarity as global_similarity
+from .similarity import mean_similarity as mean_similarity
 from .similarity import similarity as similarity
 from .similarity import similarity_varlen as similarity_varlen

@@ -280,7 +280,8 @@ def exact_similarity(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.
     """The reference's s, sbar, g (fp64) and tier, on the CPU."""
     inputs = inputs.to("cpu")
     keys = inputs.features if inputs.keys is None else inputs.keys
-    return similarity_reference.similarity(keys, inputs.scores, inputs.mask)
+    s, sbar, g, tier = similarity_reference.similarity(keys, inputs.scores, inputs.mask)
+    return s, sbar if inputs.mean_similarity is None else inputs.mean_similarity.double(), g, tier
 
 
 def compare(result: Condensed, inputs: Inputs, *, backend: str = "auto", exact: tuple | None = None) -> list[Finding]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import assign, greedy_select, merge, select_and_merge, select_and_merge_varlen, similarity
+from .. import assign, global_similarity, greedy_select, merge, select_and_merge, select_and_merge_varlen, similarity
 from ..ops.select_and_merge import Condensed
 from ..ops.select_and_merge.pipeline import suppressions_of
 from ..ops.select_and_merge_varlen.reference import for_each_segment
@@ -43,6 +43,7 @@ class Inputs:
     spatial_weight: float = 1.0
     background_suppression: float | None = None
     scale_prior: bool = True
+    mean_similarity: torch.Tensor | None = None  # [B], packed: [S]
 
     @property
     def args(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -51,7 +52,7 @@ class Inputs:
     @property
     def options(self) -> dict[str, Any]:
         names = ("keys", "grid", "positions", "mask", "suppression", "spatial_weight", "background_suppression")
-        return {name: getattr(self, name) for name in (*names, "scale_prior")}
+        return {name: getattr(self, name) for name in (*names, "scale_prior", "mean_similarity")}
 
     @property
     def suppressions(self) -> tuple[float, float]:
@@ -80,6 +81,11 @@ class Inputs:
         """The same through the operators of the single stages, which also tell the order of the picks."""
         keys = self.features if self.keys is None else self.keys
         s, sbar, g, tier = similarity(keys, self.scores, self.mask, backend=backend)
+        if self.mean_similarity is not None:
+            sbar, (g, tier) = (
+                self.mean_similarity.to(s),
+                global_similarity(keys, self.scores, self.mask, backend=backend),
+            )
         picking: dict[str, Any] = {"sbar": sbar if self.scale_prior else None, "backend": backend}
         of_anchors, of_background = self.suppressions
         anchors = greedy_select(s, self.scores, self.num_anchors, tier=tier, suppression=of_anchors, **picking)
@@ -109,6 +115,7 @@ class PackedInputs:
     spatial_weight: float = 1.0
     background_suppression: float | None = None
     scale_prior: bool = True
+    mean_similarity: torch.Tensor | None = None  # [B], packed: [S]
 
     def run(self, backend: str = "auto") -> Condensed:
         return select_and_merge_varlen(**vars(self), backend=backend)

@@ -42,16 +42,18 @@ from .turns import BLOCK, NOBODY, launch_turns, live_key, place_of
 
 @triton.jit
 def load_priors(
-    prior_ptr, tier_ptr, row_sums_ptr, candidates, start, stride_prior, N, CHUNK: tl.constexpr, BACKGROUND: tl.constexpr
+    prior_ptr, tier_ptr, g_ptr, candidates, start, stride_prior, N, CHUNK: tl.constexpr, BACKGROUND: tl.constexpr
 ):
     """Priors and tiers of a chunk of one image, and where they are."""
     offs_n = start + tl.arange(0, CHUNK)
     mask_n = offs_n < N
     tier = tier_of(tier_ptr, 1, offs_n, N, True, candidates)
-    if BACKGROUND:
-        prior = global_similarity(row_sums_ptr, offs_n, mask_n, N, 1)
-    else:
+    if not BACKGROUND:
         prior = prior_of(prior_ptr, stride_prior, offs_n, N)
+    elif g_ptr.dtype.element_ty == tl.int64:
+        prior = global_similarity(g_ptr, offs_n, mask_n, N, 1)
+    else:
+        prior = prior_of(g_ptr, 1, offs_n, N)
     return prior, tier, offs_n, mask_n
 
 
@@ -70,8 +72,9 @@ def opening_key(first_ptr, nu, offs_n, pid_b, at_b, stride_first_b, stride_first
 def begin_kernel(
     prior_ptr,  # [B, N], packed: [T]; likewise the rest
     tier_ptr,  # [B, N]
-    row_sums_ptr,  # [B, N] int64, of BACKGROUND
-    abs_sums_ptr,  # [B, blocks] int64; None where nothing is scaled
+    g_ptr,  # [B, N], of BACKGROUND: g, or the int64 sums that it is made of
+    abs_sums_ptr,  # [B, blocks] int64; None where nothing is scaled, or sbar is given
+    sbar_ptr,  # [B] or None
     first_ptr,  # [B] int64, [B, N] or None
     candidates_ptr,  # [B, N] or None
     nu_ptr,  # [B, N] negated utilities, dead tokens NaN
@@ -84,7 +87,7 @@ def begin_kernel(
     suppression,
     stride_prior_b, stride_prior_n,
     stride_first_b, stride_first_n,
-    stride_candidate_b, stride_candidate_n,
+    stride_candidate_b, stride_candidate_n, stride_sbar_b,
     N, K, num_anchors, num_blocks, packed,
     CHUNK: tl.constexpr, BATCH: tl.constexpr, BACKGROUND: tl.constexpr, MUL: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +100,7 @@ def begin_kernel(
     if prior_ptr is not None:
         prior_ptr += at_b * stride_prior_b
     tier_ptr += first
-    row_sums_ptr += first
+    g_ptr += first
     nu_ptr += first
     m_ptr += first
     counts = tl.zeros([CHUNK], tl.int32)
@@ -106,7 +109,7 @@ def begin_kernel(
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, _, _ = load_priors(
-            prior_ptr, tier_ptr, row_sums_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
+            prior_ptr, tier_ptr, g_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
         )
         lives += (tier == 0).to(tl.int32)
         counts += is_counted(tier).to(tl.int32)
@@ -114,14 +117,15 @@ def begin_kernel(
         start += CHUNK
     live = tl.sum(lives, axis=0)
     num_valid = tl.sum(counts, axis=0)
-    plain = tl.full([], True, tl.int1) if abs_sums_ptr is None else suppression == 0
+    unscaled: tl.constexpr = abs_sums_ptr is None and sbar_ptr is None
+    plain = tl.full([], True, tl.int1) if unscaled else suppression == 0
     shrink, shrink_again = prior_scale(tops, plain)
 
     fixed = tl.zeros([CHUNK], tl.int64)
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, _, _ = load_priors(
-            prior_ptr, tier_ptr, row_sums_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
+            prior_ptr, tier_ptr, g_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
         )
         fixed += counted_fixed(prior * shrink * shrink_again, is_counted(tier), plain)
         start += CHUNK
@@ -129,13 +133,15 @@ def begin_kernel(
     if abs_sums_ptr is not None:
         sums_ptr = abs_sums_ptr + first_block_of(packed, pid_b, num_blocks, BATCH)
         sbar = mean_similarity(sums_ptr, num_valid, blocks_of_image(packed, N, num_blocks, BATCH), CHUNK)
+    if sbar_ptr is not None:
+        sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
     factor, positive = prior_factor(sbar, tl.sum(fixed, axis=0), num_valid, plain)
 
     best = tl.full([CHUNK], NOBODY, tl.int64)
     start = tl.zeros([], tl.int64)
     while start < N:
         prior, tier, offs_n, mask_n = load_priors(
-            prior_ptr, tier_ptr, row_sums_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
+            prior_ptr, tier_ptr, g_ptr, candidates, start, stride_prior_n, N, CHUNK, BACKGROUND
         )
         u = tl.where(positive, factor * (prior * shrink * shrink_again), 0.0)
         if MUL:
@@ -251,20 +257,24 @@ def sums_of(tokens: int, blocks: int) -> Pieces:
 
 
 def launch_loop(
-    w, keys, prior, k, num_anchors, count, suppression, *, scaled, background=False, first=None, candidates=None,
-    mul=False, order=None, packed=None,
+    w, keys, prior, k, num_anchors, count, suppression, *, scaled, background=False, g=None, sbar=None, first=None,
+    candidates=None, mul=False, order=None, packed=None,
 ):  # fmt: skip
-    """A loop of at most count picks, from what w has of the keys; k and num_anchors as in the flagship."""
+    """A loop of at most count picks, from what w has of the keys; k and num_anchors as in the flagship. Of background,
+    g [B, N] or what it is made of; sbar [B] where it is not among what w has."""
     n = keys.shape[-2] if packed is None else packed.max_seqlen
     blocks, _ = num_blocks_of(n)
     config = StreamConfig.for_shape()
     factor = as_fp32(suppression)
     out = (None, None) if order is None else (order, w.count)
+    abs_sums = w.abs_sums if scaled and sbar is None else None
+    sbar = sbar if scaled else None
     launch(
         begin_kernel, (w.due.numel(),),
-        prior, w.tier, w.row_sums if background else w.tier, w.abs_sums if scaled else None, first, candidates,
+        prior, w.tier, g if background else w.tier, abs_sums, sbar, first, candidates,
         w.nu, w.m, w.batch, w.fresh, w.due, *out, factor,
-        *strides_of(prior, 2), *strides_of(first, 2), *strides_of(candidates, 2), n, k, num_anchors, blocks, packed,
+        *strides_of(prior, 2), *strides_of(first, 2), *strides_of(candidates, 2), *strides_of(sbar, 1),
+        n, k, num_anchors, blocks, packed,
         CHUNK=config.chunk, BATCH=BLOCK, BACKGROUND=background, MUL=mul,
         num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -45,15 +45,17 @@ BLOCK_S = tl.constexpr(SimilarityConfig.block)  # tokens of a tile of s
 
 @triton.jit
 def write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE: tl.constexpr):
-    """What one image's tokens are picked by: the scores, for anchors, and behind them g (Eq. 3), for the background."""
+    """What one image's tokens are picked by: the scores, for anchors, and behind them g (Eq. 3), for the background,
+    unless it is there already."""
     start = tl.zeros([], tl.int32)
     while start < N:
         tokens = start + tl.arange(0, WIDE)
         present = tokens < N
         score = tl.load(scores_ptr + tokens.to(tl.int64) * stride_score_n, mask=present, other=0.0)
         tl.store(priors_ptr + tokens, score.to(tl.float32), mask=present)
-        g = global_similarity(row_sums_ptr, tokens, present, N, num_blocks)
-        tl.store(priors_ptr + N + tokens, g, mask=present)
+        if row_sums_ptr is not None:
+            g = global_similarity(row_sums_ptr, tokens, present, N, num_blocks)
+            tl.store(priors_ptr + N + tokens, g, mask=present)
         start += WIDE
     tl.debug_barrier()  # what a thread writes, others read
 
@@ -63,14 +65,15 @@ def select_kernel(
     s_ptr,  # [B, N, WIDTH], packed: [T, WIDTH]; likewise the rest
     scores_ptr,  # [B, N]
     tier_ptr,  # [B, N]
-    row_sums_ptr,  # [B, blocks, N]
-    abs_sums_ptr,  # [B, tiles]; None where priors are not scaled
+    row_sums_ptr,  # [B, blocks, N]; None where g is in priors
+    abs_sums_ptr,  # [B, tiles]; None where priors are not scaled, or sbar is given
+    sbar_ptr,  # [B] or None
     priors_ptr,  # [B, 2, N]: memory of this program
     where_ptr,  # [N, P] or [B, N, P]
     indices_ptr,  # [B, K]
     assignment_ptr,  # [B, N]
     suppression, background_suppression, spatial_weight,
-    stride_score_b, stride_score_n,
+    stride_score_b, stride_score_n, stride_sbar_b,
     stride_where_b, stride_where_n, stride_where_p,
     N, WIDTH, K, num_anchors, num_blocks, num_tiles, HEIGHT, GRID_WIDTH, LOW, packed,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
@@ -91,7 +94,8 @@ def select_kernel(
     s_ptr += rows_before * WIDTH
     scores_ptr += at_b * stride_score_b
     tier_ptr += first
-    row_sums_ptr += rows_before * num_blocks
+    if row_sums_ptr is not None:
+        row_sums_ptr += rows_before * num_blocks
     first_tile = first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
     num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
     num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
@@ -102,10 +106,13 @@ def select_kernel(
     sbar = tl.zeros([], tl.float32)
     if abs_sums_ptr is not None:
         sbar = mean_similarity(abs_sums_ptr + first_tile, num_valid, num_tiles, WIDE)
+    if sbar_ptr is not None:
+        sbar = tl.load(sbar_ptr + pid_b * stride_sbar_b).to(tl.float32)
 
     # Anchors (Eq. 2), then background tokens (Eq. 3, 4): the anchors are dead, but count in the mean.
     anchors = tl.minimum(num_anchors, num_valid)
     background = tl.minimum(K - num_anchors, num_valid - anchors)
+    unscaled: tl.constexpr = abs_sums_ptr is None and sbar_ptr is None
     starts = chunk_starts(WIDTH, BLOCK, CHUNKS, CHUNKS)
     nu = ()
     for _ in tl.static_range(CHUNKS):
@@ -114,7 +121,7 @@ def select_kernel(
     while loop < 2:
         weight = tl.where(loop == 0, suppression, background_suppression)
         prior_ptr = priors_ptr + loop * N
-        plain = tl.full([], True, tl.int1) if abs_sums_ptr is None else weight == 0
+        plain = tl.full([], True, tl.int1) if unscaled else weight == 0
         scaling = prior_scaling(prior_ptr, 1, tier_ptr, 1, num_valid, sbar, plain, N, True, WIDE)
         utilities = negated_utilities(prior_ptr, 1, tier_ptr, 1, starts, scaling, N, True, BLOCK)
         rest = ()
@@ -155,35 +162,39 @@ def select_kernel(
             start += BLOCK_N
 
 
-def pieces_of(b: int, n: int) -> Pieces:
-    """What the launches of a call hand to each other."""
+def pieces_of(b: int, n: int, dk: int | None = None) -> Pieces:
+    """What the launches of a call hand to each other; dk: of keys whose mean similarity is given."""
     config = FusedConfig.for_shape(n)
-    if not config.store_s:
-        return streamed.pieces_of(b, b * n, b * num_blocks_of(n)[0])
     blocks, tiles = num_blocks_of(n)
-    return {
+    if not config.store_s:
+        return streamed.pieces_of(b, b * n, b * blocks, dk)
+    pieces = {
         "s": ((b, n, config.width), torch.float32),
         "tier": ((b, n), torch.int32),
-        "row_sums": ((b, blocks, n), torch.int32),
-        "abs_sums": ((b, tiles), torch.int64),
         "priors": ((b, 2, n), torch.float32),
         "members": ((b, n), torch.int32),
     }
+    if dk is not None:
+        return pieces | streamed.unit_sums_of(b, b * n, dk)
+    return pieces | {"row_sums": ((b, blocks, n), torch.int32), "abs_sums": ((b, tiles), torch.int64)}
 
 
-def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype) -> int:
-    """Bytes of device memory that select_and_merge needs beside its results: all of what it allocates.
+def workspace_bytes(b: int, n: int, k: int, dk: int, dtype: torch.dtype, given: bool = False) -> int:
+    """Bytes of device memory that select_and_merge needs beside its results: all of what it allocates. given: where the
+    mean similarity is.
 
-    They follow from B and N alone so far; K, Dk and the dtype of the keys are asked for so that callers need not
-    change when that does.
+    They follow from B, N and, where it is given, Dk alone so far; K and the dtype of the keys are asked for so that
+    callers need not change when that does.
     """
-    return bytes_of(pieces_of(b, n))
+    return bytes_of(pieces_of(b, n, dk if given else None))
 
 
 def launch_select(
-    w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior, config, packed=None
-):
-    """Selection, with the assignment or without, from what the similarity tiles left in w.
+    w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior, mean, config,
+    packed=None,
+):  # fmt: skip
+    """Selection, with the assignment or without, from what the similarity tiles left in w; mean: of [B], or None, where
+    it is among that.
 
     Packed: one launch for each class of sizes, as a program for 16384 tokens would take too long for a hundred.
     """
@@ -193,13 +204,15 @@ def launch_select(
     where = space if fused else Space.of(None, None, 0.0, masked=False)  # else compiled for each kind
     axes = triton.next_power_of_2(where.axes)
     whole = [(0, SelectConfig.for_shape(n))]
+    row_sums, abs_sums = (w.row_sums, w.abs_sums) if mean is None else (None, None)
+    sbar = mean if scale_prior else None
     for low, select in whole if packed is None else SelectConfig.for_packed(n):
         launch(
             select_kernel, (images,),
-            w.s, scores, w.tier, w.row_sums, w.abs_sums if scale_prior else None, w.priors,
+            w.s, scores, w.tier, row_sums, abs_sums if scale_prior else None, sbar, w.priors,
             w.s if where.tensor is None else where.tensor,
             indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
-            *strides_of(scores, 2), *where.strides,
+            *strides_of(scores, 2), *strides_of(sbar, 1), *where.strides,
             n, config.width, indices.shape[-1], num_anchors, blocks, tiles, where.height, where.width, low, packed,
             **select.chunks, P=where.axes, AXES=axes,
             BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_BOX=max(1024 // axes, 1),
@@ -222,6 +235,7 @@ def select_and_merge(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: torch.Tensor | None = None,  # [B]
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,  # uint8, workspace_bytes(...) of them
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,7 +250,8 @@ def select_and_merge(
         keys = features
     space = Space.of(grid, positions, spatial_weight, masked=mask is not None)
     suppressions = suppressions_of(suppression, background_suppression)
-    w = carve(pieces_of(b, n), workspace, features.device)
+    given = mean_similarity is not None
+    w = carve(pieces_of(b, n, keys.shape[2] if given else None), workspace, features.device)
     if out is None:
         out = (
             new(features, (b, k, d)),
@@ -247,16 +262,21 @@ def select_and_merge(
     merged, indices, assignment, mass = out
     config = FusedConfig.for_shape(n)
     with on_device_of(features):
+        if given:
+            streamed.launch_given(w, keys, scores, mask, config.store_s)
         if b > 0 and config.store_s:
-            launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, w.s)
+            sums = (None, None) if given else (w.row_sums, w.abs_sums)
+            launch_tiles(keys, scores, mask, w.tier, *sums, w.s)
             launch_select(
-                w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior, config
-            )
+                w, scores, indices, assignment, num_anchors, space, suppressions, spatial_weight, scale_prior,
+                mean_similarity, config,
+            )  # fmt: skip
             if not config.assign_in_select:
                 launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False)
         elif b > 0:
-            launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
-            streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior)
+            if not given:
+                launch_tiles(keys, scores, mask, w.tier, w.row_sums, w.abs_sums, scale=w.scale, inverse=w.inverse)
+            streamed.launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior, mean_similarity)
             assign_streamed(w, keys, indices, space, spatial_weight, assignment)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass)
     return out

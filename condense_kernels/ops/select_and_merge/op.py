@@ -7,7 +7,9 @@ import torch
 from ..._dispatch import autograd, backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
+    WORKING,
     as_count,
+    as_each,
     as_grid,
     check_apart,
     check_background_suppression,
@@ -28,6 +30,7 @@ from ..greedy_select import op as greedy_select
 from ..merge import op as merge
 from ..merge.derivatives import OF_MERGE
 from ..similarity import op as similarity
+from ..similarity import sums
 from .pipeline import Stages, compose
 
 
@@ -54,6 +57,7 @@ def check(
     spatial_weight=1.0,
     background_suppression=None,
     scale_prior=True,
+    mean_similarity=None,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "B N D", sizes, FLOATS)
@@ -71,6 +75,8 @@ def check(
     check_weight("spatial_weight", spatial_weight)
     check_background_suppression(background_suppression)
     check_flag("scale_prior", scale_prior)
+    if mean_similarity is not None:
+        check_tensor("mean_similarity", mean_similarity, "B", sizes, WORKING, features)
     check_where(grid, positions, spatial_weight, sizes, features)
 
 
@@ -91,12 +97,15 @@ def check_workspace(workspace: torch.Tensor, features: torch.Tensor, needed: int
         )
 
 
-def check_memory(features, scores, out: Condensed, workspace, *, keys=None, positions=None, mask=None, **_) -> None:
+def check_memory(
+    features, scores, out: Condensed, workspace, *, keys=None, positions=None, mask=None, mean_similarity=None, **_
+) -> None:
     written = {f"out.{name}": tensor for name, tensor in out._asdict().items()}
     if workspace is not None:
         written["workspace"] = workspace
     autograd.check_written(written)
-    check_apart(written, {"features": features, "scores": scores, "keys": keys, "positions": positions, "mask": mask})
+    read = {"features": features, "scores": scores, "keys": keys, "positions": positions, "mask": mask}
+    check_apart(written, {**read, "mean_similarity": mean_similarity})
 
 
 def fake(features, scores, num_anchors, num_background, **_):
@@ -112,7 +121,9 @@ def fake(features, scores, num_anchors, num_background, **_):
 
 # Each stage's result is rounded to its own dtype on the way, so that the stages called one by one give the same bits.
 on_reference = compose(
-    Stages(similarity.on_reference, greedy_select.on_reference, assign.on_reference, merge.on_reference)
+    Stages(
+        similarity.on_reference, sums.on_reference, greedy_select.on_reference, assign.on_reference, merge.on_reference
+    )
 )
 
 
@@ -156,12 +167,13 @@ def bytes_on_reference(*args, **options) -> int:
     return 0
 
 
-def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, **_) -> int:
+def bytes_on_triton(features, scores, num_anchors, num_background, *, keys=None, mean_similarity=None, **_) -> int:
     from .kernel import workspace_bytes as count
 
     batch, n = features.shape[:2]
     keys = features if keys is None else keys
-    return count(batch, n, num_anchors + num_background, keys.shape[2], keys.dtype)
+    given = mean_similarity is not None
+    return count(batch, n, num_anchors + num_background, keys.shape[2], keys.dtype, given)
 
 
 def count_bytes(backend: str, args: tuple, options: dict) -> int:
@@ -172,14 +184,28 @@ def count_bytes(backend: str, args: tuple, options: dict) -> int:
 
 
 def flops(
-    features, scores, num_anchors, num_background, *, keys=None, grid=None, positions=None, spatial_weight=1.0, **_
+    features,
+    scores,
+    num_anchors,
+    num_background,
+    *,
+    keys=None,
+    grid=None,
+    positions=None,
+    spatial_weight=1.0,
+    mean_similarity=None,
+    **_,
 ) -> int:
-    """Of the four stages."""
+    """Of the four stages; given the mean, of the similarities those of the kept tokens, and twice a sum of all keys."""
     (b, n, _), k = features, num_anchors + num_background
     s, indices = (b, n, n), (b, k)
+    keys = features if keys is None else keys
+    pairs = similarity.flops(keys)
+    if mean_similarity is not None:
+        pairs = min(pairs, 2 * b * n * k * keys[2]) + sums.flops(keys)
     where = {"grid": grid, "positions": positions, "spatial_weight": spatial_weight}
     return (
-        similarity.flops(features if keys is None else keys)
+        pairs
         + greedy_select.flops(s, scores, num_anchors)
         + greedy_select.flops(s, scores, num_background)
         + assign.flops(s, indices, **where)
@@ -187,11 +213,21 @@ def flops(
     )
 
 
-def look(features, scores, num_anchors, num_background, *, keys=None, positions=None, mask=None, **_) -> None:
+def look_at_mean(mean_similarity) -> None:
+    check_finite("mean_similarity", mean_similarity, ("image",))
+    if mean_similarity is not None:
+        remedy = "Remedy: condense_kernels.mean_similarity(keys)."
+        refuse("mean_similarity", mean_similarity, mean_similarity < 0, "numbers >= 0", ("image",), remedy)
+
+
+def look(
+    features, scores, num_anchors, num_background, *, keys=None, positions=None, mask=None, mean_similarity=None, **_
+) -> None:
     check_finite("features", features, ("image", "token", "channel"), mask)
     check_scores(scores, ("image", "token"), mask)
     check_finite("keys", keys, ("image", "token", "channel"), mask)
     check_positions(positions, mask)
+    look_at_mean(mean_similarity)
     if mask is not None:
         k, count = num_anchors + num_background, mask.sum(dim=1)
         remedy = "Remedy: keep fewer tokens, or let fewer be padding."
@@ -202,10 +238,11 @@ def examples(b: int) -> list[Example]:
     features, scores, keys = random(b, 12, 5) - 0.5, random(b, 12), random(b, 12, 3) - 0.5
     weights = {"suppression": 0.5, "spatial_weight": 0.7, "background_suppression": 0.0, "scale_prior": False}
     on_grid = {"grid": [3, 4], "keys": keys, "mask": random(b, 12) > 0.1, **weights}
+    given = {"mean_similarity": random(b)}
     return [
-        Example((features, scores, 3, 2), on_grid),
+        Example((features, scores, 3, 2), on_grid | given),
         Example((features.double(), scores, 3, 2), {"positions": random(12, 2)}),
-        Example((features.half(), scores, 3, 1), {"positions": random(b, 12, 2)}),
+        Example((features.half(), scores, 3, 1), {"positions": random(b, 12, 2), **given}),
         Example((features.bfloat16(), scores, 0, 12), {"spatial_weight": 0.0}),
     ]
 
@@ -280,6 +317,7 @@ def select_and_merge(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: float | torch.Tensor | None = None,  # or [B]
     backend: str = "auto",
     out: Condensed | None = None,
     workspace: torch.Tensor | None = None,  # [bytes] uint8
@@ -306,6 +344,9 @@ def select_and_merge(
             Eq. 2 alone; 0 gives plain top-k of the global similarity. None: as suppression.
         scale_prior: False takes the scores (Eq. 2) and the global similarities (Eq. 4) for utilities as they are, not
             brought to the scale of the similarities.
+        mean_similarity: finite, >= 0, of every image, or fp32 or fp64 [B]: what E[|S|] of Eq. 2 and 4 is taken for, as
+            :func:`mean_similarity` estimates it. Then the global similarities are those of :func:`global_similarity`,
+            and few others than the kept tokens' are computed: O(N K) products of keys, not O(N^2). None: computed.
         backend: "auto" (by device), "cpp", "triton" (on CPU tensors under TRITON_INTERPRET=1) or "reference".
         out: the four results of an earlier call of the same shapes and dtypes, contiguous, to write into. Their
             addresses must overlap neither each other's nor those of an argument, from first to last, and none may
@@ -334,6 +375,7 @@ def select_and_merge(
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
         "scale_prior": scale_prior,
+        "mean_similarity": as_each("mean_similarity", mean_similarity, features),
     }
     num_anchors, num_background = as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     args = (features, scores, num_anchors, num_background)
@@ -383,6 +425,7 @@ def workspace_bytes(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: float | torch.Tensor | None = None,  # or [B]
     backend: str = "auto",
 ) -> int:
     """Return how many bytes of ``workspace`` select_and_merge needs for these arguments, which it has exactly as here.
@@ -403,6 +446,7 @@ def workspace_bytes(
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
         "scale_prior": scale_prior,
+        "mean_similarity": as_each("mean_similarity", mean_similarity, features),
     }
     args = features, scores, as_count("num_anchors", num_anchors), as_count("num_background", num_background)
     tracing.unrecorded(check, *args, **options)

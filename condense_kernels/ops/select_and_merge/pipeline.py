@@ -10,6 +10,7 @@ from ..similarity.reference import TAKEN
 
 class Stages(NamedTuple):
     similarity: Callable
+    global_similarity: Callable
     greedy_select: Callable
     assign: Callable
     merge: Callable
@@ -37,9 +38,13 @@ def compose(stages: Stages) -> Callable:
         spatial_weight=1.0,
         background_suppression=None,
         scale_prior=True,
+        mean_similarity=None,  # [B]
     ):
         of_anchors, of_background = suppressions_of(suppression, background_suppression)
-        s, sbar, g, tier = stages.similarity(features if keys is None else keys, scores, mask)  # Eq. 3
+        keys = features if keys is None else keys
+        s, sbar, g, tier = stages.similarity(keys, scores, mask)  # Eq. 3
+        if mean_similarity is not None:  # then s is needed for the picks and the assignment alone
+            sbar, (g, tier) = mean_similarity.to(s.dtype), stages.global_similarity(keys, scores, mask)
         scale = sbar if scale_prior else None
         anchors = stages.greedy_select(s, scores, num_anchors, sbar=scale, tier=tier, suppression=of_anchors)  # Eq. 2
         rest = tier.scatter(1, anchors, TAKEN)  # an anchor is no candidate for the background

@@ -3,7 +3,7 @@
 from ..assign.reference import assign
 from ..greedy_select.reference import greedy_select
 from ..merge.reference import merge
-from ..similarity.reference import similarity
+from ..similarity.reference import global_similarity, similarity
 from .pipeline import Stages, compose
 
-select_and_merge = compose(Stages(similarity, greedy_select, assign, merge))
+select_and_merge = compose(Stages(similarity, global_similarity, greedy_select, assign, merge))

@@ -14,6 +14,7 @@ from ..._triton.workspace import Pieces
 from ..assign import streamed as assigning
 from ..greedy_select import streamed as picking
 from ..greedy_select.loop import count_dead, write_kept
+from ..similarity.unit_sum import launch_global_similarity
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -31,22 +32,39 @@ def keep_kernel(
     write_kept(nu_ptr, indices_ptr, count_dead(nu_ptr, 0, N, CHUNK), K, N, CHUNK)
 
 
-def pieces_of(images: int, tokens: int, blocks: int) -> Pieces:
-    """Tokens and blocks of all images together."""
+def unit_sums_of(images: int, tokens: int, dk: int) -> Pieces:
+    """What g is made of where the mean similarity is given."""
+    factors = {name: ((tokens,), torch.float32) for name in ("scale", "inverse")}
+    return {**factors, "unit_sums": ((images, dk), torch.int64)}
+
+
+def pieces_of(images: int, tokens: int, blocks: int, dk: int | None = None) -> Pieces:
+    """Tokens and blocks of all images together; dk: of keys whose mean similarity is given."""
     loop, sums = picking.pieces_of(images, tokens, blocks), picking.sums_of(tokens, blocks)
+    if dk is not None:
+        sums = {**unit_sums_of(images, tokens, dk), "g": ((tokens,), torch.float32)}
     return {**loop, **sums, **assigning.tiles_of(blocks), "members": ((tokens,), torch.int32)}
 
 
-def launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior, packed=None):
-    """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles left in w."""
+def launch_given(w, keys, scores, mask, stored: bool, packed=None) -> None:
+    """What needs no cosine where the mean similarity is given: tiers, factors, and g where the selection reads it."""
+    launch_global_similarity(
+        keys, scores, mask, w.tier, w.scale, w.inverse, w.unit_sums, w.priors if stored else w.g, packed, stored
+    )
+
+
+def launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior, mean=None, packed=None):
+    """The kept tokens into indices [B, K], packed: [total_keep], from what the similarity tiles, or given the mean [B]
+    launch_given, left in w."""
     k, n = indices.shape[-1], keys.shape[-2]
     counts = (num_anchors, k - num_anchors)
     if packed is not None:
         n, counts = packed.max_seqlen, (packed.max_keep,) * 2
     for background, count, factor in zip((False, True), counts, suppressions, strict=True):
         picking.launch_loop(
-            w, keys, scores, k, num_anchors, count, factor, scaled=scale_prior, background=background, packed=packed
-        )
+            w, keys, scores, k, num_anchors, count, factor, scaled=scale_prior, background=background, packed=packed,
+            g=w.row_sums if mean is None else w.g, sbar=mean,
+        )  # fmt: skip
     config = StreamConfig.for_shape()
     launch(
         keep_kernel, (w.due.numel(),), w.nu, indices, n, k, packed,

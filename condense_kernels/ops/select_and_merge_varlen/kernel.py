@@ -20,20 +20,24 @@ from ..select_and_merge.pipeline import suppressions_of
 from ..similarity.kernel import launch_tiles, num_blocks_of
 
 
-def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig) -> Pieces:
-    """What the launches of a call hand to each other."""
+def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig, dk: int | None = None) -> Pieces:
+    """What the launches of a call hand to each other; dk: of keys whose mean similarity is given."""
     if not config.store_s:
-        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(SimilarityConfig.block))
+        return streamed.pieces_of(packed.num_segments, num_tokens, packed.num_slots(SimilarityConfig.block), dk)
     blocks, _ = num_blocks_of(packed.max_seqlen)
     group = next(packed.groups(config.grouping))
     rows = num_tokens if config.grouping is None else config.grouping.rows(packed.max_seqlen)
-    return {
+    pieces = {
         "s": ((rows, config.width), torch.float32),
         "tier": ((num_tokens,), torch.int32),
-        "row_sums": ((rows, blocks), torch.int32),
-        "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
         "priors": ((num_tokens, 2), torch.float32),
         "members": ((num_tokens,), torch.int32),
+    }
+    if dk is not None:
+        return pieces | streamed.unit_sums_of(packed.num_segments, num_tokens, dk)
+    return pieces | {
+        "row_sums": ((rows, blocks), torch.int32),
+        "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
     }
 
 
@@ -52,6 +56,7 @@ def select_and_merge_varlen(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: torch.Tensor | None = None,  # [S]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return merged [total_keep, D], indices [total_keep], assignment [T], mass [total_keep]."""
     reject_float64(features=features, scores=scores, keys=keys)
@@ -70,20 +75,25 @@ def select_and_merge_varlen(
     space = Space.of(None, positions, spatial_weight, masked=False)
     space = dataclasses.replace(space, strides=strides_of(positions, 3))
     suppressions = suppressions_of(suppression, background_suppression)
-    w = carve(pieces_of(num_tokens, packed, config), None, features.device)
+    given = mean_similarity is not None
+    w = carve(pieces_of(num_tokens, packed, config, keys.shape[1] if given else None), None, features.device)
     with on_device_of(features):
-        sums = w.tier, w.row_sums, w.abs_sums
+        sums = (None, None) if given else (w.row_sums, w.abs_sums)
+        if given:
+            streamed.launch_given(w, keys, scores, None, config.store_s, packed)
         if config.store_s:
             for group in packed.groups(config.grouping):
-                launch_tiles(keys, scores, None, *sums, w.s, packed=group)
+                launch_tiles(keys, scores, None, w.tier, *sums, w.s, packed=group)
                 launch_select(
-                    w, scores, indices, assignment, 0, space, suppressions, spatial_weight, scale_prior, config, group
-                )
+                    w, scores, indices, assignment, 0, space, suppressions, spatial_weight, scale_prior,
+                    mean_similarity, config, group,
+                )  # fmt: skip
                 if not config.assign_in_select:
                     launch_assign(w.s, indices, w.tier, space, spatial_weight, assignment, sanitise=False, packed=group)
         else:
-            launch_tiles(keys, scores, None, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
-            streamed.launch_select(w, keys, scores, indices, 0, suppressions, scale_prior, packed)
+            if not given:
+                launch_tiles(keys, scores, None, w.tier, *sums, scale=w.scale, inverse=w.inverse, packed=packed)
+            streamed.launch_select(w, keys, scores, indices, 0, suppressions, scale_prior, mean_similarity, packed)
             assign_streamed(w, keys, indices, space, spatial_weight, assignment, packed)
         launch_merge(features, scores, indices, assignment, w.members, merged, mass, packed)
     return merged, indices, assignment, mass

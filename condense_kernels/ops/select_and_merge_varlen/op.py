@@ -3,7 +3,9 @@ import torch
 from ..._dispatch import backends, tracing
 from ..._dispatch.checks import (
     FLOATS,
+    WORKING,
     as_count,
+    as_each,
     check_background_suppression,
     check_count,
     check_flag,
@@ -37,6 +39,7 @@ def check(
     spatial_weight=1.0,
     background_suppression=None,
     scale_prior=True,
+    mean_similarity=None,
 ) -> None:
     sizes: dict[str, int] = {}
     check_tensor("features", features, "T D", sizes, FLOATS)
@@ -53,6 +56,8 @@ def check(
     check_weight("spatial_weight", spatial_weight)
     check_background_suppression(background_suppression)
     check_flag("scale_prior", scale_prior)
+    if mean_similarity is not None:
+        check_tensor("mean_similarity", mean_similarity, "S", {"S": sizes["S+1"] - 1}, WORKING, features)
     check_places(positions, spatial_weight, sizes, features)
 
 
@@ -87,7 +92,18 @@ def flops(
 
 
 def look(
-    features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen, *, keys=None, positions=None, **_
+    features,
+    scores,
+    cu_seqlens,
+    cu_anchors,
+    cu_background,
+    total_keep,
+    max_seqlen,
+    *,
+    keys=None,
+    positions=None,
+    mean_similarity=None,
+    **_,
 ) -> None:
     ends = {"cu_seqlens": (cu_seqlens, features.shape[0], "T"), "cu_anchors": (cu_anchors, None, "")}
     ends |= {"cu_background": (cu_background, None, "")}
@@ -115,6 +131,7 @@ def look(
     check_scores(scores, (token,))
     check_finite("keys", keys, (token, "channel"))
     check_finite("positions", positions, (token, "axis"))
+    dense.look_at_mean(mean_similarity)
 
 
 def examples(b: int) -> list[Example]:
@@ -127,10 +144,13 @@ def examples(b: int) -> list[Example]:
     offsets = cu_seqlens, cu_anchors, cu_background, total_keep, 12
     features, scores = random(t, 5) - 0.5, random(t)
     placed = {"keys": random(t, 3) - 0.5, "positions": random(t, 2), "suppression": 0.0}
-    placed |= {"background_suppression": 2.0, "scale_prior": False}
+    placed |= {"background_suppression": 2.0, "scale_prior": False, "mean_similarity": random(b + 1)}
     return [
         Example((features, scores, *offsets), placed),
-        Example((features.bfloat16(), scores, *offsets), {"spatial_weight": 0.0}),
+        Example(
+            (features.bfloat16(), scores, *offsets), {"spatial_weight": 0.0, "mean_similarity": random(b + 1).double()}
+        ),
+        Example((features, scores, *offsets), {"spatial_weight": 0.0}),
     ]
 
 
@@ -167,6 +187,7 @@ def select_and_merge_varlen(
     spatial_weight: float = 1.0,
     background_suppression: float | None = None,
     scale_prior: bool = True,
+    mean_similarity: float | torch.Tensor | None = None,  # or [S]
     backend: str = "auto",
 ) -> Condensed:
     """Condense a packed batch: S images of any number of tokens, one after the other, each to its own budget.
@@ -191,6 +212,7 @@ def select_and_merge_varlen(
         positions: [T, P] coordinates of a float or signed integer dtype (or uint8), each segment's own. Required
             unless spatial_weight is 0.
         suppression, spatial_weight, background_suppression, scale_prior, backend: as in :func:`select_and_merge`.
+        mean_similarity: a number, or fp32 or fp64 [S], for segments without tokens too; as there.
 
     Returns:
         The named tuple of :func:`select_and_merge`, packed:
@@ -222,9 +244,11 @@ def select_and_merge_varlen(
             spatial_weight=spatial_weight,
             background_suppression=background_suppression,
             scale_prior=scale_prior,
+            mean_similarity=mean_similarity,
             backend=backend,
         )
         return pack(packed, features, cu_anchors + cu_background)
+    num_segments = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dim() == 1 else 0
     total_keep, max_seqlen = as_count("total_keep", total_keep), as_count("max_seqlen", max_seqlen)
     args = (features, scores, cu_seqlens, cu_anchors, cu_background, total_keep, max_seqlen)
     options = {
@@ -234,6 +258,7 @@ def select_and_merge_varlen(
         "spatial_weight": spatial_weight,
         "background_suppression": background_suppression,
         "scale_prior": scale_prior,
+        "mean_similarity": as_each("mean_similarity", mean_similarity, features, num_segments),
     }
     tracing.checked(check, *args, **options)
     return Condensed(*backends.run("select_and_merge_varlen", backend, args, options))

@@ -10,6 +10,7 @@ import torch
 class Segment:
     """One image of a packed batch, cut to what exists: at most as many picks as tokens and as rows."""
 
+    number: int
     tokens: slice  # of [T]
     rows: slice  # of [total_keep], one for each pick
     num_anchors: int
@@ -34,7 +35,7 @@ def segments_of(
         k = min(last - first, count)
         if k > 0:
             num_anchors = min(max(anchors[s + 1] - anchors[s], 0), k)
-            yield Segment(slice(start, stop), slice(first, first + k), num_anchors, k - num_anchors)
+            yield Segment(s, slice(start, stop), slice(first, first + k), num_anchors, k - num_anchors)
 
 
 def for_each_segment(dense: Callable) -> Callable:
@@ -55,6 +56,7 @@ def for_each_segment(dense: Callable) -> Callable:
         spatial_weight=1.0,
         background_suppression=None,
         scale_prior=True,
+        mean_similarity=None,  # [S]
     ):
         probe = dense(features[:1, None], scores[:1, None], 1, 0, spatial_weight=0.0)  # for the dtypes
         merged = probe[0].new_zeros(total_keep, features.shape[1])
@@ -66,6 +68,8 @@ def for_each_segment(dense: Callable) -> Callable:
                 name: None if tensor is None else tensor[segment.tokens][None]
                 for name, tensor in {"keys": keys, "positions": positions}.items()
             }
+            if mean_similarity is not None:
+                alone["mean_similarity"] = mean_similarity[segment.number][None]
             results = dense(
                 features[segment.tokens][None],
                 scores[segment.tokens][None],

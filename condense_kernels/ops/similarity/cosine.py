@@ -1,9 +1,10 @@
 """Cosines of a tile of tokens, on tensor cores: what every kernel that needs one computes it with."""
 
+import torch
 import triton
 import triton.language as tl
 
-from ..._triton.device import INFINITY_BITS, magnitude_bits, power_of_two, sum_in_pairs
+from ..._triton.device import INFINITY_BITS, is_finite, magnitude_bits, power_of_two, sum_in_pairs
 
 
 @triton.jit
@@ -13,6 +14,27 @@ def load_rows(keys_ptr, offs_n, d, stride_n, stride_d, DK: tl.constexpr, BLOCK_D
     if DK % BLOCK_D == 0:
         return tl.load(pointers)
     return tl.load(pointers, mask=offs_d[None, :] < DK, other=0.0)
+
+
+def can_overflow(keys: torch.Tensor) -> bool:
+    """Whether squares of keys can leave fp32's range."""
+    return keys.dtype != torch.float16
+
+
+@triton.jit
+def token_tier(
+    scores_ptr, mask_ptr, offs_n, finite, stride_score, stride_mask, N,
+    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """0 valid, 1 with a NaN or infinity in its key or score, 2 masked or past the end."""
+    mask_n = offs_n < N
+    if HAS_SCORES:
+        score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_score, mask=mask_n, other=0.0).to(tl.float32)
+        finite = finite & is_finite(score)
+    present = mask_n
+    if HAS_MASK:
+        present = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask, mask=mask_n, other=0) != 0
+    return tl.where(present & mask_n, tl.where(finite, 0, 1), 2)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from ..._triton.device import (
 )
 from ..._triton.launcher import VARYING, launch, new, strides_of
 from ..._triton.tables import DistanceConfig
-from .cosine import load_rows
-from .kernel import blocks_of_image, tile_of, tiles_of_image, token_tier
+from .cosine import load_rows, token_tier
+from .kernel import blocks_of_image, tile_of, tiles_of_image
 
 
 @triton.jit(do_not_specialize=VARYING)

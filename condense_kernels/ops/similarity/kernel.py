@@ -12,32 +12,16 @@ from ..._triton.device import (
     has_block,
     image_of_block,
     image_tokens,
-    is_finite,
     stored_at,
     tokens_before,
 )
 from ..._triton.launcher import VARYING, Packed, launch, new, on_device_of, reject_float64, strides_of, zero
 from ..._triton.tables import SimilarityConfig
-from .cosine import cosine_tile, key_factors
+from .cosine import can_overflow, cosine_tile, key_factors, token_tier
+from .unit_sum import launch_global_similarity
 
 FIXED_POINT = tl.constexpr(16777216.0)  # 2**24: cosines are summed as integers, so that the order is free
 TOGETHER = tl.constexpr(8)  # blocks of columns whose sums are loaded at once
-
-
-@triton.jit
-def token_tier(
-    scores_ptr, mask_ptr, offs_n, finite, stride_score, stride_mask, N,
-    HAS_SCORES: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """0 valid, 1 with a NaN or infinity in its key or score, 2 masked or past the end."""
-    mask_n = offs_n < N
-    if HAS_SCORES:
-        score = tl.load(scores_ptr + offs_n.to(tl.int64) * stride_score, mask=mask_n, other=0.0).to(tl.float32)
-        finite = finite & is_finite(score)
-    present = mask_n
-    if HAS_MASK:
-        present = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mask, mask=mask_n, other=0) != 0
-    return tl.where(present & mask_n, tl.where(finite, 0, 1), 2)
 
 
 @triton.jit
@@ -78,7 +62,7 @@ def similarity_tile_kernel(
     mask_ptr,  # [B, N]
     tier_ptr,  # [B, N]; packed: [T], and likewise all that is written
     row_sums_ptr,  # [B, blocks, N] int32: sum of 2**24 s over the block's columns; not STORE: [B, N] int64, over all
-    abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal; not STORE: [B, blocks]
+    abs_sums_ptr,  # [B, tiles] int64: sum of 2**24 |s|, twice off the diagonal; not STORE: [B, blocks]; None: no sums
     s_ptr,  # STORE: [B, N, WIDTH], columns past N are zeros
     nearest_ptr,  # NEAREST: [B, blocks, N], the largest s to another token of the block that is in tier 0
     scale_ptr,  # not STORE: [B, N]
@@ -154,15 +138,19 @@ def similarity_tile_kernel(
     if STORE:
         rows_before = tokens_before(packed, stored, N)
         s_ptr += rows_before * WIDTH
-        row_sums_ptr += rows_before * num_blocks
+        if row_sums_ptr is not None:
+            row_sums_ptr += rows_before * num_blocks
         mask = (offs_i < N)[:, None] & (offs_j < WIDTH)[None, :]
         tl.store(s_ptr + offs_i64[:, None] * WIDTH + offs_j64[None, :], s, mask=mask)
-        tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
+        if row_sums_ptr is not None:
+            tl.store(row_sums_ptr + pid_j.to(tl.int64) * N + offs_i64, tl.sum(fixed, axis=1), mask=offs_i < N)
         if apart:
             mask = (offs_j < N)[:, None] & (offs_i < WIDTH)[None, :]
             tl.store(s_ptr + offs_j64[:, None] * WIDTH + offs_i64[None, :], tl.trans(s), mask=mask)
-            tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
-        tl.store(abs_sums_ptr + first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK) + pid_tile, abs_sum)
+            if row_sums_ptr is not None:
+                tl.store(row_sums_ptr + pid_i.to(tl.int64) * N + offs_j64, tl.sum(fixed, axis=0), mask=offs_j < N)
+        if abs_sums_ptr is not None:
+            tl.store(abs_sums_ptr + first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK) + pid_tile, abs_sum)
         if NEAREST:
             nearest_ptr += rows_before * num_blocks
             others = (tier_i == 0)[:, None] & (tier_j == 0)[None, :] & (offs_i[:, None] != offs_j[None, :])
@@ -263,7 +251,7 @@ def launch_tiles(
     keys, scores, mask, tier, row_sums, abs_sums, s=None, scale=None, inverse=None, packed=None, nearest=None
 ):
     """The tile kernel alone. Without s [B, N, >= N] to write to, it writes scale and inverse [B, N], from which any
-    cosine can be computed again. Packed: [T, >= max_seqlen] and [T]."""
+    cosine can be computed again. Packed: [T, >= max_seqlen] and [T]. With s, the sums may be left out: None."""
     b, n, dk = keys.shape if packed is None else (1, packed.max_seqlen, keys.shape[1])
     config = SimilarityConfig.for_shape(keys.dtype)
     blocks, tiles = num_blocks_of(n)
@@ -285,11 +273,6 @@ def launch_tiles(
             num_warps=config.num_warps, num_stages=config.num_stages,
             enable_fp_fusion=False,  # the dot of fp32 keys and tl.fma are fused all the same
         )  # fmt: skip
-
-
-def can_overflow(keys: torch.Tensor) -> bool:
-    """Whether squares of keys can leave fp32's range."""
-    return keys.dtype != torch.float16
 
 
 def launch_means(tier, row_sums, abs_sums, g, sbar, parts=None, nearest=None, packed=None) -> None:
@@ -332,6 +315,23 @@ def similarity(
     """Return s [B, N, N], sbar [B], g [B, N], tier [B, N] int8."""
     reject_float64(keys=keys, scores=scores)
     return cosines(keys, scores, mask, False)
+
+
+def global_similarity_of(
+    keys: torch.Tensor,  # [B, N, Dk]
+    scores: torch.Tensor | None = None,  # [B, N]
+    mask: torch.Tensor | None = None,  # [B, N]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return g [B, N], tier [B, N] int8."""
+    reject_float64(keys=keys, scores=scores)
+    b, n, dk = keys.shape
+    with on_device_of(keys):
+        sums = new(keys, (b, dk), torch.int64)
+        tier = new(keys, (b, n), torch.int8)
+        g = new(keys, (b, n), torch.float32)
+        scale, inverse = new(g, (b, n)), new(g, (b, n))
+        launch_global_similarity(keys, scores, mask, tier, scale, inverse, sums, g)
+    return g, tier
 
 
 def similarity_and_nearest(

@@ -7,8 +7,8 @@ import triton.language as tl
 from ..._triton.device import INTERPRETED, has_block, image_of_block, image_tokens, tokens_before
 from ..._triton.launcher import VARYING, launch, strides_of
 from ..._triton.tables import MAX_STORED, SimilarityConfig
-from .cosine import cosine_tile, key_factors
-from .kernel import can_overflow, num_blocks_of, similarity, similarity_and_nearest, token_tier
+from .cosine import can_overflow, cosine_tile, key_factors, token_tier
+from .kernel import num_blocks_of, similarity, similarity_and_nearest
 
 
 @triton.jit(do_not_specialize=VARYING)

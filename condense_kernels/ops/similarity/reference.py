@@ -19,12 +19,16 @@ def token_tiers(
     return tier.to(torch.int8)
 
 
-def cosines(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not valid -> [N, N]
+def units(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not valid -> the same, of length 1 or 0
     # A power of two scales exactly: no key of finite magnitude overflows when squared, or vanishes.
     _, exponent = torch.frexp(z.abs().amax(dim=-1, keepdim=True))
     z = torch.ldexp(torch.ldexp(z, -(exponent // 2)), -(exponent - exponent // 2))
     norm = z.square().sum(dim=-1, keepdim=True).sqrt()  # [N, 1]
-    z = torch.where(norm > 0, z / norm, 0.0)  # a zero-norm key has cosine 0 with everything
+    return torch.where(norm > 0, z / norm, 0.0)  # a zero-norm key has cosine 0 with everything
+
+
+def cosines(z: torch.Tensor) -> torch.Tensor:  # [N, Dk] fp64, zeros where not valid -> [N, N]
+    z = units(z)
     # Not matmul, whose result depends on autocast and on a token's place; products commute, so s is symmetric.
     return torch.stack([(z * row).sum(dim=-1) for row in z])
 
@@ -63,3 +67,17 @@ def similarity(
         sbar[b] = s[b].abs().sum() / (count * count)  # E[|S|] of Eq. 2 and 4
     g = s.sum(dim=-1)  # Eq. 3
     return s, sbar, g, tier
+
+
+def global_similarity(
+    keys: torch.Tensor,  # [B, N, Dk]
+    scores: torch.Tensor | None = None,  # [B, N]
+    mask: torch.Tensor | None = None,  # [B, N] bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return g [B, N] fp64, tier [B, N] int8: each unit key times the sum of all, which is the sum of its cosines."""
+    tier = token_tiers(keys, scores, mask)
+    g = torch.zeros(tier.shape, dtype=torch.float64, device=keys.device)
+    for b in range(len(keys)):
+        z = units(torch.where((tier[b] == VALID)[:, None], keys[b].double(), 0.0).contiguous())
+        g[b] = (z * z.sum(dim=0)).sum(dim=-1)  # Eq. 3
+    return g, tier
