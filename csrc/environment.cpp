@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
 #include "checks.h"
@@ -33,11 +34,11 @@ InstructionSet allowed_instruction_set() {
   return static_cast<InstructionSet>(set - std::begin(kSets));
 }
 
-int64_t stored_tokens() {
-  static const int64_t tokens = [] {
+std::optional<int64_t> stored_tokens() {
+  static const std::optional<int64_t> tokens = []() -> std::optional<int64_t> {
     static constexpr char kName[] = "CONDENSE_STORED_TOKENS";
     const std::string text = text_of(kName);
-    if (text.empty()) return int64_t{4096};  // 64 MB in fp32
+    if (text.empty()) return std::nullopt;
     const bool digits = text.find_first_not_of("0123456789") == std::string::npos;
     if (!digits || text.size() > 18) refuse(kName, "a number of 1 to 18 digits", text);
     return static_cast<int64_t>(std::stoll(text));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace condense {
 
@@ -12,7 +13,7 @@ enum class InstructionSet { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 // in emulation, but not yet on a processor that has it.
 InstructionSet allowed_instruction_set();
 
-// CONDENSE_STORED_TOKENS: up to how many tokens an image's similarities are stored.
-int64_t stored_tokens();
+// CONDENSE_STORED_TOKENS: up to how many tokens an image's similarities are stored; else costs decide (storing.h).
+std::optional<int64_t> stored_tokens();
 
 }  // namespace condense

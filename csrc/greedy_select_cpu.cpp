@@ -181,6 +181,7 @@ template <class T>
 struct Pool {
   const GreedyMemory<T>& all;
   const StreamedGreedyMemory<T>& memory;
+  int64_t most;  // tokens of a round
   int64_t size = 0;
   T bound{};                 // t and index of the best token outside
   int64_t bound_token = -1;  // -1: nobody is outside
@@ -195,7 +196,7 @@ struct Pool {
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isnan(memory.t[i])) tokens[live++] = i;
     }
-    size = std::min(live, memory.most);
+    size = std::min(live, most);
     bound_token = -1;
     if (live > size) {
       std::nth_element(tokens, tokens + size, tokens + live,
@@ -269,7 +270,7 @@ int64_t greedy_select_streamed(const Rows& keys, const Selection<T>& selection, 
     nu[order[0]] = std::numeric_limits<T>::quiet_NaN();
     update(0, 1);
   }
-  Pool<T> pool{memory.all, memory};
+  Pool<T> pool{memory.all, memory, std::min(memory.most, pool_of(n, k))};
   for (int64_t step = 1; step < picks;) {
     if (rounds.most-- == 0) return step;
     pool.fill(n);

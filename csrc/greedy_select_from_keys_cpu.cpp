@@ -9,11 +9,11 @@
 #include <vector>
 
 #include "checks.h"
-#include "environment.h"
 #include "gathered.h"
 #include "greedy_select.h"
 #include "packed.h"
 #include "stages.h"
+#include "storing.h"
 #include "tensors.h"
 
 namespace condense {
@@ -27,18 +27,20 @@ enum class Way {
 };
 
 struct Plan {
-  Plan(int64_t n, int64_t k, Metric metric, bool has_prior, bool suppresses, bool scale_prior, bool max_min,
+  Plan(const Storing& storing, Metric metric, bool has_prior, bool suppresses, bool scale_prior, bool max_min,
        bool all_are_candidates)
-      : n(n),
-        k(k),
-        pool(std::min({n, kPool, width_of(k) + kTile})),
+      : storing(storing),
+        n(storing.n),
+        k(storing.k),
+        pool(pool_of(n, k)),
         metric(metric),
         max_min(max_min),
         needs_nearest(max_min && all_are_candidates),
         needs_mean(suppresses && scale_prior && has_prior) {
     if (!suppresses && !max_min) {
       way = Way::kTopK;
-    } else if (n <= stored_tokens() && (needs_all() || max_min || rounds_cost(kExpectedRounds) > 0.9 * stored_cost())) {
+    } else if (needs_all() ? storing.is_chosen(kExpectedRounds + 1)
+                           : storing.is_allowed() && (max_min || rounds_cost(kExpectedRounds) > 0.9 * stored_cost())) {
       way = Way::kStored;
     } else {
       way = Way::kLazy;
@@ -47,19 +49,18 @@ struct Plan {
 
   bool needs_all() const { return needs_mean || needs_nearest; }
 
-  // In products of two keys. A round has those of its pool, and of a packing of all keys: as long as 16 rows take.
-  double stored_cost() const { return 0.5 * static_cast<double>(n) * static_cast<double>(n); }
-  double round_cost() const { return 16.0 * static_cast<double>(n) + 0.5 * static_cast<double>(pool * pool); }
-  double rounds_cost(double rounds) const {
-    return static_cast<double>(n) * static_cast<double>(k) + rounds * round_cost();
-  }
+  // In products of two keys.
+  double stored_cost() const { return 0.5 * storing.pairs() + storing.cost() / storing.channels; }
+  double rounds_cost(double rounds) const { return storing.products_again(rounds); }
 
   // Tokens in many copies may end a round with every pick. Once the rounds have cost as much as s, it is s that is
   // computed after all.
   Rounds rounds() const {
     Rounds found;
     found.keep_rows = false;
-    if (n <= stored_tokens()) found.most = static_cast<int64_t>((stored_cost() - rounds_cost(0)) / round_cost());
+    if (storing.is_allowed()) {
+      found.most = static_cast<int64_t>((stored_cost() - rounds_cost(0)) / (rounds_cost(1) - rounds_cost(0)));
+    }
     return found;
   }
 
@@ -72,6 +73,7 @@ struct Plan {
   }
 
   static constexpr double kExpectedRounds = 4;  // 2 to 5 were seen where half of the tokens or fewer are copies
+  Storing storing;
   int64_t n, k, pool;
   Metric metric;
   bool max_min;
@@ -165,8 +167,8 @@ struct Given {
   Metric metric;
   const Options& options;
 
-  Plan plan(int64_t n, int64_t k, bool suppresses) const {
-    return {n, k, metric, prior.has_value(), suppresses, scale_prior, options.max_min, !options.candidates};
+  Plan plan(const Storing& storing, bool suppresses) const {
+    return {storing, metric, prior.has_value(), suppresses, scale_prior, options.max_min, !options.candidates};
   }
 };
 
@@ -178,7 +180,7 @@ Tensor greedy_select_from_keys_as(const Tensor& keys, int64_t k, const Given& gi
   const auto valid = contiguous_as("mask", given.mask, ScalarType::Bool);
   const Tensor order = empty("order", {B, k}, ScalarType::Long);
   if (k == 0) return order;
-  const Plan plan = given.plan(N, k, arguments.suppression != 0);
+  const Plan plan = given.plan(Storing::of(rows_of(keys, 0), k, sizeof(T)), arguments.suppression != 0);
   const auto pieces = [&](Memory& memory, int slots) { return ImageMemory<T>(memory, rows_of(keys), plan, slots); };
   for_each_image(B, plan.work(keys.size(2)), pieces, [&](int64_t b, auto& memory, Crew& crew) {
     pick_image<T>(rows_of(keys, b), row_of<uint8_t>(valid, b, N), plan, arguments.image(b, b * N), crew, memory,
@@ -196,7 +198,8 @@ Tensor greedy_select_from_keys_varlen_as(const Tensor& keys, const Tensor& cu_se
   std::fill(output<int64_t>(order), output<int64_t>(order) + total_keep, -1);
   const std::vector<Part> parts = parts_of(cu_seqlens, cu_kept, keys.size(0), total_keep, max_seqlen);
   const auto plan_of = [&](const Part& part) {
-    return given.plan(part.num_tokens, part.num_rows, arguments.suppression != 0);
+    const Rows part_keys = rows_of(keys).part(part.first_token, part.num_tokens);
+    return given.plan(Storing::of(part_keys, part.num_rows, sizeof(T)), arguments.suppression != 0);
   };
   Work work = 0;
   for (const Part& part : parts) {

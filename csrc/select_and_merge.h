@@ -20,6 +20,9 @@ struct Image {
   int64_t N() const { return features.n; }
   int64_t D() const { return features.d; }
   int64_t K() const { return num_anchors + num_background; }
+  int64_t similarity_bytes() const {
+    return keys.dtype == Dtype::kFloat64 || scores.dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+  }
   Work work() const;
 };
 

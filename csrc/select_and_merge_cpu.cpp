@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "environment.h"
 #include "gathered.h"
 #include "select_and_merge.h"
+#include "storing.h"
 
 namespace condense {
 namespace {
@@ -19,9 +19,11 @@ namespace {
 struct Plan {
   explicit Plan(const Image& image)
       : n(static_cast<double>(image.N())),
-        may_store(image.N() <= stored_tokens()),
+        storing(Storing::of(image.keys, image.K(), image.similarity_bytes())),
+        may_store(storing.is_allowed()),
         needs_all(!image.mean_similarity),
-        stores(may_store && (needs_all || lazy_cost(image, kExpectedRounds) > 0.9 * stored_cost())) {}
+        stores(needs_all ? storing.is_chosen(kRoundsOfAll)
+                         : may_store && lazy_cost(image, kExpectedRounds) > 0.9 * stored_cost()) {}
 
   double stored_cost() const { return 0.5 * n * n; }
   static int64_t pool_of(int64_t n, int64_t k) { return std::min({n, kPool, width_of(k)}); }
@@ -45,7 +47,9 @@ struct Plan {
   }
 
   static constexpr double kExpectedRounds = 3;
+  static constexpr double kRoundsOfAll = 12;  // of both loops, with the rows of their first picks: 8 to 15 were seen
   double n;
+  Storing storing;
   bool may_store, needs_all, stores;
 };
 
@@ -77,7 +81,7 @@ struct ImageMemory {
         s(memory.take<S>(plan.stores ? n * n : 0)),
         rows(memory.take<S>(plan.stores ? 0 : (k + kTile) * width_of(n))),
         greedy(memory, plan.stores ? n : 0),
-        streamed_greedy(memory, plan.stores ? 0 : n),
+        streamed_greedy(memory, plan.stores ? 0 : n, pool_of(n, std::max(image.num_anchors, image.num_background))),
         where(memory, image.space, n),
         assign(memory, n, k),
         features(memory, image.features, n),

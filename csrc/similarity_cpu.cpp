@@ -23,6 +23,7 @@
 
 namespace condense {
 
+constexpr int64_t kStripRows = 4 * kTile;  // a packing of all keys costs as much as 16 of them
 template <class T>
 void measure_token(const Rows& keys, int64_t i, bool finite_score, const uint8_t* mask, T* row, int8_t* tier, T* scale,
                    T* inv) {
@@ -71,44 +72,112 @@ double add_sums(const SimilarityMemory<T>& memory, int64_t n, T* g) {
   return static_cast<double>(magnitudes) * kUnit;
 }
 
+template <class T>
+T bounded(double sum) {
+  constexpr double kMax = std::numeric_limits<T>::max();
+  return static_cast<T>(std::clamp(sum, -kMax, kMax));
+}
+
 // Of fp64 and of distances, the sums are plain, in fp64: each row's, of fp64 in index order, and then the rows' in that
 // order.
-template <class T>
-void sum_rows(const T* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, T* g, double* magnitudes) {
+void sum_rows(const float* s, int64_t ld, int64_t rows, int64_t n, Crew& crew, float* g, double* magnitudes) {
   crew.run([&](int slot) {
     const Share share(rows, slot, crew.size());
     for (int64_t i = share.lo; i < share.hi; ++i) {
-      double sum = 0;
-      if constexpr (sizeof(T) == 4) {
-        sum = row_ops<T>().sum_row(s + i * ld, n);
-        magnitudes[i] = 0 - sum;  // no distance has the other sign
-      } else {
-        magnitudes[i] = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          sum += s[i * ld + j];
-          magnitudes[i] += std::fabs(s[i * ld + j]);
-        }
-      }
-      constexpr double kMax = std::numeric_limits<T>::max();
-      g[i] = static_cast<T>(std::clamp(sum, -kMax, kMax));
+      const double sum = row_ops<float>().sum_row(s + i * ld, n);
+      magnitudes[i] = 0 - sum;  // no distance has the other sign
+      g[i] = bounded<float>(sum);
     }
   });
+}
+
+// In fp64, row by row to the sums of all columns. s is symmetric: a row's sum in index order is its column's.
+void add_columns(const double* s, int64_t ld, int64_t rows, int64_t columns, Crew& crew, double* g,
+                 double* magnitudes) {
+  constexpr int64_t kColumns = 512;  // whose sums stay in the first-level cache
+  crew.run([&](int slot) {
+    const Share share(columns, slot, crew.size());
+    for (int64_t lo = share.lo; lo < share.hi; lo += kColumns) {
+      const int64_t hi = std::min(lo + kColumns, share.hi);
+      for (int64_t i = 0; i < rows; ++i) {
+        const double* row = s + i * ld;
+        for (int64_t j = lo; j < hi; ++j) {
+          g[j] += row[j];
+          magnitudes[j] += std::fabs(row[j]);
+        }
+      }
+    }
+  });
+}
+
+// And to the sums of the rows, some of them at a time: each waits for its last addition.
+void add_rows(const double* s, int64_t ld, int64_t rows, int64_t columns, Crew& crew, double* g, double* magnitudes) {
+  constexpr int64_t kRows = 4;
+  crew.run([&](int slot) {
+    const Share share((rows + kRows - 1) / kRows, slot, crew.size());
+    for (int64_t first = share.lo * kRows; first < std::min(share.hi * kRows, rows); first += kRows) {
+      const int64_t count = std::min(kRows, rows - first);
+      const double* row[kRows];
+      double sum[kRows], magnitude[kRows];
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t i = first + std::min(r, count - 1);
+        row[r] = s + i * ld, sum[r] = g[i], magnitude[r] = magnitudes[i];
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          sum[r] += row[r][j];
+          magnitude[r] += std::fabs(row[r][j]);
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) g[first + r] = sum[r], magnitudes[first + r] = magnitude[r];
+    }
+  });
+}
+
+// Distances of fp32: every tile twice, once for each of its rows.
+void sum_unstored(const Rows& keys, Crew& crew, SimilarityMemory<float>& memory, float* g) {
+  const int64_t n = keys.n;
+  std::vector<int64_t> tokens(kTile);
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t rows = std::min<int64_t>(kTile, n - first);
+    std::iota(tokens.begin(), tokens.end(), first);
+    similarity_rows(keys, tokens.data(), rows, crew, memory, memory.strip);
+    sum_rows(memory.strip, width_of(n), rows, n, crew, g + first, memory.sums + first);
+  }
+}
+
+// fp64: every tile once. A strip of rows, from the diagonal on, goes to the sums of its columns, and then, but for the
+// square at its beginning, to those of its rows: what comes before it they have from the strips before.
+void sum_unstored(const Rows& keys, Crew& crew, SimilarityMemory<double>& memory, double* g) {
+  const int64_t n = keys.n, ld = width_of(n);
+  for (int64_t first = 0; first < n; first += kStripRows) {
+    const int64_t rows = std::min(kStripRows, n - first), columns = n - first;
+    const Rows rest = keys.part(first, columns);
+    KeyFactors<double> factors = memory.factors;
+    factors.scale += first;
+    factors.inv += first;
+    const PairTiles<double> tiles{row_ops<double>(), rest,          factors,  {rows},
+                                  {columns},         !kSymmetric,   !kSummed, {memory.strip, ld, true},
+                                  memory.metric,     memory.unscale};
+    crew.run([&](int slot) { tiles.run(slot, crew.size(), memory.of_slot[slot]); });
+    add_columns(memory.strip, ld, rows, columns, crew, g + first, memory.sums + first);
+    add_rows(memory.strip + rows, ld, rows, columns - rows, crew, g + first, memory.sums + first);
+  }
 }
 
 template <class T>
 double plain_sums(const Rows& keys, const T* s, int64_t ld, Crew& crew, SimilarityMemory<T>& memory, T* g) {
   const int64_t n = keys.n;
-  if (s) {
+  std::fill(g, g + n, T{0});
+  std::fill(memory.sums, memory.sums + n, 0.0);
+  if (!s) {
+    sum_unstored(keys, crew, memory, g);
+  } else if constexpr (sizeof(T) == 8) {
+    add_columns(s, ld, n, n, crew, g, memory.sums);
+  } else {
     sum_rows(s, ld, n, n, crew, g, memory.sums);
-  } else {  // every tile twice, once for each of its rows
-    std::vector<int64_t> tokens(kTile);
-    for (int64_t first = 0; first < n; first += kTile) {
-      const int64_t rows = std::min<int64_t>(kTile, n - first);
-      std::iota(tokens.begin(), tokens.end(), first);
-      similarity_rows(keys, tokens.data(), rows, crew, memory, memory.strip);
-      sum_rows(memory.strip, width_of(n), rows, n, crew, g + first, memory.sums + first);
-    }
   }
+  if constexpr (sizeof(T) == 8) std::transform(g, g + n, g, bounded<T>);
   return std::accumulate(memory.sums, memory.sums + n, 0.0);
 }
 
@@ -201,7 +270,8 @@ SimilarityMemory<T>::SimilarityMemory(Memory& memory, int64_t n, int slots, bool
       panels_size(panels_of_thread(n) * std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel)),
       panels(memory.take<T>(panels_size, slots)),
       sums(sums_are_plain() ? memory.take<double>(n) : nullptr),
-      strip(sums_are_plain() && !stored ? memory.take<T>(kTile * width_of(n)) : nullptr),
+      strip(sums_are_plain() && !stored ? memory.take<T>((sizeof(T) == 8 ? kStripRows : kTile) * width_of(n))
+                                        : nullptr),
       penalty(with_nearest ? memory.take<T>(width_of(n)) : nullptr),
       packed(packed_channels > 0 ? memory.take<T>((packed_channels + kChunk - 1) / kChunk * panels_of(n),
                                                   std::max<int64_t>(kChunk * kTile, row_ops<T>().pairs_panel))

@@ -92,7 +92,7 @@ struct SimilarityMemory {
   int64_t panels_size;  // of a slot's panels, which lie behind each other
   T* panels;
   double* sums;  // [n] plain sums alone
-  T* strip;      // [kTile, width_of(n)] plain sums alone, where s is not stored
+  T* strip;      // [rows, width_of(n)] plain sums alone, where s is not stored
   T* penalty;    // [n padded] -infinity for what is nobody's nearest; with nearest alone
   T* packed;     // all keys as similarity_rows multiplies them, once pack_keys has been called; null: they are packed
                  // again for each product
@@ -197,7 +197,10 @@ template <class T>
 void greedy_select_resumed(const T* s, int64_t ld, const Selection<T>& selection, int64_t n, int64_t made, int64_t k,
                            const GreedyMemory<T>& memory, int64_t* order);
 
-constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed: 1 MB of similarities among them
+constexpr int64_t kPool = 512;  // tokens of a round of greedy_select_streamed, at most: 1 MB of similarities among them
+
+// As many as k picks are worth.
+constexpr int64_t pool_of(int64_t n, int64_t k) { return std::min({n, kPool, width_of(k) + kTile}); }
 
 struct Rounds {
   int64_t most = std::numeric_limits<int64_t>::max();  // after these it ends, be the picks complete or not

@@ -121,8 +121,30 @@ def test_the_first_pick_stands_alone(cpp):
 
 
 def test_above_the_limit_that_users_have(cpp):
-    inputs = make_inputs("clustered", batch=1, num_tokens=4132, num_anchors=600, num_background=200)
+    inputs = make_inputs("clustered", batch=1, num_tokens=5800, num_anchors=600, num_background=200)
     assert_same_bits(inputs.run(cpp), inputs.run_stages(cpp)[-1])
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "k", "dtype", "stored"),
+    [
+        (1000, 16, 960, torch.float32, True),  # s stays in the caches
+        (4096, 64, 64, torch.float32, False),
+        (4096, 64, 960, torch.float32, True),  # rows of many picks, once more
+        (4096, 1024, 64, torch.float32, True),
+        (4096, 384, 64, torch.float32, True),
+        (5792, 1024, 64, torch.float32, True),  # 128 MB
+        (5793, 1024, 64, torch.float32, False),
+        (5793, 1024, 1000, torch.float32, True),  # the rows of the picks are 23 MB
+        (4096, 1024, 64, torch.float64, True),
+        (4097, 1024, 64, torch.float64, False),
+    ],
+)
+def test_who_is_stored(n, channels, k, dtype, stored, cpp):
+    """By the bytes that a call states, dense; packed and from keys the rule is the same code."""
+    features, scores = torch.ones(1, dtype=dtype).expand(1, n, channels), torch.ones(1).expand(1, n)
+    needed = ck.workspace_bytes(features, scores, k, 0, spatial_weight=0.0)
+    assert (needed >= n * n * (8 if dtype == torch.float64 else 4)) == stored
 
 
 def test_in_a_workspace_of_its_own(cpp):
