@@ -49,6 +49,8 @@ def test_every_kernel_compiles_for_every_target(rows):
         "attention_columns_kernel",
         "similarity_tile_kernel",
         "similarity_means_kernel",
+        "unit_sum_kernel",
+        "global_similarity_kernel",
         "magnitudes_kernel",
         "distance_tile_kernel",
         "distance_rows_kernel",
