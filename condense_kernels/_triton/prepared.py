@@ -95,7 +95,11 @@ class Recording:
             self.origins.append(Piece(number, piece.data_ptr() - workspace.data_ptr()))
 
     def zeroed(self, tensor: torch.Tensor) -> None:
-        number, start = self.number_of(tensor), 0
+        try:
+            number, start = self.number_of(tensor), 0
+        except Unknown:
+            self.is_understood = False
+            return
         origin = self.origins[number - self.num_arguments]
         if isinstance(origin, Piece):
             number, start = origin
