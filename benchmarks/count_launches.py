@@ -38,6 +38,8 @@ def counts() -> dict[str, collections.Counter[str]]:
     for name, (n, k) in IMAGES.items():
         image = empty(1, n, 64, dtype=torch.bfloat16), empty(1, n)
         found[f"1 x {name}"] = kernels_of(select_and_merge, *image, k - k // 4, k // 4, spatial_weight=0.0)
+        options = {"spatial_weight": 0.0, "mean_similarity": empty(1)}
+        found[f"1 x {name}, mean given"] = kernels_of(select_and_merge, *image, k - k // 4, k // 4, **options)
     for name, (segments, tokens, longest, rows) in BATCHES.items():
         offsets = [empty(segments + 1, dtype=torch.int32)] * 3
         batch = empty(tokens, 64, dtype=torch.bfloat16), empty(tokens), *offsets, rows, longest

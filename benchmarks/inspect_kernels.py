@@ -49,7 +49,12 @@ from condense_kernels.ops.greedy_select.kernel import greedy_select, greedy_sele
 from condense_kernels.ops.merge.kernel import merge, merge_backward, merge_varlen
 from condense_kernels.ops.select_and_merge.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge_varlen
-from condense_kernels.ops.similarity.kernel import similarity, similarity_and_nearest, similarity_varlen
+from condense_kernels.ops.similarity.kernel import (
+    global_similarity_of,
+    similarity,
+    similarity_and_nearest,
+    similarity_varlen,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,6 +115,25 @@ def dpp_calls() -> dict[str, tuple]:
         cases[f"dpp_select N={n}"] = (dpp_select, (empty(2, n, n), empty(2, n), 64), options)
     packed = empty(20000, 2880), empty(20000), *[empty(10, dtype=torch.int32)] * 2, 500, 2880
     cases["dpp_select_varlen"] = (dpp_select_varlen, packed, {"eps": 1e-5, "damping": 0.0})
+    return cases
+
+
+def mean_calls() -> dict[str, tuple]:
+    """The mean similarity given."""
+    bf16, mean = torch.bfloat16, {"mean_similarity": empty(2)}
+    cases = {}
+    for dtype, dk in ((bf16, 1024), (bf16, 80), (torch.float16, 1024), (torch.float32, 1024)):
+        image = empty(2, 576, dk, dtype=dtype), empty(2, 576)
+        cases[f"global_similarity {TYPES[dtype]} Dk={dk}"] = global_similarity_of, image, {}
+    for n, kept in ((576, 48), (2880, 48), (16384, 48), (65536, 2)):
+        arguments = (empty(2, n, 1024, dtype=bf16), empty(2, n, dtype=bf16), kept, 2)
+        options = {"spatial_weight": 0.0, **mean}
+        cases[f"select_and_merge, mean given N={n}"] = select_and_merge, arguments, options
+    for n in (576, 65536):
+        tokens = max(n, 20000)
+        packed = empty(tokens, 1024, dtype=bf16), empty(tokens, dtype=bf16), *[empty(10, dtype=torch.int32)] * 3, 2, n
+        options = {"spatial_weight": 0.0, "mean_similarity": empty(9)}
+        cases[f"select_and_merge_varlen, mean given N={n}"] = select_and_merge_varlen, packed, options
     return cases
 
 
@@ -202,7 +226,7 @@ def calls() -> dict[str, tuple]:
             cases[f"greedy_select_varlen N={n}"] = (greedy_select_varlen, packed_s, options)
         options = {"positions": empty(tokens, 2)}
         cases[f"select_and_merge_varlen N={n}"] = (select_and_merge_varlen, (*packed, kept, n), options)
-    return cases | attention_calls()
+    return cases | mean_calls() | attention_calls()
 
 
 def launches(launcher, args, kwargs) -> list[tuple]:

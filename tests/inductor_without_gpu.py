@@ -144,7 +144,12 @@ def calls(device: str) -> dict[str, tuple]:
             (features, scores, of(2, 576, 80), of(576, 2, dtype=ints), of(2, 576, dtype=torch.bool)),
         ),
         "one token": (lambda f, s: ck.select_and_merge(f, s, 1, 0, grid=(1, 1)), (of(1, 1, 64), of(1, 1))),
+        "mean given": (
+            lambda f, s, m: ck.select_and_merge(f, s, 48, 16, grid=(24, 24), mean_similarity=m),
+            (features, scores, of(2)),
+        ),
         "similarity": (ck.similarity, (features, scores)),
+        "global_similarity": (ck.global_similarity, (features, scores)),
         "greedy_select": (lambda s, p: ck.greedy_select(s, p, 48), (s, scores)),
         "dpc_knn": (lambda s: ck.dpc_knn(s, 48), (s,)),
         "assign": (lambda s, i: ck.assign(s, i, grid=(24, 24)), (s, indices)),

@@ -17,7 +17,9 @@ LAUNCHES = {  # of a call on a GPU; none: the graph has the operator
     "select_and_merge": DENSE,
     "select_and_merge masked": DENSE,
     "one token": DENSE,
+    "mean given": ["unit_sum_kernel", "global_similarity_kernel", *DENSE],
     "similarity": ["similarity_tile_kernel", "similarity_means_kernel"],
+    "global_similarity": ["unit_sum_kernel", "global_similarity_kernel"],
     "greedy_select": ["greedy_select_kernel"],
     "dpc_knn": ["density_kernel", "peak_kernel", "rank_kernel"],
     "assign": ["assign_kernel"],
@@ -50,7 +52,7 @@ def found():
 
 
 def operator_of(name: str) -> str:
-    if name in ("select_and_merge masked", "one token", "long image"):
+    if name in ("select_and_merge masked", "mean given", "one token", "long image"):
         return "select_and_merge"
     return name.removesuffix(" sources").removesuffix(" ones")
 

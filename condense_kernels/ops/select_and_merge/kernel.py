@@ -44,18 +44,19 @@ BLOCK_S = tl.constexpr(SimilarityConfig.block)  # tokens of a tile of s
 
 
 @triton.jit
-def write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE: tl.constexpr):
-    """What one image's tokens are picked by: the scores, for anchors, and behind them g (Eq. 3), for the background,
-    unless it is there already."""
+def write_priors(priors_ptr, scores_ptr, g_ptr, stride_score_n, N, num_blocks, WIDE: tl.constexpr):
+    """What one image's tokens are picked by: the scores, for anchors, and behind them g (Eq. 3), for the background."""
     start = tl.zeros([], tl.int32)
     while start < N:
         tokens = start + tl.arange(0, WIDE)
         present = tokens < N
         score = tl.load(scores_ptr + tokens.to(tl.int64) * stride_score_n, mask=present, other=0.0)
         tl.store(priors_ptr + tokens, score.to(tl.float32), mask=present)
-        if row_sums_ptr is not None:
-            g = global_similarity(row_sums_ptr, tokens, present, N, num_blocks)
-            tl.store(priors_ptr + N + tokens, g, mask=present)
+        if g_ptr.dtype.element_ty == tl.int32:
+            g = global_similarity(g_ptr, tokens, present, N, num_blocks)
+        else:
+            g = tl.load(g_ptr + tokens, mask=present, other=0.0)
+        tl.store(priors_ptr + N + tokens, g, mask=present)
         start += WIDE
     tl.debug_barrier()  # what a thread writes, others read
 
@@ -65,7 +66,7 @@ def select_kernel(
     s_ptr,  # [B, N, WIDTH], packed: [T, WIDTH]; likewise the rest
     scores_ptr,  # [B, N]
     tier_ptr,  # [B, N]
-    row_sums_ptr,  # [B, blocks, N]; None where g is in priors
+    g_ptr,  # [B, N], or the int32 sums that it is made of, [B, blocks, N]
     abs_sums_ptr,  # [B, tiles]; None where priors are not scaled, or sbar is given
     sbar_ptr,  # [B] or None
     priors_ptr,  # [B, 2, N]: memory of this program
@@ -94,14 +95,13 @@ def select_kernel(
     s_ptr += rows_before * WIDTH
     scores_ptr += at_b * stride_score_b
     tier_ptr += first
-    if row_sums_ptr is not None:
-        row_sums_ptr += rows_before * num_blocks
+    g_ptr += rows_before * num_blocks if g_ptr.dtype.element_ty == tl.int32 else first
     first_tile = first_tile_of(packed, pid_b, num_blocks, num_tiles, BLOCK_S)
     num_blocks = blocks_of_image(packed, N, num_blocks, BLOCK_S)
     num_tiles = tiles_of_image(packed, num_blocks, num_tiles)
     indices_ptr += first_k
     priors_ptr += first * 2
-    write_priors(priors_ptr, scores_ptr, row_sums_ptr, stride_score_n, N, num_blocks, WIDE)
+    write_priors(priors_ptr, scores_ptr, g_ptr, stride_score_n, N, num_blocks, WIDE)
     num_valid, _counted = count_tiers(tier_ptr, 1, N, True, WIDE)
     sbar = tl.zeros([], tl.float32)
     if abs_sums_ptr is not None:
@@ -175,7 +175,7 @@ def pieces_of(b: int, n: int, dk: int | None = None) -> Pieces:
         "members": ((b, n), torch.int32),
     }
     if dk is not None:
-        return pieces | streamed.unit_sums_of(b, b * n, dk)
+        return pieces | streamed.given_of(b, b * n, dk)
     return pieces | {"row_sums": ((b, blocks, n), torch.int32), "abs_sums": ((b, tiles), torch.int64)}
 
 
@@ -204,12 +204,12 @@ def launch_select(
     where = space if fused else Space.of(None, None, 0.0, masked=False)  # else compiled for each kind
     axes = triton.next_power_of_2(where.axes)
     whole = [(0, SelectConfig.for_shape(n))]
-    row_sums, abs_sums = (w.row_sums, w.abs_sums) if mean is None else (None, None)
+    g, abs_sums = (w.row_sums, w.abs_sums) if mean is None else (w.g, None)
     sbar = mean if scale_prior else None
     for low, select in whole if packed is None else SelectConfig.for_packed(n):
         launch(
             select_kernel, (images,),
-            w.s, scores, w.tier, row_sums, abs_sums if scale_prior else None, sbar, w.priors,
+            w.s, scores, w.tier, g, abs_sums if scale_prior else None, sbar, w.priors,
             w.s if where.tensor is None else where.tensor,
             indices, assignment, *map(as_fp32, suppressions), float(spatial_weight),
             *strides_of(scores, 2), *strides_of(sbar, 1), *where.strides,
@@ -263,7 +263,7 @@ def select_and_merge(
     config = FusedConfig.for_shape(n)
     with on_device_of(features):
         if given:
-            streamed.launch_given(w, keys, scores, mask, config.store_s)
+            streamed.launch_given(w, keys, scores, mask)
         if b > 0 and config.store_s:
             sums = (None, None) if given else (w.row_sums, w.abs_sums)
             launch_tiles(keys, scores, mask, w.tier, *sums, w.s)

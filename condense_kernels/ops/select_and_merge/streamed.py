@@ -32,25 +32,23 @@ def keep_kernel(
     write_kept(nu_ptr, indices_ptr, count_dead(nu_ptr, 0, N, CHUNK), K, N, CHUNK)
 
 
-def unit_sums_of(images: int, tokens: int, dk: int) -> Pieces:
-    """What g is made of where the mean similarity is given."""
-    factors = {name: ((tokens,), torch.float32) for name in ("scale", "inverse")}
-    return {**factors, "unit_sums": ((images, dk), torch.int64)}
+def given_of(images: int, tokens: int, dk: int) -> Pieces:
+    """Of launch_given."""
+    of_tokens = {name: ((tokens,), torch.float32) for name in ("scale", "inverse", "g")}
+    return {**of_tokens, "unit_sums": ((images, dk), torch.int64)}
 
 
 def pieces_of(images: int, tokens: int, blocks: int, dk: int | None = None) -> Pieces:
     """Tokens and blocks of all images together; dk: of keys whose mean similarity is given."""
     loop, sums = picking.pieces_of(images, tokens, blocks), picking.sums_of(tokens, blocks)
     if dk is not None:
-        sums = {**unit_sums_of(images, tokens, dk), "g": ((tokens,), torch.float32)}
+        sums = given_of(images, tokens, dk)
     return {**loop, **sums, **assigning.tiles_of(blocks), "members": ((tokens,), torch.int32)}
 
 
-def launch_given(w, keys, scores, mask, stored: bool, packed=None) -> None:
-    """What needs no cosine where the mean similarity is given: tiers, factors, and g where the selection reads it."""
-    launch_global_similarity(
-        keys, scores, mask, w.tier, w.scale, w.inverse, w.unit_sums, w.priors if stored else w.g, packed, stored
-    )
+def launch_given(w, keys, scores, mask, packed=None) -> None:
+    """What needs no cosine where the mean similarity is given: tiers, factors and g."""
+    launch_global_similarity(keys, scores, mask, w.tier, w.scale, w.inverse, w.unit_sums, w.g, packed)
 
 
 def launch_select(w, keys, scores, indices, num_anchors, suppressions, scale_prior, mean=None, packed=None):

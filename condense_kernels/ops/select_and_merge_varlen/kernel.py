@@ -34,7 +34,7 @@ def pieces_of(num_tokens: int, packed: Packed, config: FusedConfig, dk: int | No
         "members": ((num_tokens,), torch.int32),
     }
     if dk is not None:
-        return pieces | streamed.unit_sums_of(packed.num_segments, num_tokens, dk)
+        return pieces | streamed.given_of(packed.num_segments, num_tokens, dk)
     return pieces | {
         "row_sums": ((rows, blocks), torch.int32),
         "abs_sums": ((group.num_slots(SimilarityConfig.block), blocks // 2 + 1), torch.int64),
@@ -80,7 +80,7 @@ def select_and_merge_varlen(
     with on_device_of(features):
         sums = (None, None) if given else (w.row_sums, w.abs_sums)
         if given:
-            streamed.launch_given(w, keys, scores, None, config.store_s, packed)
+            streamed.launch_given(w, keys, scores, None, packed)
         if config.store_s:
             for group in packed.groups(config.grouping):
                 launch_tiles(keys, scores, None, w.tier, *sums, w.s, packed=group)

@@ -75,11 +75,11 @@ def global_similarity_kernel(
     scale_ptr,  # [B, N]
     inverse_ptr,  # [B, N]
     sums_ptr,  # [B, Dk], packed: [S, Dk]
-    g_ptr,  # [B, N]; BEHIND_SCORES: [B, 2, N], behind as many scores
+    g_ptr,  # [B, N]
     stride_key_b, stride_key_n, stride_key_d,
     N, num_blocks, num_channels, packed,
     DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    CAN_OVERFLOW: tl.constexpr, BEHIND_SCORES: tl.constexpr, INTERPRETED: tl.constexpr,
+    CAN_OVERFLOW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """g of a block of tokens. Equal keys have equal ones, as all are multiplied and added alike."""
     pid_b, block = image_of_block(packed, tl.program_id(0), num_blocks, BLOCK)
@@ -101,15 +101,11 @@ def global_similarity_kernel(
         acc = tl.fma(x, total[None, :], acc)
     product = sum_in_pairs(acc) * (tl.load(inverse_ptr + first + rows) * (1.0 / FIXED_POINT))
     g = tl.where(tl.load(tier_ptr + first + rows) == 0, product, 0.0) + 0.0  # never -0
-    at = 2 * first + N if BEHIND_SCORES else first
-    tl.store(g_ptr + at + offs_n, g, mask=offs_n < N)
+    tl.store(g_ptr + first + offs_n, g, mask=offs_n < N)
 
 
-def launch_global_similarity(
-    keys, scores, mask, tier, scale, inverse, sums, g, packed=None, behind_scores=False
-) -> None:
-    """Into tier, scale, inverse and g, [B, N] or [T] each; behind_scores: into the second rows of g [B, 2, N]. In sums
-    [B, Dk], packed [S, Dk], it works."""
+def launch_global_similarity(keys, scores, mask, tier, scale, inverse, sums, g, packed=None) -> None:
+    """Into tier, scale, inverse and g, [B, N] or [T] each. sums [B, Dk], packed [S, Dk], is what it works in."""
     n, dk = keys.shape[-2:]
     if packed is not None:
         n = packed.max_seqlen
@@ -132,5 +128,5 @@ def launch_global_similarity(
         )  # fmt: skip
         launch(
             global_similarity_kernel, (programs,), keys, tier, scale, inverse, sums, g, *strides_of(keys, 3),
-            n, blocks, dk, packed, BEHIND_SCORES=behind_scores, **options,
+            n, blocks, dk, packed, **options,
         )  # fmt: skip
