@@ -26,7 +26,11 @@ from condense_kernels.ops.select_and_merge_varlen.kernel import select_and_merge
 from condense_kernels.ops.select_and_merge_varlen.reference import for_each_segment
 from condense_kernels.testing import Inputs, assert_same_bits, make_inputs
 
-STAGES = compose(Stages(*(OPERATORS[name].triton for name in ("similarity", "global_similarity", "greedy_select", "assign", "merge"))))
+STAGES = compose(
+    Stages(
+        *(OPERATORS[name].triton for name in ("similarity", "global_similarity", "greedy_select", "assign", "merge"))
+    )
+)
 
 
 @triton.jit
