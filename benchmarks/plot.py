@@ -33,10 +33,10 @@ AXES = {"N": "tokens N (a ninth is kept)", "K": "kept tokens K (N = 576)", "B": 
 LEFT, RIGHT = {"xytext": (-9, -4), "ha": "right"}, {"xytext": (9, -4), "ha": "left"}
 # What the roofline shows: operator, shape, side, label and where that stands.
 ROOFLINE = (
-    ("similarity", "llava15-192", "matmul", "matmul of S", {"xytext": (9, 10), "ha": "left"}),
+    ("similarity", "llava15-192", "matmul", "matmul of S", {"xytext": (9, -15), "ha": "left"}),
     ("similarity", "llava15-192", "ours fp32", "similarity", LEFT),
     ("select_and_merge", "llava15-192", "ours fp32", "select_and_merge", {"xytext": (0, -20), "ha": "right"}),
-    ("select_and_merge", "llava15-192", "ours bf16", "the same, bf16", {"xytext": (4, -20), "ha": "left"}),
+    ("select_and_merge", "llava15-192", "ours bf16", "the same, bf16", RIGHT),
     ("greedy_select", "llava15-192", "ours", "greedy_select", RIGHT),
     ("assign", "llava15-192", "ours", "assign", RIGHT),
     ("merge", "llava15-192", "ours fp32", "merge", LEFT),
@@ -143,7 +143,7 @@ def ceilings(axes: Axes, rows: dict[str, Row], gbs: float, right: float) -> None
         if level
     ]
     lines.sort(key=lambda line: line[0])
-    places = apart([math.log10(level) for level, *_ in lines], 0.1)
+    places = apart([math.log10(level) for level, *_ in lines], 0.13)
     for (level, label, style, colour), place in zip(lines, places, strict=True):
         axes.plot([level / gbs, right], [level, level], style, color=colour, linewidth=1.6)
         axes.annotate(

@@ -43,11 +43,13 @@ void* new_pages(size_t size, size_t bytes) {
   return first;
 }
 void delete_pages(const Block& block) { munmap(block.data, block.size); }
+void advise_huge_pages(void* first, size_t bytes) { madvise(first, bytes, MADV_HUGEPAGE); }
 
 #else
 
 void* new_pages(size_t size, size_t) { return ::operator new(size, kLine); }
 void delete_pages(const Block& block) { ::operator delete(block.data, kLine); }
+void advise_huge_pages(void*, size_t) {}
 
 #endif
 
@@ -140,5 +142,13 @@ Block take_block(size_t bytes) {
 }
 
 void give_block(Block block) noexcept { free_blocks().give(block); }
+
+void on_huge_pages(void* data, size_t bytes) noexcept {
+  constexpr size_t kMapped = size_t{32} << 20;  // the most that the C library may keep for itself
+  if (bytes <= kMapped) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  advise_huge_pages(reinterpret_cast<void*>(first), end - first);
+}
 
 }  // namespace condense

@@ -47,6 +47,10 @@ struct Block {
 Block take_block(size_t bytes);  // at least so many; throws bad_alloc
 void give_block(Block block) noexcept;
 
+// A result that is about to be written, and so large that the C library has mapped it: the pages that lie inside of it
+// become huge ones, where the system gives them.
+void on_huge_pages(void* data, size_t bytes) noexcept;
+
 // Hands out the pieces of one block, uninitialised, each on a cache line of its own; null for none. Without a block it
 // counts: the code that takes the pieces is also what says how many bytes they are.
 class Memory {

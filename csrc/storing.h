@@ -32,10 +32,11 @@ struct Storing {
            static_cast<double>(n) <= kMostRows * static_cast<double>(k);
   }
 
-  // Writing a number, and its mirror image, beyond the caches.
+  // Writing a number, and its mirror image, beyond the caches; sums of fp64, which have an order, wait for it again.
   double cost() const {
-    constexpr double kInCache = 8 << 20, kNumber = 16;
-    return kNumber * std::max(0.0, pairs() - kInCache / static_cast<double>(size));
+    constexpr double kInCache = 8 << 20;
+    const double number = size == 8 ? 56 : 16;
+    return number * std::max(0.0, pairs() - kInCache / static_cast<double>(size));
   }
 
   // Of rounds of greedy_select_streamed and of the picks' rows, in products of two keys. A round has those of its pool,

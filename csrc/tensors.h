@@ -58,7 +58,11 @@ Tensor allocated(const std::string& what, torch::headeronly::IntHeaderOnlyArrayR
 
 // An uninitialised result of the operator.
 inline Tensor empty(const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return allocated(name, sizes, dtype, [&] { return torch::stable::empty(sizes, dtype); });
+  return allocated(name, sizes, dtype, [&] {
+    const Tensor t = torch::stable::empty(sizes, dtype);
+    on_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel() * element_size(dtype)));
+    return t;
+  });
 }
 
 // The tensor itself where it fits already, as for most callers: a cast costs more than a small image.

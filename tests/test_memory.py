@@ -255,3 +255,19 @@ def test_sizes_that_nothing_could_hold(call, message, cpp):
 def merge_of(channels):
     ones = torch.ones(1, 1)
     return ones[..., None].expand(1, 1, channels), ones, torch.zeros(1, 1).long(), torch.zeros(1, 1).long()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_result_that_the_c_library_maps_is_on_huge_pages(cpp):
+    """s of 3300 tokens, 43 MB: 10,635 small pages a call."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    is_given = huge.exists() and "[never]" not in huge.read_text()
+    (found,) = kept(
+        """
+        def call(n):
+            ck.similarity(torch.ones(1, n, 8))
+        faults(3300)
+        print(faults(3300))
+        """
+    )
+    assert found < 2000 or not is_given, found
