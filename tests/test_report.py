@@ -307,7 +307,7 @@ def test_a_chat_template_is_used():
 def test_a_budget_that_pooling_cannot_have_is_told(capsys, folder, picture):
     status, out, err = run(capsys, "report", "--model", folder, "--image", picture, "--keep", 13, "--rounds", 1)
     assert status == 0, err
-    assert "pooling, 13: not measured. num_tokens: expected for pooling" in out
+    assert "pooling, 13: not measured. keep: expected for pooling" in out
 
 
 def test_a_method_that_fails_everywhere_is_an_error(capsys, monkeypatch, folder, picture):

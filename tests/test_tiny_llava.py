@@ -242,7 +242,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--model", "nowhere"], "--model nowhere: expected 'tiny' or a directory with config.json"),
         (["--csv", "no/such/cells.csv"], "--csv: no such folder: no/such"),
-        (["--keep", "13", "--pictures", "2"], "--keep: num_tokens: expected for pooling and uniform a product"),
+        (["--keep", "13", "--pictures", "2"], "--keep: expected for pooling and uniform a product"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments, message, capsys):

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             found = answers.compare(model, exam, methods, arguments.keep, arguments.seeds, *options, tick)
         except ValueError as error:
-            raise CommandError(f"--keep: {error}") from None
+            raise CommandError(f"--keep: {str(error).removeprefix('keep: ')}") from None
     for keep in arguments.keep:
         console.print(table.of_budget(everything, found, keep))
         console.print(table.in_words(found, keep), markup=False)

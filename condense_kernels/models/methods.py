@@ -8,23 +8,31 @@ from typing import Any
 import torch
 
 from ..budget import DEFAULT_BACKGROUND_RATIO, condense, varlen_budget
+from ..methods import ALIASES
+from ..methods import METHODS as PUBLISHED
+from ..methods.registry import CLS, NONE
+from ..methods.registry import Method as PublishedMethod
+from ..methods.results import in_picture_order as in_picture_order
 from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
 from ..ops.select_and_merge_varlen import select_and_merge_varlen
-from . import baselines
 from .families import Grid
 
 Method = Callable[[torch.Tensor, torch.Tensor, int, Grid], Condensed]  # features [B, N, D], scores [B, N], keep, grid
 
 
+def on_grid(published: PublishedMethod) -> Method:
+    return lambda features, scores, keep, grid: published(features, scores, keep, grid=grid)
+
+
+# The other methods whose scores are what apply_condense has, and the names that they had here first.
 BASELINES: dict[str, Method] = {
-    "topk": baselines.topk,
-    "topk_merge": baselines.topk_merge,
-    "maxmin": baselines.maxmin,
-    "random": baselines.random,
-    "random_merge": baselines.random_merge,
-    "uniform": baselines.uniform,
-    "pooling": baselines.pooling,
+    name: on_grid(card.call)
+    for name, card in {
+        **{name: PUBLISHED[method] for name, method in ALIASES.items()},
+        **PUBLISHED,
+    }.items()
+    if name != "condensevlm" and card.scores in (CLS, NONE) and set(card.needs) <= {"grid"}
 }
 METHODS = ("condensevlm", *BASELINES)
 
@@ -109,19 +117,6 @@ def positions_on(grid: Grid, device: torch.device) -> torch.Tensor:
     """[N, P] int64, row-major."""
     axes = [torch.arange(side, dtype=torch.int64, device=device) for side in grid]
     return torch.cartesian_prod(*axes).view(-1, len(grid))
-
-
-def in_picture_order(condensed: Condensed) -> Condensed:
-    """Rows by their token's place, as the placeholders that stay are."""
-    merged, indices, assignment, mass = condensed
-    order = indices.argsort(dim=1)  # [B, K]
-    rank = torch.nn.functional.pad(order.argsort(dim=1), (0, 1), value=-1)  # assignment -1 is the last column
-    return Condensed(
-        merged.gather(1, order[..., None].expand_as(merged)),
-        indices.gather(1, order),
-        rank.gather(1, assignment.remainder(rank.shape[1])),
-        mass.gather(1, order),
-    )
 
 
 def check_result(result: Any, features: torch.Tensor, keep: int) -> None:

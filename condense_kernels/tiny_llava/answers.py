@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models import baselines
+from ..methods.results import selected
 from ..models.methods import Condenser
 from ..models.scoring import Recorder, attention_of, recording
 from ..models.timing import Stopwatch
@@ -33,7 +33,7 @@ def condensing(merging: bool = True, **options: Any) -> Method:
 
     def method(features: torch.Tensor, scores: torch.Tensor, keep: int) -> Condensed:
         condensed = Condenser("condensevlm", **options).batch(features, scores, keep, (GRID, GRID))
-        return condensed if merging else baselines.selected(features, scores, condensed.indices)
+        return condensed if merging else selected(features, scores, condensed.indices)
 
     return method
 

@@ -1,0 +1,26 @@
+"""The published ways from N visual tokens to K, one short file each, all with one signature:
+
+    method(features [B, N, D], scores [B, N], keep, *, grid=None, keys=None, generator=None, ...) -> Condensed
+
+METHODS has a card of each by name: its source, what it is built on, which scores it reads. docs/methods.md is a table.
+"""
+
+from ..ops.select_and_merge import Condensed as Condensed
+from .condensevlm import condensevlm as condensevlm
+from .condensevlm import condensevlm_anchors as condensevlm_anchors
+from .condensevlm import condensevlm_attention as condensevlm_attention
+from .condensevlm import condensevlm_cosine as condensevlm_cosine
+from .condensevlm import condensevlm_suppressed as condensevlm_suppressed
+from .divprune import divprune as divprune
+from .fastervlm import fastervlm as fastervlm
+from .fastervlm import topk_merge as topk_merge
+from .packed import packed as packed
+from .random_tokens import random as random
+from .random_tokens import random_merge as random_merge
+from .registry import METHODS as METHODS
+from .registry import Card as Card
+from .uniform import pooling as pooling
+from .uniform import uniform as uniform
+
+# Names that they are known by as well.
+ALIASES = {"topk": "fastervlm", "maxmin": "divprune"}
