@@ -61,7 +61,7 @@ def some(name: str, n: int = 24, keep: int = 6, images: int = 2, d: int = 5) -> 
     """Arguments of a method, fp32."""
     import numpy as np
 
-    rng, arrays = np.random.default_rng(0), write.TAKES.get(name, ((), [{}]))[0]
+    rng, arrays = np.random.default_rng(0), write.taken().get(name, ((), [{}]))[0]
     made = {"features": write.clustered, "scores": lambda rng, n, d: rng.random(n)}
     given = {key: np.stack([make(rng, n, d) for _ in range(images)]) for key, make in made.items()}
     given |= {a: np.stack([write.ARRAYS[a](rng, n, d, keep) for _ in range(images)]) for a in arrays}
@@ -151,7 +151,7 @@ def test_gradients_reach_the_features(name):
 
 @ALL
 def test_packed_images_are_those_of_a_call_each(name):
-    if set(write.TAKES.get(name, ((), []))[0]) - {"keys"}:
+    if set(write.taken().get(name, ((), []))[0]) - {"keys"}:
         return  # what else it takes is not packed
     sizes, grids, keep = (24, 12, 24), ((4, 6), (3, 4), (4, 6)), (6, 4, 6)
     images = [some(name, n=n, images=1) for n in sizes]

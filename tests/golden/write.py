@@ -24,17 +24,27 @@ ARRAYS = {
     "keys": lambda rng, n, d, k: rng.normal(size=(n, d + 2)),
     "noise": lambda rng, n, d, k: rng.random(n),
 }
-# By method: which of those, and the options of each case, in turn.
-TAKES: dict[str, tuple[tuple[str, ...], list[dict]]] = {
-    "condensevlm": (("keys",), [{}, {"background_ratio": 0.5}, {"spatial_weight": 0.0}]),
-    "condensevlm_suppressed": (("keys",), [{}]),
-    "condensevlm_cosine": (("keys",), [{}]),
-    "condensevlm_anchors": (("keys",), [{}]),
-    "divprune": (("keys",), [{}]),
-    "topk_merge": (("keys",), [{}]),
-    "random": (("noise",), [{}]),
-    "random_merge": (("noise", "keys"), [{}]),
-}
+
+
+def modules() -> list:
+    names = (path.stem for path in sorted((HERE.parent / "restated").glob("*.py")))
+    return [importlib.import_module(f"restated.{name}") for name in names if name not in ("__init__", "common")]
+
+
+def restatements() -> dict:
+    """Of every method, by name."""
+    return {
+        name: function
+        for module in modules()
+        for name, function in vars(module).items()
+        if callable(function) and getattr(function, "__module__", "") == module.__name__
+    }
+
+
+def taken() -> dict[str, tuple[tuple[str, ...], list[dict]]]:
+    """By method, as CASES of its restatement's module has it: which ARRAYS it takes, and the options of each case in
+    turn. A method that is not there takes none."""
+    return {name: cases for module in modules() for name, cases in getattr(module, "CASES", {}).items()}
 
 
 def clustered(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -44,7 +54,7 @@ def clustered(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
 
 def cases_of(name: str, function) -> list[dict]:
     rng = np.random.default_rng(sum(name.encode()))
-    arrays, options = TAKES.get(name, ((), [{}]))
+    arrays, options = taken().get(name, ((), [{}]))
     n, cases = GRID[0] * GRID[1], []
     for turn, keep in enumerate((*KEEPS, 6)):
         given = {"features": clustered(rng, n, D), "scores": rng.random(n)}
@@ -57,17 +67,6 @@ def cases_of(name: str, function) -> list[dict]:
         told = {key: value.tolist() for key, value in {**given, **found}.items()}
         cases.append({"keep": keep, "grid": list(GRID), "options": chosen, **told})
     return cases
-
-
-def restatements() -> dict:
-    """Of every method, by name."""
-    found = {}
-    for path in sorted((HERE.parent / "restated").glob("*.py")):
-        if path.stem in ("__init__", "common"):
-            continue
-        module = importlib.import_module(f"restated.{path.stem}")
-        found |= {name: f for name, f in vars(module).items() if callable(f) and f.__module__ == module.__name__}
-    return found
 
 
 def text_of(name: str, function) -> str:

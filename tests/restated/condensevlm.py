@@ -2,6 +2,13 @@ import numpy as np
 
 from .common import assigned, best, cosines, kept_alone, merged_by, top
 
+CASES = {
+    "condensevlm": (("keys",), [{}, {"background_ratio": 0.5}, {"spatial_weight": 0.0}]),
+    "condensevlm_suppressed": (("keys",), [{}]),
+    "condensevlm_cosine": (("keys",), [{}]),
+    "condensevlm_anchors": (("keys",), [{}]),
+}
+
 
 def greedy(s, prior, k, free):
     """Eq. 2 and 4: the prior at the scale of |S|, minus the largest cosine to a pick of this loop."""

@@ -2,6 +2,8 @@ import numpy as np
 
 from .common import best, cosines, kept_alone
 
+CASES = {"divprune": (("keys",), [{}])}
+
 
 def divprune(features, scores, keep, *, keys=None, **_):
     s = cosines(features if keys is None else keys)

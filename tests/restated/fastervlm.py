@@ -1,5 +1,7 @@
 from .common import assigned, kept_alone, merged_by, top
 
+CASES = {"topk_merge": (("keys",), [{}])}
+
 
 def fastervlm(features, scores, keep, **_):
     return kept_alone(features, scores, top(scores, keep))

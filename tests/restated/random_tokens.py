@@ -2,6 +2,8 @@
 
 from .common import assigned, kept_alone, merged_by, top
 
+CASES = {"random": (("noise",), [{}]), "random_merge": (("noise", "keys"), [{}])}
+
 
 def random(features, scores, keep, *, noise, **_):
     return kept_alone(features, scores, top(noise, keep))
