@@ -6,6 +6,7 @@ METHODS has a card of each by name: its source, what it is built on, which score
 """
 
 from ..ops.select_and_merge import Condensed as Condensed
+from .cdpruner import cdpruner as cdpruner
 from .condensevlm import condensevlm as condensevlm
 from .condensevlm import condensevlm_anchors as condensevlm_anchors
 from .condensevlm import condensevlm_attention as condensevlm_attention
@@ -14,11 +15,16 @@ from .condensevlm import condensevlm_suppressed as condensevlm_suppressed
 from .divprune import divprune as divprune
 from .fastervlm import fastervlm as fastervlm
 from .fastervlm import topk_merge as topk_merge
+from .flashvid import flashvid as flashvid
+from .idpruner import idpruner as idpruner
+from .otprune import otprune as otprune
 from .packed import packed as packed
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
+from .rediprune import rediprune as rediprune
 from .registry import METHODS as METHODS
 from .registry import Card as Card
+from .scope import scope as scope
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 
