@@ -6,6 +6,7 @@ METHODS has a card of each by name: its source, what it is built on, which score
 """
 
 from ..ops.select_and_merge import Condensed as Condensed
+from .apet import farthest_points as farthest_points
 from .cdpruner import cdpruner as cdpruner
 from .condensevlm import condensevlm as condensevlm
 from .condensevlm import condensevlm_anchors as condensevlm_anchors
@@ -17,6 +18,7 @@ from .fastervlm import fastervlm as fastervlm
 from .fastervlm import topk_merge as topk_merge
 from .flashvid import flashvid as flashvid
 from .idpruner import idpruner as idpruner
+from .mmtok import mmtok as mmtok
 from .otprune import otprune as otprune
 from .packed import packed as packed
 from .random_tokens import random as random

@@ -22,6 +22,7 @@ KEEPS = (1, 6, 12, 24)
 # What a method takes beyond features, scores, keep and grid: by name how it is made of a generator and N, D, K.
 ARRAYS = {
     "keys": lambda rng, n, d, k: rng.normal(size=(n, d + 2)),
+    "text": lambda rng, n, d, k: rng.normal(size=(3, d)),
     "noise": lambda rng, n, d, k: rng.random(n),
 }
 
