@@ -4,7 +4,7 @@ import numpy as np
 
 from .common import best, kept_alone
 
-CASES = {"otprune": (("keys",), [{}, {"gamma": 1.0}])}
+CASES = {"otprune": (("keys",), [{}, {}, {"gamma": 1.0}, {}, {"gamma": 100.0}])}
 
 
 def otprune(features, scores, keep, *, keys=None, gamma=0.01, **_):

@@ -2,7 +2,7 @@ import numpy as np
 
 from .common import best, cosines, kept_alone, top
 
-CASES = {"rediprune": (("keys",), [{}, {"alpha": 2.0}, {"among": 9}, {"alpha": 0.0}, {"among": 18}])}
+CASES = {"rediprune": (("keys",), [{}, {}, {"alpha": 2.0}, {"among": 9}, {"among": 9}])}
 
 
 def rediprune(features, scores, keep, *, keys=None, alpha=0.5, among=None, **_):

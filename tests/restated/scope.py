@@ -2,7 +2,7 @@ import numpy as np
 
 from .common import best, cosines, kept_alone
 
-CASES = {"scope": (("keys",), [{}, {"alpha": 0.5}, {"alpha": 2.0}])}
+CASES = {"scope": (("keys",), [{}, {}, {"alpha": 2.0}, {}, {"alpha": 0.5}])}
 
 
 def scope(features, scores, keep, *, keys=None, alpha=1.0, **_):
