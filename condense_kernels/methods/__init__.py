@@ -14,6 +14,10 @@ from .condensevlm import condensevlm_suppressed as condensevlm_suppressed
 from .divprune import divprune as divprune
 from .fastervlm import fastervlm as fastervlm
 from .fastervlm import topk_merge as topk_merge
+from .fastv import fastv as fastv
+from .fastv import reverse_fastv as reverse_fastv
+from .fastv import window_fastv as window_fastv
+from .importance import importance_redundancy as importance_redundancy
 from .packed import packed as packed
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
