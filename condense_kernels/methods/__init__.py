@@ -17,12 +17,18 @@ from .fastervlm import topk_merge as topk_merge
 from .fastv import fastv as fastv
 from .fastv import reverse_fastv as reverse_fastv
 from .fastv import window_fastv as window_fastv
+from .globalcom2 import globalcom2 as globalcom2
+from .hired import hired as hired
 from .importance import importance_redundancy as importance_redundancy
 from .packed import packed as packed
+from .pdrop import pdrop as pdrop
+from .pdrop import pdrop_budgets as pdrop_budgets
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
 from .registry import METHODS as METHODS
 from .registry import Card as Card
+from .sparsevlm import sparsevlm as sparsevlm
+from .sparsevlm import sparsevlm_scores as sparsevlm_scores
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 
