@@ -58,8 +58,9 @@ def test_window_fastv_keeps_as_many_in_every_window(grid, window):
 
 def test_window_fastv_of_small_windows_is_in_proportion():
     """5 columns, windows of 4: one of 16 tokens and one of 4."""
-    kept = methods.window_fastv(torch.zeros(1, 20, 3), some(1, 20), 10, grid=(4, 5)).indices
-    assert (kept % 5 == 4).sum() == 2
+    for k, of_small in ((1, 0), (2, 0), (3, 1), (7, 1), (8, 2), (10, 2), (20, 4)):
+        kept = methods.window_fastv(torch.zeros(1, 20, 3), some(1, 20), k, grid=(4, 5)).indices
+        assert (kept % 5 == 4).sum() == of_small
 
 
 def test_window_fastv_says_what_it_cannot_do():
@@ -79,7 +80,7 @@ def test_the_ends_of_the_sweep():
     assert torch.equal(methods.importance_redundancy(x, a, 6, alpha=1).indices, methods.fastv(x, a, 6).indices)
     unlike = 1 - torch.cosine_similarity(x, x[:, -1:], dim=-1)
     assert torch.equal(methods.importance_redundancy(x, a, 6, alpha=0).indices, methods.fastv(x, unlike, 6).indices)
-    last = methods.importance_redundancy(x, a, 6, query=x[:, -1])
+    last = methods.importance_redundancy(x, 100 * a + 5, 6, query=x[:, -1])  # of any scale
     assert torch.equal(methods.importance_redundancy(x, a, 6).indices, last.indices)
 
 
@@ -160,6 +161,14 @@ def test_crops_that_do_not_fit(method):
         method(x, a, 8, **{name: value})
 
 
+def test_hired_gives_the_whole_image_what_the_crops_have_no_room_for():
+    x, a = some(1, 48, 2).double(), some(1, 48).double()
+    for alpha, keep, whole in ((0.0, 47, 15), (0.1, 40, 8), (0.1, 20, 2), (0.9, 20, 16)):
+        found = methods.hired(x, a, keep, grid=(3, 4, 4), crops=(1, 2), alpha=alpha)
+        assert (found.indices < 16).sum() == whole
+        compare(found, hired(x[0].numpy(), a[0].numpy(), keep, grid=(3, 4, 4), crops=(1, 2), alpha=alpha))
+
+
 def test_hired_checks_early():
     x, a = torch.zeros(1, 80, 2), torch.ones(1, 80)
     with pytest.raises(ValueError, match="early: expected"):
@@ -197,6 +206,8 @@ def test_sparsevlm_says_what_it_cannot_do():
             methods.sparsevlm(x, a, 6, recycled=recycled)
     with pytest.raises(ValueError, match="recycled: expected at most as many clusters as tokens to cluster, 2 where"):
         methods.sparsevlm(x, a, 23, recycled=4)
+    with pytest.raises(ValueError, match="tokens to cluster, 1 where 21 of 24 are kept, got 2"):
+        methods.sparsevlm(x, a, 23, recycled=2)
     with pytest.raises(TypeError, match="SparseVLM drops lambda .* so that the data chooses K. Remedy"):
         methods.sparsevlm(x, a, None)
 

@@ -11,7 +11,7 @@ from .results import Grid, best, selected
 
 
 @method(
-    "GlobalCom2", "Liu et al. 2025, arXiv 2501.05179, section 4", primitive="allocate_budget, segment_topk",
+    "GlobalCom2", "Liu et al. 2025, arXiv 2501.05179", primitive="allocate_budget, segment_topk",
     scores=CLS, cost="-",
 )  # fmt: skip
 def globalcom2(
@@ -32,8 +32,8 @@ def globalcom2(
     the whole image's, enlarged bilinearly to the crops and cut. Without crops it is one image, and a top-k.
 
     All of the method comes before the language model. Differences from the published code: it floors each crop's
-    count, here they sum to K (largest remainder); it takes the padding of the resized image off the crops, which a
-    caller does here by scores of -infinity.
+    count, here they sum to K (largest remainder); it leaves out what is padding of the resized image, which here are
+    tokens like any other. temperature is that of its code.
 
     Raises:
         ValueError: no such crops of this grid, a temperature that is not above 0.

@@ -12,7 +12,7 @@ from .results import Grid, best, selected
 
 
 @method(
-    "HiRED", "Arif et al. 2024, arXiv 2408.10945, section 4", primitive="allocate_budget, segment_topk", scores=CLS,
+    "HiRED", "Arif et al. 2024, arXiv 2408.10945", primitive="allocate_budget, segment_topk", scores=CLS,
     cost="-",
 )  # fmt: skip
 def hired(

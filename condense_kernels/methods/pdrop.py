@@ -8,7 +8,7 @@ from .registry import TEXT, method
 from .results import best, selected
 
 
-@method("PyramidDrop", "Xing et al. 2024, arXiv 2410.17247, section 3", primitive="top-k", scores=TEXT, cost="-")
+@method("PyramidDrop", "Xing et al. 2024, arXiv 2410.17247", primitive="top-k", scores=TEXT, cost="-")
 def pdrop(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N]
@@ -18,7 +18,7 @@ def pdrop(
 
     The method is its schedule inside the language model: the hidden states behind layers 8, 16 and 24 of 32 go through
     this one after the other, with budgets of ``pdrop_budgets`` and the attention of the layer at hand, its heads
-    averaged; the last call's N are the tokens that the one before has left. Before the model, as here, a stage is what
+    averaged; each has the tokens that the one before has left. Before the model, as here, a stage is what
     FastV does. Equal scores: the lowest index, where torch.topk promises nothing.
     """
     return selected(features, scores, best(scores, keep))

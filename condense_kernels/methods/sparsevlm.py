@@ -13,7 +13,7 @@ from .results import best, rows, selected
 
 
 @method(
-    "SparseVLM", "Zhang et al. 2024, arXiv 2410.04417, sections 3.2 and 3.4", primitive="top-k, dpc_knn, assign, merge",
+    "SparseVLM", "Zhang et al. 2024, arXiv 2410.04417", primitive="top-k, dpc_knn, assign, merge",
     scores=TEXT, cost="M² D / 2, M = 0.3 (N - K)",
     data_dependent="SparseVLM drops lambda (L - rank of the attention) tokens in a layer, so that the data chooses K.",
 )  # fmt: skip
@@ -86,7 +86,7 @@ def sparsevlm_scores(
 
     attention: of L text tokens, in the layer at hand, the mean of its heads. Raters are the text tokens that are like
     the picture: those whose relevance, the softmax over the text of features @ text.T averaged over visual tokens, is
-    above the mean relevance (section 3.2). Where all are equally relevant all are raters.
+    above the mean relevance. Where all are equally relevant all are raters.
     """
     accurate = torch.promote_types(features.dtype, torch.float32)
     relevance = (features.to(accurate) @ text.to(accurate).mT).softmax(dim=2).mean(dim=1)  # [B, L]
