@@ -3,6 +3,7 @@ acceleration"."""
 
 import torch
 
+from .._dispatch.checks import check_weight
 from ..ops.select_and_merge import Condensed
 from ..segments import allocate_budget
 from .crops import Crops, split, tops
@@ -36,10 +37,11 @@ def globalcom2(
     tokens like any other. temperature is that of its code.
 
     Raises:
-        ValueError: no such crops of this grid, a temperature that is not above 0.
+        TypeError, ValueError: no such crops of this grid, a temperature that is no number above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}. Remedy: 10.0.")
+    check_weight("temperature", temperature)
+    if temperature == 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}. Remedy: 10.0.")
     if crops is None:
         return selected(features, scores, best(scores, keep))
     of = split(grid, crops)

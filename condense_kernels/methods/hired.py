@@ -7,6 +7,7 @@ from .._dispatch.checks import FLOATS, check_tensor
 from ..ops.select_and_merge import Condensed
 from ..segments import allocate_budget
 from .crops import split, tops
+from .importance import check_share
 from .registry import CLS, method
 from .results import Grid, best, selected
 
@@ -43,10 +44,9 @@ def hired(
     too small for their part, the whole image gets what is left. alpha = 0.5 is assumed.
 
     Raises:
-        ValueError: no such crops of this grid, alpha outside [0, 1], early of another shape.
+        TypeError, ValueError: no such crops of this grid, alpha is no number in [0, 1], early of another shape.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha!r}. Remedy: 0.5.")
+    check_share("alpha", alpha)
     if crops is None:
         return selected(features, scores, best(scores, keep))
     of = split(grid, crops)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._dispatch.checks import FLOATS, check_tensor
+from .._dispatch.checks import FLOATS, check_tensor, check_weight
 from ..ops.select_and_merge import Condensed
 from .registry import TEXT, method
 from .results import best, selected
@@ -26,10 +26,9 @@ def importance_redundancy(
     token, so two tokens that are alike are both kept or both dropped.
 
     Raises:
-        ValueError: alpha outside [0, 1]; a query of another shape.
+        TypeError, ValueError: alpha is no number in [0, 1]; a query of another shape, dtype or device.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha!r}. Remedy: 1 is attention alone.")
+    check_share("alpha", alpha)
     if query is not None:
         check_tensor("query", query, "B D", {"B": features.shape[0], "D": features.shape[2]}, FLOATS, like=features)
     similarity = cosine_to(features.detach(), features[:, -1].detach() if query is None else query.detach())
@@ -37,10 +36,18 @@ def importance_redundancy(
     return selected(features, scores, best(value, keep))
 
 
+def check_share(name: str, value: float) -> None:
+    check_weight(name, value)
+    if value > 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}.")
+
+
 def cosine_to(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """[B, N], at least fp32; 0 where either is zero or not finite."""
-    x, q = (torch.promote_types(z.dtype, torch.float32) for z in (features, query))
-    return torch.cosine_similarity(features.to(x), query.to(q)[:, None], dim=-1).nan_to_num(0.0)
+    accurate = torch.promote_types(torch.promote_types(features.dtype, query.dtype), torch.float32)
+    x, q = features.to(accurate), query.to(accurate)[:, None]
+    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(q, dim=-1)
+    return ((x * q).sum(dim=-1) / norms).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # no matmul: TF32 may be on
 
 
 def scaled(value: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._dispatch.checks import is_int
+from .._dispatch.checks import FLOATS, check_tensor, is_int
 from ..ops.assign import assign
 from ..ops.dpc_knn import dpc_knn
 from ..ops.merge import merge
@@ -87,7 +87,17 @@ def sparsevlm_scores(
     attention: of L text tokens, in the layer at hand, the mean of its heads. Raters are the text tokens that are like
     the picture: those whose relevance, the softmax over the text of features @ text.T averaged over visual tokens, is
     above the mean relevance. Where all are equally relevant all are raters.
+
+    Raises:
+        TypeError, ValueError: wrong shape, dtype or device.
     """
+    sizes: dict[str, int] = {}
+    for name, value, axes in (
+        ("features", features, "B N D"),
+        ("attention", attention, "B L N"),
+        ("text", text, "B L D"),
+    ):
+        check_tensor(name, value, axes, sizes, FLOATS, like=features)
     accurate = torch.promote_types(features.dtype, torch.float32)
     relevance = (features.to(accurate) @ text.to(accurate).mT).softmax(dim=2).mean(dim=1)  # [B, L]
     raters = relevance > relevance.mean(dim=1, keepdim=True)
