@@ -56,17 +56,6 @@ def tome(features, keys, sizes, r):
     return np.array(merged), np.array(mass)
 
 
-def recycle(features, k):
-    distance = np.linalg.norm(features[:, None] - features, axis=-1) / features.shape[1] ** 0.5
-    mean = np.sort(distance, axis=1)[:, :k].__pow__(2).mean(axis=1)  # the token itself is its nearest
-    denser = (mean[None] < mean[:, None]) | ((mean[None] == mean[:, None]) & np.tri(len(mean), k=-1, dtype=bool))
-    delta = np.where(denser, distance, distance.max()).min(axis=1)
-    centres = np.argsort(-np.exp(-mean) * delta, kind="stable")[:k]
-    nearest = distance[:, centres].argmin(axis=1)
-    nearest[centres] = np.arange(k)
-    return np.stack([features[nearest == c].mean(axis=0) for c in range(k)])
-
-
 def prumerge(features, keys, attention, k, m=32):
     kept = np.argsort(-attention, kind="stable")[:k]
     s = without_diagonal(cosines(keys))[kept]
@@ -76,25 +65,12 @@ def prumerge(features, keys, attention, k, m=32):
     return np.concatenate([merged, (attention[rest] @ features[rest])[None]])
 
 
-def per_crop(attention, weights, total):  # [C, N], [C]
-    share = weights / weights.sum() * total
-    budget = np.floor(share).astype(int)
-    for c in np.argsort(-(share - budget), kind="stable")[: total - budget.sum()]:
-        budget[c] += 1
-    chosen = np.zeros(attention.shape, dtype=bool)
-    for c, k in enumerate(budget):
-        chosen[c, np.argsort(-attention[c], kind="stable")[:k]] = True
-    return chosen
-
-
 def arguments(name, inputs, k):
     features, keys, attention = inputs
     return {
         "visionzip": (features, keys, attention, k // 2, max(k // 4, 1)),
         "tome": (features, keys, (4 * attention).ceil(), k // 2),
-        "recycle": (features, k),
         "prumerge": (features, keys, attention, k),
-        "per_crop": (attention.unflatten(1, (4, -1)), attention[:, :4], k),
     }[name]
 
 
