@@ -6,6 +6,8 @@ METHODS has a card of each by name: its source, what it is built on, which score
 """
 
 from ..ops.select_and_merge import Condensed as Condensed
+from .apet import farthest_points as farthest_points
+from .cdpruner import cdpruner as cdpruner
 from .condensevlm import condensevlm as condensevlm
 from .condensevlm import condensevlm_anchors as condensevlm_anchors
 from .condensevlm import condensevlm_attention as condensevlm_attention
@@ -20,15 +22,21 @@ from .fastv import window_fastv as window_fastv
 from .globalcom2 import globalcom2 as globalcom2
 from .hired import hired as hired
 from .importance import importance_redundancy as importance_redundancy
+from .flashvid import flashvid as flashvid
+from .idpruner import idpruner as idpruner
+from .mmtok import mmtok as mmtok
+from .otprune import otprune as otprune
 from .packed import packed as packed
 from .pdrop import pdrop as pdrop
 from .pdrop import pdrop_budgets as pdrop_budgets
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
+from .rediprune import rediprune as rediprune
 from .registry import METHODS as METHODS
 from .registry import Card as Card
 from .sparsevlm import sparsevlm as sparsevlm
 from .sparsevlm import sparsevlm_scores as sparsevlm_scores
+from .scope import scope as scope
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 
