@@ -112,6 +112,15 @@ def test_angelslim_merging_refuses_weights_that_are_not_the_methods():
     )
     with pytest.raises(ValueError, match=r"^method: expected one that .* got pooling"):
         strategy(context, ratio=0.75, grid=(4, 4))
+
+    def one_row_else(*call, **options):
+        found = fastervlm(*call, **options)
+        return found._replace(merged=found.merged.index_fill(1, torch.tensor(2), 0))
+
+    with pytest.raises(ValueError, match=r"^method: expected one that .* got one_row_else"):
+        angelslim.merging_strategy(one_row_else, segments=segments, scores=lambda _: [torch.rand(1, 16)])(
+            context, ratio=0.5
+        )
     context.inputs_embeds[0, 4] = torch.nan  # what a NaN does to a product is no reason
     angelslim.merging_strategy(fastervlm, segments=segments, scores=lambda _: [torch.rand(1, 16)])(context, ratio=0.5)
 
@@ -195,7 +204,7 @@ def test_llava_cdpruner_keeps_what_the_loop_keeps():
     torch.testing.assert_close(whole[mask].double(), projected[mask[0]], atol=1e-6, rtol=1e-5)
     both = llava.relevance(random(2, 9, 1), images[:, :9].repeat(2, 1, 1) * torch.tensor([1, 9]).view(2, 1, 1), texts)
     assert torch.equal(both[0], both[1]) or torch.allclose(both[0], both[1])
-    assert torch.isfinite(llava.relevance(features, torch.ones(1, 49, 16), texts)).all()
+    assert torch.equal(llava.relevance(features, torch.zeros(1, 49, 16), texts), torch.ones(1, 49))
 
 
 def test_llava_errors():
@@ -311,6 +320,7 @@ def test_lightcompress_steps_and_errors():
     vlm = reduced(methods.random_merge)
     call = vlm.prepare_inputs_labels_for_multimodal
     assert call(torch.tensor([[3]]), None, None, "cache", None, None)[3:5] == ("cache", None)
+    assert call(torch.tensor([[-200]]), None, None, "cache", None, None)[3:5] == ("cache", None)
     assert call(torch.tensor([[3, 4]]), None, None, None, None, None)[4].shape == (1, 2, 16)
     for ids in ([[-200, 1, -200]], [[-200, 1], [-200, 1]]):
         with pytest.raises(ValueError, match=r"^input_ids: expected one prompt with one image, got 2 images"):

@@ -22,15 +22,16 @@ def mean_over_heads(features: torch.Tensor, attentions: torch.Tensor, *_: Any) -
 
 
 def relevance(features: torch.Tensor, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """Of CDPruner's tower, [B, N, C] and [M, C] -> [B, N] in [0, 1]: minus the mean cosine with the texts.
+    """Of CDPruner's tower, [B, N, C] and [M, C] -> [B, N] in (0, 1]: minus the mean cosine with the texts.
 
-    Scaled over each image, with 1e-6 for the least; the host takes the extremes over the batch, so that an image's
-    tokens depend on the others.
+    Scaled over each image, so that the most relevant has 1 and the least about 1e-6 of the range. The host takes the
+    extremes over the batch, so that an image's tokens depend on the others, and has no 1e-6 below the fraction: a
+    factor that all tokens share, which changes no pick; of equal cosines it divides by 0.
     """
     images, texts = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (images, texts))
     cosines = -(images @ texts.mean(dim=0))
     low, high = cosines.aminmax(dim=1, keepdim=True)
-    return (cosines - low + 1e-6) / (high - low).clamp(min=1e-12)
+    return (cosines - low + 1e-6) / (high - low + 1e-6)
 
 
 def visual_token_num(model: Any) -> int:
