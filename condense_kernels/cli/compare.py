@@ -25,8 +25,8 @@ OF_TINY = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures for DINOv2 (default: eight "
                         "photographs that come with the extra)")  # fmt: skip
-    parser.add_argument("--keep", type=int, nargs="+", default=[64, 128, 192], metavar="K", help="tokens of DINOv2's "
-                        f"{TOKENS} (default: 64 128 192); the tiny LLaVA keeps a quarter of it, of its 144")  # fmt: skip
+    parser.add_argument("--keep", type=int, nargs="+", default=[64, 128, 192], metavar="K", help="tokens of "
+                        f"DINOv2's {TOKENS} (default: 64 128 192); the tiny LLaVA keeps a quarter of it")  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=[], metavar="M", help="by name, with options as "
                         "condensevlm:background_ratio=0.5 (default: all of condense_kernels.methods)")  # fmt: skip
     parser.add_argument("--on", nargs="+", choices=tuple(HEADLINES), default=list(HEADLINES), metavar="MODEL",

@@ -191,7 +191,7 @@ def timed(sides: dict[Any, Callable[[], Any]], rounds: int, tick: Tick = lambda 
     try:
         for run in sides.values():
             run()  # the first call of each is not counted
-        return in_turn({name: once(run) for name, run in sides.items()}, rounds, tick)  # type: ignore[type-var]
+        return in_turn({name: once(run) for name, run in sides.items()}, rounds, tick)
     finally:
         torch.set_num_threads(before)
 

@@ -12,7 +12,8 @@ from ..models.timing import Stopwatch
 from ..ops.select_and_merge import Condensed
 from ..tiny_llava import KINDS
 from ..tiny_llava.answers import CHUNK, COUNT, SEED, Exam, right
-from ..tiny_llava.model import LONGEST, PATCHES, answer, to_input
+from ..tiny_llava.model import PATCHES, answer, to_input
+from ..tiny_llava.questions import LONGEST
 from ..tiny_llava.scenes import GRID, Scenes
 from .compared import BINS, Entry, Material, Row, Tick, heads_mean, numbers, over_seeds, timed
 
