@@ -19,11 +19,11 @@ from .fastervlm import topk_merge as topk_merge
 from .fastv import fastv as fastv
 from .fastv import reverse_fastv as reverse_fastv
 from .fastv import window_fastv as window_fastv
+from .flashvid import flashvid as flashvid
 from .globalcom2 import globalcom2 as globalcom2
 from .hired import hired as hired
-from .importance import importance_redundancy as importance_redundancy
-from .flashvid import flashvid as flashvid
 from .idpruner import idpruner as idpruner
+from .importance import importance_redundancy as importance_redundancy
 from .mmtok import mmtok as mmtok
 from .otprune import otprune as otprune
 from .packed import packed as packed
@@ -34,9 +34,9 @@ from .random_tokens import random_merge as random_merge
 from .rediprune import rediprune as rediprune
 from .registry import METHODS as METHODS
 from .registry import Card as Card
+from .scope import scope as scope
 from .sparsevlm import sparsevlm as sparsevlm
 from .sparsevlm import sparsevlm_scores as sparsevlm_scores
-from .scope import scope as scope
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 
