@@ -5,12 +5,13 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, compare_answers, demo, env, report, reproduce, show
+from .cli import CommandError, MissingPackage, check, compare, compare_answers, demo, env, report, reproduce, show
 
 PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "show": show,
+    "compare": compare,
     "compare-answers": compare_answers,
     "report": report,
     "reproduce": reproduce,

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from .. import assign, merge
+from .. import assign, merge, metrics
+from ..metrics import SIMILAR as SIMILAR
 from ..testing import Inputs, Stages
 from .patches import side_of
 
-SIMILAR = 0.75  # the cosine from which the paper's Table 1 calls two tokens similar
 RANDOM_SEEDS = 20
 METHOD_STEPS = 3 + RANDOM_SEEDS  # calls of ``step`` in compare_methods
 
@@ -89,12 +89,7 @@ def random_choice(scores: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
 
 
 def redundancy(keys: torch.Tensor) -> float:
-    if len(keys) < 2:
-        return math.nan
-    z = torch.nn.functional.normalize(keys.double(), dim=1)
-    similar = z @ z.T >= SIMILAR
-    pairs = similar.triu(diagonal=1).sum()
-    return float(pairs) / (len(keys) * (len(keys) - 1) / 2)
+    return float(metrics.redundancy(keys.double()[None], SIMILAR))
 
 
 def psnr(rmse: float) -> float:

@@ -1,53 +1,11 @@
 """What visual tokens cost in a language model, by the papers' formulas, and the two models whose numbers they print."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-@dataclass(frozen=True)
-class Decoder:
-    """The sizes of a language model that the formulas need."""
-
-    layers: int  # T
-    width: int  # d
-    hidden: int  # m, of the feed-forward network
-    kv_width: int  # key and value heads times the width of one; d without grouped queries
-
-    @classmethod
-    def of(cls, config: Any) -> "Decoder":
-        """From a model's config."""
-        text = config.get_text_config()
-        names = "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
-        sizes: list[Any] = [getattr(text, name, None) for name in names]
-        if None in sizes:
-            raise ValueError(
-                f"config: expected {', '.join(names)} of a language model, got a "
-                f"{getattr(text, 'model_type', None)!r} without. Remedy: a decoder of transformer layers."
-            )
-        layers, width, hidden, heads = sizes
-        of_head = getattr(text, "head_dim", None) or width // heads
-        return cls(layers, width, hidden, (getattr(text, "num_key_value_heads", None) or heads) * of_head)
-
-
-def flops(decoder: Decoder, tokens: int) -> int:
-    """Eq. 9 of CondenseVLM, for ``tokens`` of a prompt: T (4 N d^2 + 2 N^2 d + 2 N d m).
-
-    One multiply-add is one, attention is not halved for being causal, and the feed-forward network has two matrices
-    (Llama's has three); embeddings, the head, the encoder and the operator are left out.
-    """
-    n, d = tokens, decoder.width
-    return decoder.layers * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * decoder.hidden)
-
-
-def flops_left(decoder: Decoder, tokens: int, kept: int) -> float:
-    """Eq. 10 over Eq. 9 of CondenseVLM, which is 1 - Eq. 11: the share of the FLOPs of ``tokens`` visual tokens that
-    ``kept`` have. They leave before the first layer, so that L of Eq. 10 is 0."""
-    return flops(decoder, kept) / flops(decoder, tokens)
-
-
-def kv_bytes(decoder: Decoder, tokens: int, itemsize: int = 2) -> int:
-    """Keys and values of every layer: 2 T N (key and value heads) (width of one) bytes of an element."""
-    return 2 * decoder.layers * tokens * decoder.kv_width * itemsize
+from ..metrics import Decoder as Decoder
+from ..metrics import flops as flops
+from ..metrics import flops_left as flops_left
+from ..metrics import kv_bytes as kv_bytes
 
 
 @dataclass(frozen=True)
