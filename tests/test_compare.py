@@ -1,4 +1,4 @@
-"""python -m condense_kernels compare: what methods are given, text-guided scores against transformers, what it prints."""
+"""python -m condense_kernels compare: what methods are given, text-guided scores against transformers, the tables."""
 
 import argparse
 import csv
