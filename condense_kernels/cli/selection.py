@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from ..budget import split_budget
+from ..methods import METHODS as PUBLISHED
+from ..methods.results import in_picture_order
 from ..models.families import Grid
-from ..models.methods import BASELINES, in_picture_order
+from ..models.methods import BASELINES
 from ..ops.select_and_merge import Condensed
 from ..testing import Inputs, Stages
 
 OURS = "condensevlm"
-TITLES = {
+TITLES = {name: card.title for name, card in PUBLISHED.items()} | {
     OURS: "CondenseVLM",
     "topk": "top-k",
     "topk_merge": "top-k, merged",

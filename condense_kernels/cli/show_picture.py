@@ -97,7 +97,7 @@ def draw_method(row: Any, cells: list[Cell], seen: Seen, low: float, on_all: str
         image = similar.imshow(matrix(kept, seen).numpy(), cmap=COSINES, vmin=low, vmax=1, interpolation="nearest")
         plain(similar, below=f"similar: {percent(share(kept, seen))}")
     weight = "bold" if cells[0].kept.method == OURS else "normal"
-    row[0].set_ylabel(TITLES[cells[0].kept.method], fontsize=LARGE, labelpad=8, fontweight=weight)
+    row[0].set_ylabel(textwrap.fill(TITLES[cells[0].kept.method], 16), fontsize=LARGE, labelpad=8, fontweight=weight)
     return image
 
 

@@ -6,6 +6,8 @@ METHODS has a card of each by name: its source, what it is built on, which score
 """
 
 from ..ops.select_and_merge import Condensed as Condensed
+from .apet import farthest_points as farthest_points
+from .cdpruner import cdpruner as cdpruner
 from .condensevlm import condensevlm as condensevlm
 from .condensevlm import condensevlm_anchors as condensevlm_anchors
 from .condensevlm import condensevlm_attention as condensevlm_attention
@@ -14,11 +16,27 @@ from .condensevlm import condensevlm_suppressed as condensevlm_suppressed
 from .divprune import divprune as divprune
 from .fastervlm import fastervlm as fastervlm
 from .fastervlm import topk_merge as topk_merge
+from .fastv import fastv as fastv
+from .fastv import reverse_fastv as reverse_fastv
+from .fastv import window_fastv as window_fastv
+from .flashvid import flashvid as flashvid
+from .globalcom2 import globalcom2 as globalcom2
+from .hired import hired as hired
+from .idpruner import idpruner as idpruner
+from .importance import importance_redundancy as importance_redundancy
+from .mmtok import mmtok as mmtok
+from .otprune import otprune as otprune
 from .packed import packed as packed
+from .pdrop import pdrop as pdrop
+from .pdrop import pdrop_budgets as pdrop_budgets
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
+from .rediprune import rediprune as rediprune
 from .registry import METHODS as METHODS
 from .registry import Card as Card
+from .scope import scope as scope
+from .sparsevlm import sparsevlm as sparsevlm
+from .sparsevlm import sparsevlm_scores as sparsevlm_scores
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 

@@ -21,6 +21,10 @@ def best(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def selected(features: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor) -> Condensed:
     """The tokens at ``indices`` [B, K] as they are; nothing is merged into them."""
     b, k = indices.shape

@@ -220,8 +220,9 @@ def apply_condense(
             :func:`split_budget` says; of each crop, where an image is several (LLaVA-NeXT, LLaVA-OneVision).
         method: "condensevlm"; a baseline: "topk" (the highest scores, nothing merged), "topk_merge", "maxmin" (always
             the token farthest from those kept), "random" (by torch's generator), "random_merge", "uniform" (a coarser
-            grid), "pooling"; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images
-            of one size.
+            grid), "pooling"; another of condense_kernels.methods that reads [CLS] attention or no scores and needs at
+            most a grid; or a callable (features [B, N, D], scores [B, N], keep, grid) -> Condensed, for B images of
+            one size.
         background_ratio, suppression, spatial_weight, background_suppression, scale_prior: as in
             :func:`condense_kernels.condense`, of "condensevlm".
         positions: of the tokens that are left, in a language model with positions along one axis: "compact" counts

@@ -19,16 +19,20 @@ sys.path.insert(0, str(HERE.parent))
 GRID, D = (4, 6), 5
 KEEPS = (1, 6, 12, 24)
 
-# What a method takes beyond features, scores, keep and grid: by name how it is made of a generator and N, D, K.
-ARRAYS = {
-    "keys": lambda rng, n, d, k: rng.normal(size=(n, d + 2)),
-    "noise": lambda rng, n, d, k: rng.random(n),
-}
-
 
 def modules() -> list:
     names = (path.stem for path in sorted((HERE.parent / "restated").glob("*.py")))
     return [importlib.import_module(f"restated.{name}") for name in names if name not in ("__init__", "common")]
+
+
+# What a method takes beyond features, scores, keep and grid: by name how it is made of a generator and N, D, K. Those
+# of one method alone are ARRAYS of its restatement's module.
+ARRAYS = {
+    "keys": lambda rng, n, d, k: rng.normal(size=(n, d + 2)),
+    "noise": lambda rng, n, d, k: rng.random(n),
+}
+for found in modules():
+    ARRAYS |= getattr(found, "ARRAYS", {})
 
 
 def restatements() -> dict:
