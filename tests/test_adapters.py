@@ -21,6 +21,7 @@ from hosts import (
     divprune_loop,
     dpp_loop,
     evs_loop,
+    idpruner_loop,
     nearest_loop,
     placed,
     random,
@@ -62,6 +63,13 @@ def test_angelslim_pruning_keeps_what_the_loop_keeps(ratio):
     assert rows.shape[1] == 12 + keep and mask[0, ~visual(context)].all()
     kept = mask[0, visual(context)].nonzero()[:, 0].tolist()
     assert kept == ([] if keep == 0 else list(range(n)) if keep == n else divprune_loop(tokens, keep))
+
+
+def test_angelslim_idpruner_keeps_what_the_loop_keeps():
+    context, scores = angelslim_context(3, 40, 2, images=(1,)), torch.rand(1, 40)
+    prune = angelslim.pruning_strategy(methods.idpruner, visual=visual, scores=lambda _: scores)
+    _, mask = apply_pruning(context, prune, {"ratio": 0.7, "balance": 0.6})
+    assert mask[0, 3:43].nonzero()[:, 0].tolist() == idpruner_loop(context.inputs_embeds[0, 3:43], scores[0], 12, 0.6)
 
 
 @DTYPES
@@ -183,18 +191,17 @@ def test_llava_rows_and_a_count():
     torch.testing.assert_close(rows, model.mm_projector(expected.merged))
 
 
-def cdpruner(features, scores, keep, **_):
-    order = ck.dpp_select(keys=features, quality=scores, k=keep).sort(dim=1).values
-    return ck.Condensed(features.take_along_dim(order[..., None], 1), order, None, None)
-
-
 def test_llava_cdpruner_keeps_what_the_loop_keeps():
     """Its tower, its projected features, its relevance; of one image, as the loop scales over the batch."""
     features, images, texts = random(1, 49, 24), random(1, 49, 16), random(3, 16)
     model = Llava(features, images, texts, keep=5, width=40)
     model.visual_token_num = 11
     encode = llava.encode_images(
-        cdpruner, scores=llava.relevance, keep=lambda self: self.visual_token_num, result="masks", projected=True
+        methods.cdpruner,
+        scores=llava.relevance,
+        keep=lambda self: self.visual_token_num,
+        result="masks",
+        projected=True,
     )
     whole, mask = encode(model, "images", "texts")
     assert model.asked == {"texts": "texts"}
