@@ -5,7 +5,9 @@ import sys
 import types
 from pathlib import Path
 
+import bench_adapters
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from hosts import (
@@ -180,6 +182,15 @@ def test_llava_hands_over_merged_rows(dtype):
         alone.mm_projector = model.mm_projector
         _, mask = encode(alone, "image")
         assert torch.equal(mask[0].nonzero()[:, 0], expected.indices[image])
+
+
+def test_llava_gradients_reach_what_stays():
+    features, attentions = attentive(2)
+    model = Llava(features.requires_grad_(), attentions, keep=12)
+    whole, mask = llava.encode_images(fastervlm, result="masks")(model, "images")
+    assert not whole[~mask].any()
+    whole[mask].sum().backward()
+    assert torch.equal(features.grad.any(dim=-1), mask) and model.mm_projector[0].weight.grad.any()
 
 
 def test_llava_rows_and_a_count():
@@ -425,6 +436,14 @@ def test_openvino_selects_what_dpp_select_does():
 
 
 # All of them
+
+
+def test_what_the_benchmark_times_gives_the_same_tokens():
+    features, scores = shapes.make(shapes.keeping(1, bench_adapters.GRID, 64))
+    cases = [case for host in bench_adapters.HOSTS for case in host(features[0], scores[0], 64)]
+    assert len(cases) == 10
+    for case in cases:
+        assert case.same(case.theirs(), case.ours()), case.interface
 
 
 FILES = sorted(Path(angelslim.__file__).parent.glob("*.py"))
