@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, checkpoint, make_console, make_progress, need
+from . import CommandError, MissingPackage, checkpoint, make_console, make_progress, need
 from .compared import HEADLINES, entries, lines
 
 TOKENS = 576  # of DINOv2's picture; the tiny LLaVA has a quarter
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "condensevlm:background_ratio=0.5 (default: all of condense_kernels.methods)")  # fmt: skip
     parser.add_argument("--on", nargs="+", choices=tuple(HEADLINES), default=list(HEADLINES), metavar="MODEL",
                         help="dinov2, tiny, or both (default)")  # fmt: skip
-    parser.add_argument("--pictures", type=int, default=150, metavar="P", help="of the tiny LLaVA, six questions each "
+    parser.add_argument("--pictures", type=int, default=120, metavar="P", help="of the tiny LLaVA, six questions each "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="of random choices (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="R", help="of the times (default: %(default)s)")
@@ -85,10 +85,15 @@ def measured(arguments: argparse.Namespace, methods: list[Any]) -> tuple[list[An
     """Rows, and by model which methods are left out, and why."""
     ready: dict[str, Any] = {}
     if "dinov2" in arguments.on:  # first: what is missing is said at once
-        from .dinov2 import load_model
+        from . import dinov2
         from .photographs import PHOTOGRAPHS
 
-        ready["dinov2"] = load_model(), arguments.images or [photograph.path for photograph in PHOTOGRAPHS]
+        try:
+            model = dinov2.load_model()
+        except MissingPackage as error:
+            raise MissingPackage(str(error).split(":")[0].removeprefix("needs "), f"{dinov2.EXTRA}; --on tiny does "
+                                 "without") from None  # fmt: skip
+        ready["dinov2"] = model, arguments.images or [photograph.path for photograph in PHOTOGRAPHS]
     if "tiny" in arguments.on:
         ready["tiny"] = checkpoint.load(checkpoint.TINY)[0].float().cpu(), arguments.pictures
     rows, left_out = [], {}

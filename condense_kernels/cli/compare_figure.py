@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..methods.registry import TEXT
 from .compare_table import NAMES, Line, of
 from .compared import ALWAYS, EVERYTHING, HEADLINES
 
@@ -32,7 +33,7 @@ def draw(path: Path, flat: list[Line]) -> None:
             axes.set_visible(right < len(budgets[on]))
             if right < len(budgets[on]):
                 panel(axes, flat, on, budgets[on][right], numbers)
-    legend(figure, titles, numbers, {line["method"] for line in flat if str(line["scores"]).startswith("text")})
+    legend(figure, titles, numbers, {line["method"] for line in flat if line.get("scores") == TEXT})
     figure.savefig(path)
 
 
@@ -42,27 +43,15 @@ def panel(axes: Any, flat: list[Line], on: str, keep: int, numbers: dict[str, in
     name = HEADLINES[on][0]
     points = [line for line in of(flat, on, keep) if "ms" in line]
     whole = next(line for line in flat if line["on"] == on and line["method"] == EVERYTHING)
-    for line in points:
-        method = line["method"]
-        if method in ALWAYS:
-            axes.axhline(line[name], color=SIMPLE[method], linewidth=1, linestyle="--", alpha=0.7, zorder=1)
-        colour = SIMPLE.get(method, GUIDED if str(line["scores"]).startswith("text") else OTHER)
-        error = line.get(f"{name} error", math.nan)
-        if not math.isnan(error):
-            axes.errorbar(line["ms"], line[name], yerr=error, color=colour, alpha=0.25, linewidth=1, zorder=2)
-        front = 5 if method in ALWAYS else 3
-        axes.scatter(line["ms"], line[name], s=130, color=colour, edgecolor="white", linewidth=0.7, zorder=front)
-        axes.text(line["ms"], line[name], str(numbers[method]), color="white", fontsize=6.5, fontweight="bold",
-                  ha="center", va="center_baseline", zorder=front + 0.5)  # fmt: skip
+    low, high = limits([line[name] for line in points], [line[name] for line in points if line["method"] in ALWAYS])
+    for group in same(points, name):
+        mark(axes, group, name, numbers, low, low + 0.04 * (high - low))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    low, high = min(line["ms"] for line in points), max(line["ms"] for line in points)
-    axes.set_xlim(low / 1.6, high * 1.6)
-    values = [line[name] for line in points]
-    pad = 0.12 * (max(values) - min(values) or 1)
-    axes.set_ylim(min(values) - pad, max(values) + pad)
+    axes.set_xlim(min(line["ms"] for line in points) / 1.6, max(line["ms"] for line in points) * 1.6)
+    axes.set_ylim(low, high)
     axes.set_title(f"{NAMES[on]}, K = {keep} of {whole['of']}", fontsize=SMALL + 1)
     axes.set_xlabel("ms a picture, one thread", fontsize=SMALL)
     axes.set_ylabel({"tokens": "cosine to the output on all tokens", "accuracy": "% right"}[name], fontsize=SMALL)
@@ -70,10 +59,48 @@ def panel(axes: Any, flat: list[Line], on: str, keep: int, numbers: dict[str, in
     axes.tick_params(labelsize=SMALL, which="both")
 
 
+def limits(values: list[float], simple: list[float]) -> tuple[float, float]:
+    """Of the qualities shown: what is far below the simple baselines and nearly all others stands at the edge."""
+    ordered = sorted(values)
+    low, high = min([*simple, ordered[len(ordered) // 8]]), ordered[-1]
+    pad = 0.12 * (high - low or 1)
+    return low - pad, high + pad
+
+
+def same(points: list[Line], name: str) -> list[list[Line]]:
+    """Methods that gave the same result, together."""
+    found: dict[tuple, list[Line]] = {}
+    for line in points:
+        found.setdefault((line[name], line["reconstruction"], line["coverage"]), []).append(line)
+    return list(found.values())
+
+
+def mark(axes: Any, group: list[Line], name: str, numbers: dict[str, int], low: float, edge: float) -> None:
+    """One point, at the middle time of those that gave the same; what is below the axis stands at its edge."""
+    line = next((line for line in group if line["method"] in ALWAYS), group[0])
+    method, value = line["method"], line[name]
+    colour = SIMPLE.get(method, GUIDED if line.get("scores") == TEXT else OTHER)
+    ms, at = sorted(line["ms"] for line in group)[len(group) // 2], value if value >= low else edge
+    if method in ALWAYS:
+        axes.axhline(value, color=SIMPLE[method], linewidth=1, linestyle="--", alpha=0.7, zorder=1)
+    error = line.get(f"{name} error", math.nan)
+    if not math.isnan(error) and value >= low:
+        axes.errorbar(ms, value, yerr=error, color=colour, alpha=0.25, linewidth=1, zorder=2)
+    front = 5 if method in ALWAYS else 3
+    own = sorted(numbers[line["method"]] for line in group)
+    axes.scatter(ms, at, s=130, color=colour, edgecolor="white", linewidth=0.7, zorder=front, clip_on=False)
+    axes.text(ms, at, str(own[0]), color="white", fontsize=6.5, fontweight="bold", ha="center",
+              va="center_baseline", zorder=front + 0.5)  # fmt: skip
+    beside = "".join(f", {number}" for number in own[1:]) + (f"  {value:.3g} ↓" if value < low else "")
+    if beside:
+        axes.annotate(beside, (ms, at), xytext=(6, 0), textcoords="offset points", fontsize=6.5, color=colour,
+                      va="center_baseline", zorder=front)  # fmt: skip
+
+
 def legend(figure: Any, titles: dict[str, str], numbers: dict[str, int], guided: set[str]) -> None:
     from matplotlib.lines import Line2D
 
-    def mark(colour: str, number: int) -> Any:
+    def entry(colour: str, number: int) -> Any:
         return Line2D(
             [],
             [],
@@ -84,6 +111,6 @@ def legend(figure: Any, titles: dict[str, str], numbers: dict[str, int], guided:
             markeredgewidth=0.4,
         )
 
-    handles = [mark(SIMPLE.get(name, GUIDED if name in guided else OTHER), numbers[name]) for name in numbers]
+    handles = [entry(SIMPLE.get(name, GUIDED if name in guided else OTHER), numbers[name]) for name in numbers]
     labels = [titles[name] + (" (text)" if name in guided else "") for name in numbers]
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=SMALL)

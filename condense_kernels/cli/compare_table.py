@@ -71,7 +71,7 @@ def title(flat: Iterable[Line], on: str, keep: int) -> str:
     first = of(flat, on, keep)[0]
     return (
         f"{NAMES[on]}: K = {keep} of {whole['of']} tokens ({pruned:.1f} % pruned), {first['pictures']} pictures, "
-        f"FLOPs left {first['flops_left']:.2f} (Eq. 10 / Eq. 9)"
+        f"FLOPs left {first['flops_left']:.2f}"
     )
 
 
@@ -89,23 +89,32 @@ def table(flat: list[Line], on: str, keep: int) -> Any:
 
 
 def words(flat: list[Line], on: str, keep: int) -> str:
-    """Where a simple baseline is at least as good as a method, within one standard error of the paired difference."""
-    found = []
+    """Where a simple baseline is at least as good as a method, within one standard error of the paired difference; and
+    which methods gave the same."""
+    lines, found = of(flat, on, keep), []
+    others = [line for line in lines if line["method"] not in ALWAYS]
     for name in HEADLINES[on]:
-        for simple in ALWAYS:
-            beaten = [
-                line["title"]
-                for line in of(flat, on, keep)
-                if line["method"] not in ALWAYS and not ahead(line, name, simple)
-            ]
-            present = any(line["method"] == simple for line in of(flat, on, keep))
-            if beaten and present:
-                baseline = next(line["title"] for line in of(flat, on, keep) if line["method"] == simple)
+        for simple in (line for line in lines if line["method"] in ALWAYS):
+            beaten = [line["title"] for line in others if not ahead(line, name, simple["method"])]
+            if beaten:
+                what = "all of them" if len(beaten) == len(others) else "; ".join(beaten)
                 found.append(
-                    f"K = {keep}, {HEADLINE[name]}: {baseline} is at least as good (within one standard error) as "
-                    f"{', '.join(beaten)}."
+                    f"K = {keep}, {HEADLINE[name]}: {simple['title']} is at least as good, within one standard error, "
+                    f"as {what}."
                 )
-    return "\n".join(found) or f"K = {keep}: no simple baseline is as good as any of these methods."
+    if not found:
+        found.append(f"K = {keep}: no simple baseline is as good as any of these methods.")
+    for group in alike(lines):
+        found.append(f"K = {keep}: the same result here: {'; '.join(line['title'] for line in group)}.")
+    return "\n".join(found)
+
+
+def alike(lines: list[Line]) -> list[list[Line]]:
+    """Methods that gave the same by all that was measured of their rows, where there are two or more."""
+    found: dict[tuple, list[Line]] = {}
+    for line in lines:
+        found.setdefault(tuple(line.get(column.name) for column in MEASURED[:4]), []).append(line)
+    return [group for group in found.values() if len(group) > 1]
 
 
 def ahead(line: Line, name: str, simple: str) -> bool:
