@@ -176,8 +176,11 @@ def test_llava_hands_over_merged_rows(dtype):
 
 def test_llava_rows_and_a_count():
     model = Llava(*attentive(2), keep=12)
-    rows, count = llava.encode_images(topk_merge, result="rows", keep=9)(model, "images")
-    assert rows.shape == (2, 9, 12) and count == 9
+    asked = {"output_attentions": True}
+    rows, count = llava.encode_images(topk_merge, result="rows", keep=9, tower_options=asked)(model, "images")
+    assert rows.shape == (2, 9, 12) and count == 9 and model.asked == asked
+    expected = topk_merge(model.outputs[0], model.outputs[1].mean(dim=1), 9)
+    torch.testing.assert_close(rows, model.mm_projector(expected.merged))
 
 
 def cdpruner(features, scores, keep, **_):
@@ -194,6 +197,7 @@ def test_llava_cdpruner_keeps_what_the_loop_keeps():
         cdpruner, scores=llava.relevance, keep=lambda self: self.visual_token_num, result="masks", projected=True
     )
     whole, mask = encode(model, "images", "texts")
+    assert model.asked == {"texts": "texts"}
     with torch.no_grad():
         projected = model.mm_projector(features)[0].double()
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)  # noqa: E731

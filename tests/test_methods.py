@@ -1,5 +1,6 @@
 """Every method of condense_kernels.methods: golden vectors, and what all of them promise."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import condense_kernels as ck
 import condense_kernels.methods as methods
 from condense_kernels.methods import METHODS
 from condense_kernels.methods.registry import CLS, NONE, TEXT
@@ -81,7 +83,7 @@ def test_an_image_alone_and_in_a_batch(name):
 
 
 @ALL
-@pytest.mark.parametrize("kind", ["equal", "zero", "nan", "twice", "negative scores", "equal scores"])
+@pytest.mark.parametrize("kind", ["equal", "zero", "zeros", "nan", "twice", "alike", "negative scores", "equal scores"])
 @pytest.mark.parametrize("keep", [1, 6, 24])
 def test_always_k_distinct_tokens_in_picture_order(name, kind, keep):
     given = some(name, keep=keep)
@@ -89,8 +91,10 @@ def test_always_k_distinct_tokens_in_picture_order(name, kind, keep):
     {
         "equal": lambda: x.copy_(x[:, :1].expand_as(x)),
         "zero": lambda: x[:, 3].zero_(),
+        "zeros": x.zero_,
         "nan": lambda: x.fill_(torch.nan),
         "twice": lambda: x[:, 12:].copy_(x[:, :12]),
+        "alike": lambda: x.sign_(),
         "negative scores": scores.neg_,
         "equal scores": lambda: scores.fill_(0.25),
     }[kind]()
@@ -113,6 +117,27 @@ def test_bf16_is_computed_in_fp32(name):
     assert found.merged.dtype == torch.bfloat16
     assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.merged.float(), expected.merged, rtol=2e-2, atol=2e-2)
+
+
+# Those whose arithmetic is exact on the tokens below, so that ties are ties in any order of summation.
+EXACT = "condensevlm_attention divprune farthest_points fastervlm flashvid idpruner rediprune scope topk_merge"
+
+
+@pytest.mark.parametrize("name", EXACT.split())
+def test_ties_are_those_of_the_restatement(name):
+    """Tokens of +-1, whose cosines are exact: many equal ones, a zero token, ties in the scores."""
+    import numpy as np
+
+    n, keep, rng = 60, 17, np.random.default_rng(0)
+    for _ in range(3):
+        features = rng.choice([-1.0, 1.0], size=(20, 16))[rng.integers(20, size=n)]
+        features[7] = 0
+        given = {"features": features, "scores": rng.integers(1, 5, size=n) / 4}
+        given |= {"noise": rng.permutation(n) / n} if "noise" in write.taken().get(name, ((), []))[0] else {}
+        expected = write.restatements()[name](keep=keep, **given)
+        found = called(name, {key: torch.from_numpy(value)[None] for key, value in given.items()}, keep=keep)
+        assert found.indices[0].tolist() == np.asarray(expected[1]).tolist()
+        assert found.assignment[0].tolist() == np.asarray(expected[2]).tolist()
 
 
 class Calls(TorchDispatchMode):
@@ -210,3 +235,50 @@ def test_random_follows_a_generator_and_covers_all():
     assert torch.equal(first, again)
     counts = first.flatten().bincount(minlength=24)  # 200 * 6 / 24 = 50 each
     assert counts.min() > 20 and counts.max() < 90
+
+
+@pytest.mark.parametrize(
+    "name", ["cdpruner", "divprune", "farthest_points", "flashvid", "idpruner", "otprune", "rediprune", "scope"]
+)
+def test_a_token_that_is_not_finite_is_kept_last(name):
+    given = some(name)
+    given["keys"][:, 5] = torch.nan
+    given["scores"][:, 5] = 2.0
+    assert (called(name, given, keep=23).indices != 5).all()
+
+
+def test_equal_relevance_leaves_diversity_to_cdpruner():
+    features = torch.randn(2, 24, 32)
+    found = methods.cdpruner(features, torch.full((2, 24), 0.3), 6)
+    assert torch.equal(found.indices, ck.dpp_select(keys=features, k=6).sort(dim=1).values)
+
+
+def test_a_negative_score_is_none_to_scope_and_flashvid():
+    given = some("scope")
+    given["scores"] -= 0.5
+    clamped = {**given, "scores": given["scores"].clamp(min=0)}
+    for call in (
+        lambda given: methods.scope(keep=6, alpha=2.0, **given),
+        lambda given: methods.flashvid(keep=6, **given),
+    ):
+        assert torch.equal(call(given).indices, call(clamped).indices)
+
+
+def test_options_that_cannot_be():
+    x, a = torch.rand(1, 24, 3), torch.rand(1, 24)
+    with pytest.raises(ValueError, match=r"balance: expected a number in \[0, 1\], got 1.5"):
+        methods.idpruner(x, a, 6, balance=1.5)
+    with pytest.raises(ValueError, match="among: expected 1 <= among <= 24"):
+        methods.rediprune(x, a, 6, among=25)
+    with pytest.raises(ValueError, match="text: mmtok cannot do without it"):
+        methods.mmtok(x, None, 6)
+    with pytest.raises(ValueError, match=r"text: expected shape \[B L D\]"):
+        methods.mmtok(x, None, 6, text=torch.rand(1, 2, 4))
+    with pytest.raises(TypeError, match="keep: expected an int.* OTPrune's loop breaks"):
+        methods.otprune(x, None, 0.25)
+
+
+def test_docs_methods_has_every_method_as_its_card_is():
+    page = importlib.import_module("methods_page")
+    text = page.PAGE.read_text()
+    assert page.written(text) == text, f"docs/methods.md: run {page.COMMAND}"

@@ -14,7 +14,8 @@ def mask_of(indices: torch.Tensor, n: int) -> torch.Tensor:
 def in_place(rows: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
     """[B, K, D] -> [B, n, D]: rows at their indices, zeros elsewhere; what their mask picks are the rows again."""
     whole = rows.new_zeros((rows.shape[0], n, rows.shape[2]))
-    return whole.scatter(1, indices[..., None].expand_as(rows), rows)
+    image = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+    return whole.index_put_((image[:, None], indices), rows)
 
 
 def count_of(n: int, share: float, name: str) -> int:

@@ -4,7 +4,7 @@ FasterVLM, HiPrune and CDPruner return all rows and a mask of those that stay, b
 multimodal indexes; VisPruner returns the rows that stay, and their number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def encode_images(
     keep: int | Callable[[Any], int] = visual_token_num,
     result: str = "attentions",
     projected: bool = False,
+    tower_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Callable[..., tuple[Any, ...]]:
     """A method as ``encode_images(self, images, texts=None)``, to be set on LlavaMetaForCausalLM.
@@ -63,6 +64,7 @@ def encode_images(
         result: "attentions" (features [B, N, D], mask [B, N], attentions), FasterVLM; "masks", without the last,
             HiPrune and CDPruner; "rows" (features [B, K, D], K), VisPruner.
         projected: the method reads the projector's output, as CDPruner does.
+        tower_options: what the tower is called with besides, VisPruner's with ``{"output_attentions": True}``.
 
     Raises:
         ValueError: another result. What the method raises: no image, keep outside [1, N].
@@ -73,7 +75,8 @@ def encode_images(
     def encode(self: Any, images: Any, texts: Any = None) -> tuple[Any, ...]:
         model = self.get_model()
         tower = model.get_vision_tower()
-        features, *rest = tower(images) if texts is None else tower(images, texts=texts)
+        asked = dict(tower_options or {}) if texts is None else {**(tower_options or {}), "texts": texts}
+        features, *rest = tower(images, **asked)
         weights = scores(features, *rest)
         features = model.mm_projector(features) if projected else features
         found = method(features, weights, keep if isinstance(keep, int) else keep(self), **options)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..methods.registry import Method
+from ..methods.results import rows
 
 Tower = Any  # the host's CLIPVisionTower
 
@@ -48,7 +49,7 @@ def tower_forward(
         if without_place:
             last = mass.argsort(dim=1, stable=True)[:, :without_place]
             order = torch.zeros_like(mass).scatter(1, last, 1).argsort(dim=1, stable=True)
-            merged, places = merged.take_along_dim(order[..., None], 1), places.take_along_dim(order, 1)
+            merged, places = rows(merged, order), places.gather(1, order)
         places = torch.nn.functional.pad(places + 1, (1, 0))  # [CLS] is 0
         return torch.cat([hidden[:, :1], merged], dim=1).to(images.dtype), places[:, : keep - without_place]
 
@@ -56,7 +57,7 @@ def tower_forward(
     def forward(self: Tower, images: Any) -> tuple[Any, Any]:
         if isinstance(images, list):
             each = [condensed(self, image[None]) for image in images]
-            return [rows for rows, _ in each], [places for _, places in each]
+            return [hidden for hidden, _ in each], [places for _, places in each]
         return condensed(self, images)
 
     return forward

@@ -19,8 +19,9 @@ def retained(tokens_per_frame: int, frames: int, q: float) -> int:
 def change(frames: torch.Tensor) -> torch.Tensor:
     """[T, P, C] -> [1, T P]: 1 - the cosine with the frame before, of the first frame 255. In fp32, the host's dtype
     is that of the embeddings."""
-    x = torch.nn.functional.normalize(frames.detach().float(), dim=-1)
-    scores = torch.nn.functional.pad(1 - (x[1:] * x[:-1]).sum(dim=-1), (0, 0, 1, 0), value=FIRST)
+    x = frames.detach().float()
+    scores = 1 - torch.nn.functional.cosine_similarity(x[1:], x[:-1], dim=-1)
+    scores = torch.nn.functional.pad(scores, (0, 0, 1, 0), value=FIRST)
     return scores.reshape(1, -1)
 
 

@@ -29,6 +29,7 @@ from .otprune import otprune as otprune
 from .packed import packed as packed
 from .pdrop import pdrop as pdrop
 from .pdrop import pdrop_budgets as pdrop_budgets
+from .prumerge import prumerge as prumerge
 from .random_tokens import random as random
 from .random_tokens import random_merge as random_merge
 from .rediprune import rediprune as rediprune
@@ -37,8 +38,10 @@ from .registry import Card as Card
 from .scope import scope as scope
 from .sparsevlm import sparsevlm as sparsevlm
 from .sparsevlm import sparsevlm_scores as sparsevlm_scores
+from .tome import tome as tome
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
+from .visionzip import visionzip as visionzip
 
 # Names that they are known by as well.
 ALIASES = {"topk": "fastervlm", "maxmin": "divprune"}

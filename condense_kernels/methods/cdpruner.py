@@ -32,5 +32,6 @@ def cdpruner(
     scale = at_least_fp32(scores.detach())
     low, high = scale.aminmax(dim=1, keepdim=True)
     relevance = torch.where(high > low, (scale - low + 1e-6) / (high - low), 1.0)
-    order = dpp_select(keys=(features if keys is None else keys).detach(), quality=relevance, k=keep)
-    return selected(features, scores, order)
+    keys = (features if keys is None else keys).detach()
+    tier = (~keys.isfinite().all(dim=2)).to(torch.int8)  # such a token is last, whatever its relevance
+    return selected(features, scores, dpp_select(keys=keys, quality=relevance, k=keep, tier=tier))

@@ -43,6 +43,7 @@ def merged_at(
     spatial_weight: float = 1.0,
 ) -> Condensed:
     """Any choice of tokens, with the assignment and the merge of CondenseVLM (Eq. 6 to 8)."""
+    indices = indices.sort(dim=1).values  # a tie goes to the lowest row
     keys = (features if keys is None else keys).detach()  # a choice is a constant to autograd
     spatial = 0.0 if grid is None else spatial_weight
     assignment = assign(keys=keys, indices=indices, grid=grid, spatial_weight=spatial)

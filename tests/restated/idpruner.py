@@ -1,6 +1,6 @@
 from .common import best, cosines, kept_alone
 
-CASES = {"idpruner": (("keys",), [{}, {}, {"balance": 0.8}, {}, {"balance": 0.0}])}
+CASES = {"idpruner": (("keys",), [{"balance": 0.0}, {}, {"balance": 0.8}, {}, {"balance": 0.2}])}
 
 
 def idpruner(features, scores, keep, *, keys=None, balance=0.5, **_):

@@ -3,7 +3,7 @@ import numpy as np
 from .common import best, cosines, kept_alone
 
 ARRAYS = {"text": lambda rng, n, d, k: rng.normal(size=(3, d))}
-CASES = {"mmtok": (("text", "keys"), [{}, {}, {"alpha": 0.0}, {}, {"text_temperature": 0.2, "temperature": 0.5}])}
+CASES = {"mmtok": (("text", "keys"), [{}, {}, {"alpha": 4.0}, {}, {"text_temperature": 0.2, "temperature": 0.5}])}
 
 
 def softmax(x):
