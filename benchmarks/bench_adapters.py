@@ -55,7 +55,7 @@ def cosines(x: torch.Tensor) -> torch.Tensor:
     return z @ z.T
 
 
-# VisionZip, by the recipe of docs/embedding.md
+# VisionZip, as the host's tower has it
 
 
 def of_visionzip(dominant: int) -> Method:

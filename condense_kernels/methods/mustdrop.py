@@ -36,30 +36,38 @@ def mustdrop(
     rows are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the
     grid cuts off are not merged. The threshold is an option of the published code; that 0.8 is its value is assumed.
     """
-    (h, w), (b, n) = window, scores.shape
-    height, width = grid[-2], grid[-1]
-    z = F.normalize(at_least_fp32(features if keys is None else keys).detach(), dim=2)
+    n = scores.shape[1]
     at = torch.arange(n, dtype=torch.int64, device=scores.device)
-    y, x = at // width % height, at % width
-    first = at - y % h * width - x % w  # of the token's window
-    last = first + (h - 1) * width + w - 1
-    is_whole = (y - y % h + h <= height) & (x - x % w + w <= width)
-    last = torch.where(is_whole, last, at).expand(b, n)
-    count = h * w
-    total = torch.zeros_like(z).index_add(1, first, z)[:, first]
-    own = torch.zeros_like(z[..., 0]).index_add(1, first, z.square().sum(dim=2))[:, first]
-    alike = (total.square().sum(dim=2) - own) / max(count * (count - 1), 1)
-    is_merged = is_whole & (alike >= threshold)  # [B, N], the same for a window's tokens
+    first, last, is_whole = windows(at, grid, window)
+    z = F.normalize(at_least_fp32(features if keys is None else keys).detach(), dim=2)
+    is_merged = is_whole & (likeness(z, first, window[0] * window[1]) >= threshold)  # the same for a window's tokens
     known = at_least_fp32(scores)
-    mean = torch.zeros_like(known).index_add(1, first, known)[:, first] / count
+    mean = torch.zeros_like(known).index_add(1, first, known)[:, first] / (window[0] * window[1])
     is_row = ~is_merged | (last == at)
     value = torch.where(is_merged & is_row, mean, known)
     order = best(value, n)
     indices = order.gather(1, best(is_row.gather(1, order).int(), keep)).sort(dim=1).values  # rows first, each by value
     row = torch.arange(keep, dtype=torch.int64, device=scores.device).expand_as(indices)
-    own_row = torch.full_like(last, -1).scatter(1, indices, row)
-    of_window = own_row.gather(1, last).masked_fill(~is_merged, -1)
+    own_row = torch.full_like(order, -1).scatter(1, indices, row)
+    of_window = own_row[:, last].masked_fill(~is_merged, -1)
     assignment = torch.where(own_row >= 0, own_row, of_window)
     merged, _ = merge(features, torch.ones_like(known), indices, assignment)
     _, mass = merge(features.detach(), scores, indices, assignment)
     return Condensed(merged, indices, assignment, mass)
+
+
+def windows(at: torch.Tensor, grid: Grid, window: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N] each: the first and the last token of each token's window, and whether the window is whole. A token of
+    another one is its own last."""
+    (height, width), (h, w) = grid[-2:], window
+    y, x = at // width % height, at % width
+    first = at - y % h * width - x % w
+    is_whole = (y - y % h + h <= height) & (x - x % w + w <= width)
+    return first, torch.where(is_whole, first + (h - 1) * width + w - 1, at), is_whole
+
+
+def likeness(z: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, N] mean cosine of the pairs of each token's window: the sum of all is the square of the vectors' sum."""
+    total = torch.zeros_like(z).index_add(1, first, z)[:, first]
+    own = torch.zeros_like(z[..., 0]).index_add(1, first, z.square().sum(dim=2))[:, first]
+    return (total.square().sum(dim=2) - own) / max(count * (count - 1), 1)
