@@ -80,6 +80,7 @@ def test_methods_by_name_with_options():
 def test_text_guided_scores_are_a_map_of_transformers(tiny, exam):
     """The last word's attention to the picture's tokens, as the model shows it when the question is asked alone."""
     found = compared_tiny.text_attention(tiny, exam)
+    assert compared_tiny.LAYER == 1  # FastV's: the second layer's attention
     tiny.model.language_model.set_attn_implementation("eager")
     try:
         for picture, kind in ((0, 0), (2, 3), (3, 5)):
