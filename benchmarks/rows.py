@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 WRITTEN = (
     ":!benchmarks/results",
     ":!docs/benchmarks.md",
+    ":!docs/comparison.md",
     ":!docs/fidelity.md",
     ":!docs/*.png",
 )  # by the benchmarks themselves
