@@ -13,6 +13,7 @@ from .condensevlm import condensevlm_anchors as condensevlm_anchors
 from .condensevlm import condensevlm_attention as condensevlm_attention
 from .condensevlm import condensevlm_cosine as condensevlm_cosine
 from .condensevlm import condensevlm_suppressed as condensevlm_suppressed
+from .dart import dart as dart
 from .divprune import divprune as divprune
 from .fastervlm import fastervlm as fastervlm
 from .fastervlm import topk_merge as topk_merge
@@ -25,6 +26,7 @@ from .hired import hired as hired
 from .idpruner import idpruner as idpruner
 from .importance import importance_redundancy as importance_redundancy
 from .mmtok import mmtok as mmtok
+from .mustdrop import mustdrop as mustdrop
 from .otprune import otprune as otprune
 from .packed import packed as packed
 from .pdrop import pdrop as pdrop
