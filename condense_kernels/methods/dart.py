@@ -1,4 +1,5 @@
-"""DART (Wen et al. 2025): "Stop looking for important tokens in multimodal language models: duplication matters more"."""
+"""DART (Wen et al. 2025): "Stop looking for important tokens in multimodal language models: duplication matters
+more"."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""MustDrop (Liu et al. 2024): "Multi-stage vision token dropping: towards efficient multimodal large language model"."""
+"""MustDrop (Liu et al. 2024): "Multi-stage vision token dropping: towards efficient multimodal large language
+model"."""
 
 import torch
 
@@ -69,9 +70,8 @@ def windows(grid: Grid, window: int, device: torch.device) -> torch.Tensor:
         raise ValueError(f"grid: expected (rows, columns) for mustdrop, got {tuple(grid)}.")
     if not is_int(window) or window < 2:
         raise ValueError(f"window: expected an int of at least 2, a side in tokens, got {shown(window)}.")
-    down, across, side = (
-        torch.arange(count, dtype=torch.int64, device=device) for count in (grid[0] // window, grid[1] // window, window)
-    )
+    sizes = (grid[0] // window, grid[1] // window, window)
+    down, across, side = (torch.arange(size, dtype=torch.int64, device=device) for size in sizes)
     corner = window * (down[:, None] * grid[1] + across).flatten()
     return corner[:, None] + (side[:, None] * grid[1] + side).flatten()
 
