@@ -20,6 +20,7 @@ from .fastervlm import topk_merge as topk_merge
 from .fastv import fastv as fastv
 from .fastv import reverse_fastv as reverse_fastv
 from .fastv import window_fastv as window_fastv
+from .ficoco import ficoco_v as ficoco_v
 from .flashvid import flashvid as flashvid
 from .globalcom2 import globalcom2 as globalcom2
 from .hired import hired as hired
