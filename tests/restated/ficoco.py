@@ -3,7 +3,7 @@ import numpy as np
 from .common import top
 
 ARRAYS = {"attention": lambda rng, n, d, k: rng.random((n, n))}
-CASES = {"ficoco_v": (("attention",), [{}, {"quantile": 0.9}, {"window": 3, "beta": 0.9}, {}])}
+CASES = {"ficoco_v": (("attention",), [{"quantile": 0.9}, {"window": 3, "beta": 0.9}, {}, {}])}
 
 
 def ficoco_v(features, scores, keep, *, attention, grid=None, beta=0.35, window=2, quantile=0.998):

@@ -2,7 +2,7 @@ import numpy as np
 
 from .common import cosines, merged_by, top
 
-CASES = {"mustdrop": ((), [{"threshold": -1.0}, {"window": 2, "threshold": 0.15}, {"window": 2, "threshold": -1.0}, {}])}
+CASES = {"mustdrop": ((), [{"threshold": -1.0}, {"window": 2, "threshold": 0.15}, {"window": 2, "threshold": 0.0}, {}])}
 
 
 def mustdrop(features, scores, keep, *, grid, window=3, threshold=0.8):
