@@ -45,6 +45,7 @@ from .tome import tome as tome
 from .uniform import pooling as pooling
 from .uniform import uniform as uniform
 from .visionzip import visionzip as visionzip
+from .vlm_pruner import vlm_pruner as vlm_pruner
 
 # Names that they are known by as well.
 ALIASES = {"topk": "fastervlm", "maxmin": "divprune"}

@@ -59,7 +59,7 @@ def ficoco_v(
     number = min(keep, max(1, n - 1 - math.floor(quantile * (n - 1))))
     weights = order.values[..., :number].softmax(dim=2)
     x, stays = at_least_fp32(features), torch.zeros_like(worth, dtype=torch.bool).scatter(1, indices, True)
-    total, size = rows(x, indices), 1
+    total, size = rows(x, indices), torch.ones_like(worth[:, :keep])
     for target in range(number):
         into = order.indices[..., target].masked_fill(stays, -1)
         added, weight = merge(x, weights[..., target].contiguous(), indices, into, mode="sum")
