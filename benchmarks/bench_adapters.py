@@ -55,12 +55,7 @@ def cosines(x: torch.Tensor) -> torch.Tensor:
     return z @ z.T
 
 
-# Methods that hosts have, by the recipes of docs/embedding.md
-
-
-def cdpruner(features, scores, keep, **_) -> ck.Condensed:
-    order = ck.dpp_select(keys=features, quality=scores, k=keep).sort(dim=1).values
-    return ck.Condensed(rows(features, order), order, None, None)
+# VisionZip, as the host's tower has it
 
 
 def of_visionzip(dominant: int) -> Method:
@@ -134,7 +129,7 @@ def of_llava(x: torch.Tensor, scores: torch.Tensor, k: int) -> Iterator[Case]:
     yield Case("encode_images, FasterVLM", "top-k", top_k, lambda: indexed(encode(model, "images")), equal)
 
     relevance = baselines.cdpruner_relevance(scores)
-    with_text = llava.encode_images(cdpruner, scores=lambda *_: relevance[None], result="masks")
+    with_text = llava.encode_images(methods.cdpruner, scores=lambda *_: relevance[None], result="masks")
 
     def map_inference():
         return x[baselines.cdpruner_from_features(x, relevance, k).sort().values]

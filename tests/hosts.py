@@ -23,6 +23,20 @@ def divprune_loop(x, k):
     return sorted(order)
 
 
+def idpruner_loop(x, scores, k, balance):
+    """Maximal marginal relevance in AngelSlim's steps; the first pick is the most important token."""
+    z = F.normalize(x, dim=-1)
+    s = z @ z.T
+    importance = (scores - scores.min()) / (scores.max() - scores.min() + 1e-6)
+    score, nearest, order = importance.clone(), torch.full_like(scores, -2), []
+    for _ in range(k):
+        score[order] = -torch.inf
+        order.append(int(score.argmax()))
+        nearest = torch.maximum(nearest, s[order[-1]])
+        score = balance * importance - (1 - balance) * nearest
+    return sorted(order)
+
+
 def dpp_loop(kernel, k):
     """Fast greedy MAP, as CDPruner has it, and FastGreedyDPP::select of OpenVINO GenAI."""
     gain, rows, order = kernel.diagonal().clone(), [], []

@@ -72,7 +72,7 @@ def test_methods_by_name_with_options():
     assert [entry.name for entry in found[:3]] == list(compared.ALWAYS)
     assert [entry.card.name for entry in found[3:]] == ["condensevlm", "fastervlm"]
     assert found[3].options == {"background_ratio": 0.5, "spatial_weight": 0}
-    assert found[3].title == "CondenseVLM, background_ratio 0.5, spatial_weight 0"
+    assert found[3].title == "background_ratio 0.5, spatial_weight 0: CondenseVLM"
     assert {entry.card.name for entry in compared.entries([])} == set(METHODS)
     assert [entry.name for entry in found if entry.drawn] == ["random"]
 

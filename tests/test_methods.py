@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ def tensors(case: dict, dtype: torch.dtype = torch.float64) -> dict:
     given = {}
     for key in ("features", "scores", *write.ARRAYS):
         if key in case:
-            value = torch.tensor(case[key])[None]
+            value = torch.from_numpy(np.array(case[key]))[None]
             given[key] = value.to(dtype) if value.is_floating_point() else value
     return given
 

@@ -101,9 +101,9 @@ def merging_strategy(
                 weights.append(w[0])
                 mask = mask_of(indices, n)[0]
             masks.append(mask)
-        host = {"device": embeds.device}
-        flags = torch.tensor(is_visual, dtype=torch.bool, **host)
-        return weights, torch.tensor(sizes, dtype=torch.int64, **host), flags, torch.cat(masks)
+        lengths = torch.tensor(sizes, dtype=torch.int64, device=embeds.device)
+        flags = torch.tensor(is_visual, dtype=torch.bool, device=embeds.device)
+        return weights, lengths, flags, torch.cat(masks)
 
     return strategy
 

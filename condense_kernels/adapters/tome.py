@@ -1,7 +1,6 @@
 """ToMe (tome/merge.py) and tomesd (tomesd/merge.py): matchings as closures, and ToMe's weighted mean by them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -103,9 +102,8 @@ def bipartite_soft_matching_random2d(
         return do_nothing, do_nothing
     rows, columns = h // sy, w // sx
     corner = torch.arange(n, dtype=torch.int64, device=device).view(h, w)[: rows * sy : sy, : columns * sx : sx]
-    options: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    drawn = torch.zeros(rows, columns, **options)
+    drawn = torch.zeros(rows, columns, dtype=torch.int64, device=device)
     if not no_rand:
-        drawn = torch.randint(sx * sy, (rows, columns), generator=generator, **options)
+        drawn = torch.randint(sx * sy, (rows, columns), generator=generator, dtype=torch.int64, device=device)
     dst = (corner + drawn // sx * w + drawn % sx).flatten()
     return closures(bipartite_match(metric.detach(), r, dst=dst))

@@ -16,6 +16,7 @@ from ..ops.select_and_merge import Condensed
 from . import CommandError
 
 ALWAYS = ("random", "pooling", "uniform")  # the simple baselines
+PAIRED = (*ALWAYS, "condensevlm")  # what each method is compared with on the same pictures
 EVERYTHING = "all tokens"
 BINS = 8  # of the spread over positions
 Tick = Callable[[str], None]
@@ -32,7 +33,7 @@ class Entry:
     @property
     def title(self) -> str:
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        return f"{self.card.title}, {options}" if options else self.card.title
+        return f"{options}: {self.card.title}" if options else self.card.title
 
     @property
     def takes(self) -> set[str]:
@@ -201,7 +202,7 @@ MEASURED = ("redundancy", "coverage", "reconstruction", "bias")
 
 
 def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every number, flat, for a file and for the tables; differences to the simple baselines are paired by picture."""
+    """Every number, flat, for a file and for the tables; differences are paired by picture."""
     found = {(row.on, row.keep, row.name): row for row in rows}
     whole = {row.on: row.rest_ms for row in rows if row.entry is None}
     return [line(row, found, whole.get(row.on, math.nan)) for row in rows]
@@ -216,7 +217,7 @@ def line(row: Row, found: dict[tuple[str, int, str], Row], whole_ms: float) -> d
     for name, values in row.quality.items():
         flat[name], flat[f"{name} error"] = share(values)
     for name in HEADLINES[row.on]:
-        for simple in ALWAYS:
+        for simple in PAIRED:
             other = found.get((row.on, row.keep, simple))
             if other is not None and other is not row:
                 gap = share(row.quality[name] - other.quality[name])

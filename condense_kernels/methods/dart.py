@@ -1,50 +1,42 @@
-"""DART (Wen et al. 2025): "Stop looking for important tokens in multimodal language models: duplication matters
-more"."""
+"""DART (Wen et al. 2025): "Stop looking for important tokens: duplication matters more"."""
 
 import torch
+import torch.nn.functional as F
 
-from .._dispatch.checks import is_int, shown
 from ..ops.select_and_merge import Condensed
-from ..ops.similarity import similarity
 from .registry import NONE, method
 from .results import at_least_fp32, best, rows, selected
 
-LAST = -4.0  # below every negated cosine
 
-
-@method(
-    "DART", "Wen et al. 2025, arXiv 2502.11494", primitive="similarity, top-k", scores=NONE, cost="N² D / 2",
-)  # fmt: skip
+@method("DART", "Wen et al. 2025, arXiv 2502.11494, section 3", primitive="cosines to a few pivots", scores=NONE,
+        cost="4 N D")  # fmt: skip
 def dart(
     features: torch.Tensor,  # [B, N, D]
     scores: torch.Tensor,  # [B, N], or None
     keep: int,
     *,
-    keys: torch.Tensor | None = None,  # [B, N, Dk]; theirs: the attention keys of the language model's second layer
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
     pivots: int = 4,
 ) -> Condensed:
-    """A few pivots, the tokens whose keys have the largest L1 norm, and for each of them in turn the tokens that are
-    least similar to it by the cosine of the features. Nothing is merged.
+    """Pivots are the tokens whose keys have the largest L1 norm; each in turn takes the tokens that are least like it,
+    by the cosine of features, of those that are left. Nothing is merged.
 
-    pivots: how many, at most K; the K - pivots other tokens are shared among them, one more for the first ones where
-    they do not divide. A token with a NaN or an infinity is kept last.
-
-    In the paper this happens in the language model, on its second layer's keys and hidden states, and four tokens of
-    the text are pivots as well; before the model there is no text, and the four of the picture take all. Differences
-    from the published code: K counts the pivots, where theirs keeps 68 for 64 (4 + 8 * 8); pivots are taken in order of
-    their norms, where theirs go in the order of a Python set; ties go to the lowest index.
-
-    Raises:
-        ValueError: pivots is no int of at least 1.
+    DART runs in the language model, behind its second layer, on that layer's keys and hidden states, and has text
+    pivots besides (4 and 4); here all pivots are of the picture. The published code gives each pivot an equal share,
+    rounded, so that 64 become 68, and visits pivots in the order of a Python set; here K are kept, the first pivots
+    take one more where K - pivots does not divide, and the largest norm comes first. At most K pivots.
     """
-    if not is_int(pivots) or pivots < 1:
-        raise ValueError(f"pivots: expected an int of at least 1, got {shown(pivots)}. Remedy: 4, as published.")
+    if pivots < 1:
+        raise ValueError(f"pivots: expected an int >= 1, got {pivots}.")
     pivots = min(pivots, keep)
-    norm = at_least_fp32((features if keys is None else keys).detach()).abs().sum(dim=2)
-    order = best(norm.masked_fill(~norm.isfinite(), -1.0), pivots)
-    s, _, _, tier = similarity(features.detach())
-    apart = (-rows(s, order)).masked_fill((tier != 0)[:, None], LAST)  # [B, pivots, N]
-    for turn in range(pivots):
-        share = (keep - pivots + pivots - 1 - turn) // pivots
-        order = torch.cat([order, best(apart[:, turn].scatter(1, order, -torch.inf), share)], dim=1)
-    return selected(features, scores, order)
+    norm = at_least_fp32(features if keys is None else keys).detach().abs().sum(dim=2)
+    picked = best(norm.nan_to_num(-1.0, posinf=-1.0), pivots)  # [B, P], what is not finite last
+    z = F.normalize(at_least_fp32(features).detach(), dim=2)
+    is_free = torch.ones_like(scores, dtype=torch.bool).scatter(1, picked, False)
+    found = [picked]
+    for at, pivot in enumerate(rows(z, picked).unbind(dim=1)):
+        share = (keep - pivots) // pivots + (at < (keep - pivots) % pivots)
+        unlike = -(z * pivot[:, None]).sum(dim=2).nan_to_num(2.0)
+        found.append(best(unlike.masked_fill(~is_free, -torch.inf), share))
+        is_free = is_free.scatter(1, found[-1], False)
+    return selected(features, scores, torch.cat(found, dim=1))

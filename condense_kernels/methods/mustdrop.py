@@ -1,24 +1,22 @@
-"""MustDrop (Liu et al. 2024): "Multi-stage vision token dropping: towards efficient multimodal large language
-model"."""
+"""MustDrop (Liu et al. 2024): "Multi-stage vision token dropping"."""
 
 import torch
+import torch.nn.functional as F
 
-from .._dispatch.checks import is_int, shown
 from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
-from ..ops.similarity import similarity
 from .registry import CLS, method
-from .results import Grid, at_least_fp32, best, rows
+from .results import Grid, at_least_fp32, best
 
 THRESHOLD = (
-    "The published threshold on the similarity of windows lets the data choose K. With an int the most similar windows "
-    "above it are merged, and [CLS] attention keeps K of what is there then."
+    "The published merging takes every window above the threshold, so that the data choose K; the nearest with an int "
+    "is this one, which then drops or takes apart until K are left."
 )
 
 
 @method(
-    "MustDrop, spatial merging", "Liu et al. 2024, arXiv 2411.10803", primitive="similarity, merge", scores=CLS,
-    cost="N window² D / 2", needs=["grid"], data_dependent=THRESHOLD,
+    "MustDrop, vision stage", "Liu et al. 2024, arXiv 2411.10803, section 3.2", primitive="window means, merge",
+    scores=CLS, cost="N D", needs=["grid"], data_dependent=THRESHOLD,
 )  # fmt: skip
 def mustdrop(
     features: torch.Tensor,  # [B, N, D]
@@ -26,62 +24,53 @@ def mustdrop(
     keep: int,
     *,
     grid: Grid,
-    window: int = 3,
+    keys: torch.Tensor | None = None,  # [B, N, Dk]
     threshold: float = 0.8,
+    window: tuple[int, int] = (3, 3),
 ) -> Condensed:
-    """Windows of the grid whose tokens are alike become one token each, their mean; of those and of the tokens that are
-    left, the K with the highest [CLS] attention stay.
+    """Windows whose tokens are alike (mean cosine of their pairs >= threshold) become their mean, at their last
+    token's place; then the K rows of the highest [CLS] attention are kept, a window's being its mean.
 
-    A window is alike by the mean cosine of its pairs of tokens. Windows are merged in that order as long as it is at
-    least ``threshold`` and K tokens are left, so at most (N - K) // (window² - 1). A merged token stands at the middle
-    of its window, and competes with the mean of its scores; mass is their sum. threshold=-1: by rank alone, which for
-    576 tokens in windows of nine takes all to reach 64: a pooling.
-
-    The first stage of the paper, vision encoding; in the prefilling it drops by text attention, never one of its key
-    tokens (the 8 % that [CLS] attends to most), and in the decoding by the cache. Differences from the published code:
-    K is exact, where its threshold leaves any number, the same for all images of a batch, that of the image with the
-    fewest windows alike; here every image has its own. It merges once, behind the encoder's first layer, here in the
-    features; theirs stand at a window's last token and come before all others. A grid that windows do not divide, which
-    theirs refuses, has tokens in none at its lower and right edge, which are never merged. That [CLS] attention decides
-    what remains, not text, is ours.
-
-    Raises:
-        ValueError: a grid of other than two sides, window is no int of at least 2.
+    Of MustDrop this is the stage in the vision encoder alone: there windows merge before the second layer, in the
+    language model text attention drops further tokens, and while decoding the cache is trimmed. Where fewer than K
+    rows are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the
+    grid cuts off are not merged. Windows of 3 x 3 and 0.8 are the published code's, which merges in
+    every image of a batch as many windows as that with the fewest alike has; here each image has its own. Its key
+    tokens, the 8 % that [CLS] attends to most, are those that text attention must not drop; here [CLS] attention
+    decides down to K.
     """
-    cells = windows(grid, window, scores.device)  # [M, window²]
-    merging = alike(features.detach(), cells, len(scores[0]) - keep, threshold)[..., None]  # [B, M, 1]
-    b, (m, size), middle = len(scores), cells.shape, cells[:, window * window // 2]
-    token = torch.arange(scores.shape[1], dtype=torch.int64, device=scores.device).expand_as(scores)
-    inside = cells.flatten().expand(b, -1)
-    into = token.scatter(1, inside, torch.where(merging, middle[:, None], cells).flatten(1))
-    weight = at_least_fp32(scores.detach())
-    of = weight[:, cells.flatten()].unflatten(1, (m, size))
-    weight = weight.scatter(1, inside, torch.where(merging, of.mean(dim=2, keepdim=True), of).flatten(1))
-    indices = best(weight.masked_fill(into != token, -torch.inf), keep).sort(dim=1).values
-    row = torch.full_like(token, -1).scatter(1, indices, token[:, :keep])
-    assignment = row.gather(1, into)
-    merged, _ = merge(features, None, indices, assignment)
-    return Condensed(merged, indices, assignment, merge(features.detach(), scores, indices, assignment)[1])
+    n = scores.shape[1]
+    at = torch.arange(n, dtype=torch.int64, device=scores.device)
+    first, last, is_whole = windows(at, grid, window)
+    z = F.normalize(at_least_fp32(features if keys is None else keys).detach(), dim=2)
+    is_merged = is_whole & (likeness(z, first, window[0] * window[1]) >= threshold)  # the same for a window's tokens
+    known = at_least_fp32(scores)
+    mean = torch.zeros_like(known).index_add(1, first, known)[:, first] / (window[0] * window[1])
+    is_row = ~is_merged | (last == at)
+    value = torch.where(is_merged & is_row, mean, known)
+    order = best(value, n)
+    indices = order.gather(1, best(is_row.gather(1, order).int(), keep)).sort(dim=1).values  # rows first, each by value
+    row = torch.arange(keep, dtype=torch.int64, device=scores.device).expand_as(indices)
+    own_row = torch.full_like(order, -1).scatter(1, indices, row)
+    of_window = own_row[:, last].masked_fill(~is_merged, -1)
+    assignment = torch.where(own_row >= 0, own_row, of_window)
+    merged, _ = merge(features, torch.ones_like(known), indices, assignment)
+    _, mass = merge(features.detach(), scores, indices, assignment)
+    return Condensed(merged, indices, assignment, mass)
 
 
-def windows(grid: Grid, window: int, device: torch.device) -> torch.Tensor:
-    """[M, window²]: the tokens of each whole window, row by row."""
-    if len(grid) != 2:
-        raise ValueError(f"grid: expected (rows, columns) for mustdrop, got {tuple(grid)}.")
-    if not is_int(window) or window < 2:
-        raise ValueError(f"window: expected an int of at least 2, a side in tokens, got {shown(window)}.")
-    sizes = (grid[0] // window, grid[1] // window, window)
-    down, across, side = (torch.arange(size, dtype=torch.int64, device=device) for size in sizes)
-    corner = window * (down[:, None] * grid[1] + across).flatten()
-    return corner[:, None] + (side[:, None] * grid[1] + side).flatten()
+def windows(at: torch.Tensor, grid: Grid, window: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N] each: the first and the last token of each token's window, and whether the window is whole. A token of
+    another one is its own last."""
+    (height, width), (h, w) = grid[-2:], window
+    y, x = at // width % height, at % width
+    first = at - y % h * width - x % w
+    is_whole = (y - y % h + h <= height) & (x - x % w + w <= width)
+    return first, torch.where(is_whole, first + (h - 1) * width + w - 1, at), is_whole
 
 
-def alike(features: torch.Tensor, cells: torch.Tensor, spare: int, threshold: float) -> torch.Tensor:
-    """[B, M] bool: the most similar windows, as many as may be merged to lose at most ``spare`` tokens."""
-    b, (m, size) = len(features), cells.shape
-    x = rows(features, cells.flatten().expand(b, -1)).reshape(b * m, size, features.shape[2])
-    s = similarity(x)[0]  # [B M, window², window²]
-    pairs = s.sum(dim=(1, 2)) - s.diagonal(dim1=1, dim2=2).sum(dim=1)
-    mean = pairs.view(b, m) / (size * (size - 1))
-    chosen = best(mean, min(m, spare // (size - 1)))
-    return torch.zeros_like(mean, dtype=torch.bool).scatter(1, chosen, True) & (mean >= threshold)
+def likeness(z: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """[B, N] mean cosine of the pairs of each token's window: the sum of all is the square of the vectors' sum."""
+    total = torch.zeros_like(z).index_add(1, first, z)[:, first]
+    own = torch.zeros_like(z[..., 0]).index_add(1, first, z.square().sum(dim=2))[:, first]
+    return (total.square().sum(dim=2) - own) / max(count * (count - 1), 1)

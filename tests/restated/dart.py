@@ -1,17 +1,16 @@
 import numpy as np
 
-from .common import best, cosines, kept_alone
+from .common import cosines, kept_alone, top
 
-CASES = {"dart": (("keys",), [{}, {"pivots": 1}, {"pivots": 5}])}
+CASES = {"dart": (("keys",), [{}, {"pivots": 2}, {"pivots": 5}, {"pivots": 1}])}
 
 
 def dart(features, scores, keep, *, keys=None, pivots=4, **_):
-    norm = np.abs(features if keys is None else keys).sum(axis=1)
-    s, of = cosines(features), []
-    while len(of) < min(pivots, keep):
-        of.append(best(norm, of))
-    picks, (share, more) = list(of), divmod(keep - len(of), len(of))
-    for turn, pivot in enumerate(of):
-        for _ in range(share + (turn < more)):
-            picks.append(best(-s[pivot], picks))
-    return kept_alone(features, scores, picks)
+    pivots = min(pivots, keep)
+    picked = [int(i) for i in top(np.abs(features if keys is None else keys).sum(axis=1), pivots)]
+    s, found = cosines(features), list(picked)
+    for at, pivot in enumerate(picked):
+        share = len(range(at, keep - pivots, pivots))  # dealt out in turn
+        rest = [i for i in range(len(features)) if i not in found]
+        found += sorted(rest, key=lambda i, p=pivot: s[p, i])[:share]
+    return kept_alone(features, scores, found)

@@ -2,29 +2,33 @@ import numpy as np
 
 from .common import top
 
-ARRAYS = {"attention": lambda rng, n, d, k: rng.random((n, n))}
-CASES = {"ficoco_v": (("attention",), [{"quantile": 0.9}, {"window": 3, "beta": 0.9}, {}, {}])}
+ARRAYS = {"attention": lambda rng, n, d, k: rng.dirichlet(np.full(n, 0.5), size=n) + 0.001}
+CASES = {
+    "ficoco_v": (("attention",), [{}, {"balance": 0.9}, {"quantile": 0.7}, {"penalty": 5.0}, {"quantile": 0.35}]),
+}
 
 
-def ficoco_v(features, scores, keep, *, attention, grid=None, beta=0.35, window=2, quantile=0.998):
-    n, spread = len(features), attention.mean(axis=1)
-    worth = beta * scores / np.linalg.norm(scores) - (1 - beta) * spread / np.linalg.norm(spread)
+def ficoco_v(features, scores, keep, *, attention, grid=None, balance=0.35, penalty=2.0, quantile=0.998):
+    spread = attention.mean(axis=1)
+    value = balance * scores / np.linalg.norm(scores) - (1 - balance) * spread / np.linalg.norm(spread)
     if grid is not None:
-        before, token = worth.copy(), np.arange(n).reshape(grid)
-        for y in range(grid[0] // window):
-            for x in range(grid[1] // window):
-                cell = token[y * window : (y + 1) * window, x * window : (x + 1) * window].ravel()
-                least = cell[before[cell].argmin()]
-                worth[least] = before[least] / 2 if before[least] > 0 else before[least] * 2
-    indices = sorted(top(worth, keep))
-    above = sum(i > quantile * (n - 1) for i in range(n))  # of n ascending values, those beyond the quantile
-    total, size = features[indices].copy(), np.ones(keep)
-    assignment = np.zeros(n, dtype=int)
-    for i in range(n):
-        targets = top(attention[i, indices], min(keep, max(1, above)))
-        assignment[i] = indices.index(i) if i in indices else targets[0]
-        if i not in indices:
-            w = np.exp(attention[i, indices][targets])
-            total[targets] += (w / w.sum())[:, None] * features[i]
-            size[targets] += w / w.sum()
-    return total / size[:, None], indices, assignment, [scores[assignment == row].sum() for row in range(keep)]
+        before = value.copy()
+        for y in range(0, grid[0] - 1, 2):
+            for x in range(0, grid[1] - 1, 2):
+                tokens = [(y + i) * grid[1] + x + j for i in (0, 1) for j in (0, 1)]
+                lowest = min(tokens, key=lambda i: before[i])
+                value[lowest] = before[lowest] / penalty if before[lowest] > 0 else before[lowest] * penalty
+    kept = sorted(int(i) for i in top(value, keep))
+    total, weight = features[kept].copy(), np.ones(keep)
+    assignment = np.zeros(len(features), dtype=int)
+    for i in range(len(features)):
+        if i in kept:
+            assignment[i] = kept.index(i)
+            continue
+        towards = attention[i, kept]
+        sent = np.where(towards >= np.quantile(towards, quantile), towards, 0)
+        sent = sent / sent.sum()
+        total, weight = total + sent[:, None] * features[i], weight + sent
+        assignment[i] = towards.argmax()
+    mass = [scores[assignment == row].sum() for row in range(keep)]
+    return total / weight[:, None], kept, assignment, mass
