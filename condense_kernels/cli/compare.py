@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "condensevlm:background_ratio=0.5 (default: all of condense_kernels.methods)")  # fmt: skip
     parser.add_argument("--on", nargs="+", choices=tuple(HEADLINES), default=list(HEADLINES), metavar="MODEL",
                         help="dinov2, tiny, or both (default)")  # fmt: skip
-    parser.add_argument("--pictures", type=int, default=300, metavar="P", help="of the tiny LLaVA, six questions each "
+    parser.add_argument("--pictures", type=int, default=200, metavar="P", help="of the tiny LLaVA, six questions each "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="of random choices (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="R", help="of the times (default: %(default)s)")

@@ -69,7 +69,9 @@ def compared(
                 reason = f"K = {keep}: {str(error).partition('. Remedy')[0]}"
             if reason:
                 left_out[entry.title] = reason
-    everything = dict.fromkeys(("cls", "tokens", "cls_prop", "tokens_prop"), torch.ones(len(paths)).double())
+    everything = dict.fromkeys(
+        ("cls", "tokens", "cls_prop", "tokens_prop"), torch.ones(len(paths), dtype=torch.float64, device="cpu")
+    )
     rows.append(Row(ON, None, TOKENS, TOKENS, 1, everything))
     measure_times(model, pictures[0], material[:1], rows, rounds, tick)
     return rows, left_out

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .._dispatch.checks import is_int, shown
 from ..ops.select_and_merge import Condensed
 from .registry import NONE, method
 from .results import at_least_fp32, best, rows, selected
@@ -26,8 +27,8 @@ def dart(
     rounded, so that 64 become 68, and visits pivots in the order of a Python set; here K are kept, the first pivots
     take one more where K - pivots does not divide, and the largest norm comes first. At most K pivots.
     """
-    if pivots < 1:
-        raise ValueError(f"pivots: expected an int >= 1, got {pivots}.")
+    if not is_int(pivots) or pivots < 1:
+        raise ValueError(f"pivots: expected an int of at least 1, got {shown(pivots)}. Remedy: 4, as published.")
     pivots = min(pivots, keep)
     norm = at_least_fp32(features if keys is None else keys).detach().abs().sum(dim=2)
     picked = best(norm.nan_to_num(-1.0, posinf=-1.0), pivots)  # [B, P], what is not finite last

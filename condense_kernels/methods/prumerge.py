@@ -2,6 +2,7 @@
 
 import torch
 
+from .._dispatch.checks import is_int, shown
 from ..ops.gather_merge import gather_merge
 from ..ops.select_and_merge import Condensed
 from ..ops.similarity import similarity
@@ -35,6 +36,8 @@ def prumerge(
     one of them with the highest score. Theirs returns one token more than the rule gives; here K counts it.
     rest=False leaves it out, and the K highest are kept. K = N and K = 1 have no rest.
     """
+    if not is_int(neighbours) or neighbours < 0:
+        raise ValueError(f"neighbours: expected an int >= 0, got {shown(neighbours)}. Remedy: 32, as published.")
     n = scores.shape[1]
     picked = keep - 1 if rest and 1 < keep < n else keep
     order = best(scores, n)
@@ -43,7 +46,7 @@ def prumerge(
     s = rows(similarity(keys)[0], kept).scatter(2, kept[..., None], -torch.inf)  # [B, K, N]
     nearest = s.sort(dim=2, descending=True, stable=True).indices[..., : min(neighbours, n - 1)]
     weights = scores[:, None].expand_as(s).gather(2, nearest)
-    ones = torch.ones_like(weights[..., :1])
+    ones = torch.ones_like(kept[..., None], dtype=weights.dtype)
     around = torch.cat([kept[..., None], nearest], dim=2)  # [B, K, 1 + m]
     merged = gather_merge(features, around, torch.cat([ones, weights], dim=2))
     row = torch.arange(picked, dtype=torch.int64, device=scores.device).expand_as(kept)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._dispatch.checks import is_int, shown
 from ..ops.assign import assign
 from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
@@ -30,8 +31,8 @@ def visionzip(
     A dominant token's mass is its score, a contextual one's that of its cluster.
     """
     contextual = round(keep * 10 / 64) if contextual is None else contextual
-    if not 0 <= contextual <= keep:
-        raise ValueError(f"contextual: expected 0 <= contextual <= {keep}, part of keep, got {contextual}.")
+    if not is_int(contextual) or not 0 <= contextual <= keep:
+        raise ValueError(f"contextual: expected an int from 0 to {keep}, a part of keep, got {shown(contextual)}.")
     dominant, n = keep - contextual, scores.shape[1]
     order = best(scores, n)
     chosen, rest = order[:, :dominant], order[:, dominant:].sort(dim=1).values

@@ -3,6 +3,7 @@ paradigm"."""
 
 import torch
 
+from .._dispatch.checks import is_int, shown
 from ..ops.assign import assign
 from ..ops.greedy_select import greedy_select
 from ..ops.merge import merge
@@ -37,8 +38,10 @@ def vlm_pruner(
     below a threshold that rises until K are found, and has the distance to the nearest kept token in place of d_ij;
     here it is one token at a time, all channels, and pairs.
     """
-    if pivots < 1:
-        raise ValueError(f"pivots: expected an int >= 1, got {pivots}.")
+    if not is_int(pivots) or pivots < 1:
+        raise ValueError(f"pivots: expected an int of at least 1, got {shown(pivots)}.")
+    if len(grid) != 2:
+        raise ValueError(f"grid: expected (rows, columns) for vlm_pruner, got {tuple(grid)}.")
     keys = at_least_fp32(features if keys is None else keys).detach()
     norm = keys.abs().sum(dim=2).nan_to_num(-1.0, posinf=-1.0)
     far = greedy_select(keys=keys, k=min(pivots, keep), first=best(norm, 1)[:, 0], metric="neg_l2")
