@@ -36,8 +36,8 @@ def ficoco_v(
     image; what the penalty halves or doubles is the lowest value of a window. "Most" is above the quantile over the
     K kept tokens, at least one. The published code does this in many blocks of the vision encoder, some tokens at a
     time, takes the softmax of the attention again, cuts all tokens at the largest number of targets that one of them
-    has, and may send a token to one that is dropped; here it is one step, as the paper has it. Without a grid there
-    is no penalty; windows that the grid cuts off have none.
+    has, counts them by the quantile of all tokens (two of 576), and may send a token to one that is dropped; here it
+    is one step, as the paper has it. Without a grid there is no penalty; windows that the grid cuts off have none.
     """
     b, n = scores.shape
     check_tensor("attention", attention, "B N N", {"B": b, "N": n}, FLOATS, like=features)  # type: ignore[arg-type]

@@ -34,7 +34,10 @@ def mustdrop(
     Of MustDrop this is the stage in the vision encoder alone: there windows merge before the second layer, in the
     language model text attention drops further tokens, and while decoding the cache is trimmed. Where fewer than K
     rows are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the
-    grid cuts off are not merged. The threshold is an option of the published code; that 0.8 is its value is assumed.
+    grid cuts off are not merged. 0.8 is the published code's, its windows are of 3 x 3: ``window=(3, 3)``. It merges
+    in every image of a batch as many windows as that with the fewest alike has; here each image has its own. Its key
+    tokens, the 8 % that [CLS] attends to most, are those that text attention must not drop; here [CLS] attention
+    decides down to K.
     """
     n = scores.shape[1]
     at = torch.arange(n, dtype=torch.int64, device=scores.device)

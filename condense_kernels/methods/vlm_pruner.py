@@ -1,4 +1,5 @@
-"""VLM-Pruner (2025): "Buffering for spatial sparsity in an efficient VLM centrifugal token pruning paradigm"."""
+"""VLM-Pruner (Wu et al. 2025): "Buffering for spatial sparsity in an efficient VLM centrifugal token pruning
+paradigm"."""
 
 import torch
 
@@ -13,7 +14,7 @@ from .results import Grid, at_least_fp32, best, rows
 
 
 @method(
-    "VLM-Pruner", "2025, as its public code has it", primitive="greedy_select, assign, merge",
+    "VLM-Pruner", "Wu et al. 2025, arXiv 2512.02700", primitive="greedy_select, assign, merge",
     scores=NONE, cost="N² D / 2 + N K", needs=["grid"],
 )  # fmt: skip
 def vlm_pruner(

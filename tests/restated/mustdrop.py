@@ -7,7 +7,13 @@ from .common import cosines
 CASES = {
     "mustdrop": (
         ("keys",),
-        [{"threshold": 0.2}, {"threshold": -1.0}, {"threshold": 0.0}, {}, {"threshold": -0.1, "window": [2, 3]}],
+        [
+            {"threshold": 0.2},
+            {"threshold": -1.0},
+            {"threshold": -1.0, "window": [3, 3]},
+            {},
+            {"threshold": -0.1, "window": [2, 3]},
+        ],
     )
 }
 
