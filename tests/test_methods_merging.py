@@ -15,6 +15,7 @@ GRID = (4, 6)
         ("dart", "pivots", 1.5, "pivots: expected an int of at least 1, got 1.5"),
         ("vlm_pruner", "pivots", -1, "pivots: expected an int of at least 1, got -1"),
         ("prumerge", "neighbours", -1, "neighbours: expected an int >= 0, got -1"),
+        ("mustdrop", "window", (0, 2), r"window: expected \(rows, columns\) of at least 1, got \(0, 2\)"),
         ("visionzip", "contextual", 7, "contextual: expected an int from 0 to 6, a part of keep, got 7"),
         ("visionzip", "contextual", 0.5, "contextual: expected an int from 0 to 6"),
     ],

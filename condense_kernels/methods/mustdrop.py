@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .._dispatch.checks import is_int, shown
 from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
 from .registry import CLS, method
@@ -26,7 +27,7 @@ def mustdrop(
     grid: Grid,
     keys: torch.Tensor | None = None,  # [B, N, Dk]
     threshold: float = 0.8,
-    window: tuple[int, int] = (2, 2),
+    window: tuple[int, int] = (3, 3),
 ) -> Condensed:
     """Windows whose tokens are alike (mean cosine of their pairs >= threshold) become their mean, at their last
     token's place; then the K rows of the highest [CLS] attention are kept, a window's being its mean.
@@ -34,11 +35,12 @@ def mustdrop(
     Of MustDrop this is the stage in the vision encoder alone: there windows merge before the second layer, in the
     language model text attention drops further tokens, and while decoding the cache is trimmed. Where fewer than K
     rows are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the
-    grid cuts off are not merged. 0.8 is the published code's, its windows are of 3 x 3: ``window=(3, 3)``. It merges
-    in every image of a batch as many windows as that with the fewest alike has; here each image has its own. Its key
+    grid cuts off are not merged. 0.8 and windows of 3 x 3 are the published code's. It merges in every image of a batch as many windows as that with the fewest alike has; here each image has its own. Its key
     tokens, the 8 % that [CLS] attends to most, are those that text attention must not drop; here [CLS] attention
     decides down to K.
     """
+    if len(window) != 2 or not all(is_int(side) and side >= 1 for side in window):
+        raise ValueError(f"window: expected (rows, columns) of at least 1, got {shown(window)}. Remedy: (3, 3).")
     n = scores.shape[1]
     at = torch.arange(n, dtype=torch.int64, device=scores.device)
     first, last, is_whole = windows(at, grid, window)

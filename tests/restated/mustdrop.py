@@ -8,9 +8,9 @@ CASES = {
     "mustdrop": (
         ("keys",),
         [
-            {"threshold": 0.2},
+            {"threshold": 0.2, "window": [2, 2]},
+            {"threshold": -1.0, "window": [2, 2]},
             {"threshold": -1.0},
-            {"threshold": -1.0, "window": [3, 3]},
             {},
             {"threshold": -0.1, "window": [2, 3]},
         ],
@@ -18,7 +18,7 @@ CASES = {
 }
 
 
-def mustdrop(features, scores, keep, *, grid, keys=None, threshold=0.8, window=(2, 2), **_):
+def mustdrop(features, scores, keep, *, grid, keys=None, threshold=0.8, window=(3, 3), **_):
     s, (height, width), (h, w) = cosines(features if keys is None else keys), grid, window
     clusters = {i: [i] for i in range(len(features))}
     for y, x in itertools.product(range(0, height - h + 1, h), range(0, width - w + 1, w)):
