@@ -33,11 +33,11 @@ def mustdrop(
     token's place; then the K rows of the highest [CLS] attention are kept, a window's being its mean.
 
     Of MustDrop this is the stage in the vision encoder alone: there windows merge before the second layer, in the
-    language model text attention drops further tokens, and while decoding the cache is trimmed. Where fewer than K
-    rows are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the
-    grid cuts off are not merged. 0.8 and windows of 3 x 3 are the published code's. It merges in every image of a batch as many windows as that with the fewest alike has; here each image has its own. Its key
-    tokens, the 8 % that [CLS] attends to most, are those that text attention must not drop; here [CLS] attention
-    decides down to K.
+    language model text attention drops further tokens, and while decoding the cache is trimmed. Where fewer than K rows
+    are left, further tokens of the merged windows are kept as rows of their own, by attention. Windows that the grid
+    cuts off are not merged. 0.8 and windows of 3 x 3 are the published code's. It merges in every image of a batch as
+    many windows as that with the fewest alike has; here each image has its own. Its key tokens, the 8 % that [CLS]
+    attends to most, are those that text attention must not drop; here [CLS] attention decides down to K.
     """
     if len(window) != 2 or not all(is_int(side) and side >= 1 for side in window):
         raise ValueError(f"window: expected (rows, columns) of at least 1, got {shown(window)}. Remedy: (3, 3).")
