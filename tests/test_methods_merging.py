@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_methods import write
 
 from condense_kernels import methods
 
@@ -54,6 +55,12 @@ def test_visionzip_has_the_published_54_and_10():
     assert torch.isin(dominant, found.indices[0]).all()
     sizes = found.assignment[0].bincount(minlength=64)
     assert (sizes == 1).sum() >= 54 and sizes.sum() == 576
+    for keep, contextual in ((29, 5), (35, 5), (192, 30)):  # to the nearest
+        by_share, by_number = (
+            methods.visionzip(x, scores, keep),
+            methods.visionzip(x, scores, keep, contextual=contextual),
+        )
+        assert torch.equal(by_share.assignment, by_number.assignment)
 
 
 def test_vlm_pruner_grows_outwards_where_tokens_are_alike():
@@ -62,3 +69,17 @@ def test_vlm_pruner_grows_outwards_where_tokens_are_alike():
     found = methods.vlm_pruner(x, None, 4, grid=GRID, pivots=1, buffering=4.0)
     at = torch.stack([found.indices[0] // 6, found.indices[0] % 6]).float()
     assert (at.max(dim=1).values - at.min(dim=1).values).max() <= 2
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5])
+def test_tome_weighs_what_it_has_merged_from_the_third_step_on(keep):
+    """24, 12, 6, 3: keys of clusters of different sizes are compared."""
+    tome = write.restatements()["tome"]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, scores = torch.randn(1, 24, 6, dtype=torch.float64), torch.rand(1, 24, dtype=torch.float64)
+        found = methods.tome(x, scores, keep)
+        merged, indices, assignment, mass = tome(x[0].numpy(), scores[0].numpy(), keep)
+        assert found.indices[0].tolist() == indices and found.assignment[0].tolist() == assignment.tolist()
+        torch.testing.assert_close(found.merged[0], torch.from_numpy(merged))
+        torch.testing.assert_close(found.mass[0], torch.tensor(mass, dtype=torch.float64))
