@@ -207,6 +207,21 @@ def test_what_cannot_be_computed_is_refused(name):
         call(**{**given, "scores": given["scores"][:, 1:]}, keep=6, grid=write.GRID)
 
 
+@ALL
+def test_options_that_are_numbers_are_checked(name):
+    import inspect
+
+    own = inspect.signature(METHODS[name].call).parameters
+    given = {key: value for key, value in some(name).items() if key != "noise"}
+    for option in METHODS[name].options:
+        default = own[option].default
+        if isinstance(default, bool) or not isinstance(default, (int, float)):
+            continue
+        for bad, error, message in (("x", TypeError, "a number"), (torch.nan, ValueError, "."), (None, TypeError, ".")):
+            with pytest.raises(error, match=f"{option}: expected.*{message}"):
+                METHODS[name].call(**given, keep=6, grid=write.GRID, **{option: bad})
+
+
 def test_cards():
     for name, card in METHODS.items():
         assert card.name == name and getattr(methods, name) is card.call

@@ -17,6 +17,8 @@ GRID = (4, 6)
         ("vlm_pruner", "pivots", -1, "pivots: expected an int of at least 1, got -1"),
         ("prumerge", "neighbours", -1, "neighbours: expected an int >= 0, got -1"),
         ("mustdrop", "window", (0, 2), r"window: expected \(rows, columns\) of at least 1, got \(0, 2\)"),
+        ("mustdrop", "window", 3, r"window: expected \(rows, columns\) of at least 1, got 3"),
+        ("hired", "crops", 5, r"crops: expected \(rows, columns\) of crops, both ints >= 1, got 5"),
         ("visionzip", "contextual", 7, "contextual: expected an int from 0 to 6, a part of keep, got 7"),
         ("visionzip", "contextual", 0.5, "contextual: expected an int from 0 to 6"),
     ],

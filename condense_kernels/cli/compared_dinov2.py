@@ -65,7 +65,7 @@ def compared(
             reason = material.lacks(entry)
             try:
                 rows += [] if reason else [row_of(model, pictures, material, entry, keep, seeds)]
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 reason = f"K = {keep}: {str(error).partition('. Remedy')[0]}"
             if reason:
                 left_out[entry.title] = reason

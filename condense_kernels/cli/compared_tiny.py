@@ -112,7 +112,7 @@ def compared(
             try:
                 of = spread_out if entry.guided else (exam, material)
                 rows += [] if reason else [row_of(model, *of, entry, keep, seeds)]
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 reason = f"K = {keep}: {str(error).partition('. Remedy')[0]}"
             if reason:
                 left_out[entry.title] = reason

@@ -41,7 +41,7 @@ class Crops(NamedTuple):
 
 def split(grid: Grid | None, crops: tuple[int, int]) -> Crops:
     """What ``crops=(rows, columns)`` cuts a grid into."""
-    if len(crops) != 2 or not all(is_int(side) and side >= 1 for side in crops):
+    if not isinstance(crops, (tuple, list)) or len(crops) != 2 or not all(is_int(side) and side >= 1 for side in crops):
         raise ValueError(f"crops: expected (rows, columns) of crops, both ints >= 1, got {crops!r}. Remedy: (2, 2).")
     if grid is None:
         raise ValueError("grid: expected (1 + crops, height, width) beside crops, got None.")

@@ -39,7 +39,8 @@ def mustdrop(
     many windows as that with the fewest alike has; here each image has its own. Its key tokens, the 8 % that [CLS]
     attends to most, are those that text attention must not drop; here [CLS] attention decides down to K.
     """
-    if len(window) != 2 or not all(is_int(side) and side >= 1 for side in window):
+    is_pair = isinstance(window, (tuple, list)) and len(window) == 2
+    if not is_pair or not all(is_int(side) and side >= 1 for side in window):
         raise ValueError(f"window: expected (rows, columns) of at least 1, got {shown(window)}. Remedy: (3, 3).")
     n = scores.shape[1]
     at = torch.arange(n, dtype=torch.int64, device=scores.device)

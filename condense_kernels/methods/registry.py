@@ -3,7 +3,8 @@
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -104,6 +105,7 @@ def method(
             **options: Any,
         ) -> Condensed:
             scores, keep = checked(card, data_dependent, features, scores, keep, grid, keys)
+            check_numbers(own, options)
             options |= {"grid": grid, "keys": keys, "generator": generator}
             for argument in card.needs:
                 if options.get(argument) is None:
@@ -122,6 +124,18 @@ def method(
         return call
 
     return register
+
+
+def check_numbers(own: Mapping[str, inspect.Parameter], options: dict[str, Any]) -> None:
+    """An option whose default is a number is one, and finite; in which range is the method's to say."""
+    for name, value in options.items():
+        default = own[name].default if name in own else None
+        if isinstance(default, bool) or not isinstance(default, (int, float)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, as its default {default} is, got {shown(value)}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}. Remedy: its default, {default}.")
 
 
 def checked(
