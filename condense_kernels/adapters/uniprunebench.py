@@ -22,7 +22,7 @@ def pre_llm(
 
     Args:
         method: of condense_kernels.methods, of those that need no scores; ``options`` go to it.
-        keep_ratio: a share, or who says it: ``lambda: float(os.environ.get("KEEP_RATIO", 0.5))`` is the host's.
+        keep_ratio: a share, or a function that returns it: the host reads its variable KEEP_RATIO, 0.5 where unset.
 
     Raises (the function):
         ValueError: wrong ranks, no tile, placeholders that are not as many as tokens, a share outside (0, 1].
