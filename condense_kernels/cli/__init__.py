@@ -5,6 +5,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -31,6 +33,15 @@ def need(*packages: str, remedy: str = "") -> None:
             found = False
         if not found:
             raise MissingPackage({"PIL": "pillow"}.get(package, package), remedy)
+
+
+def check_outputs(csv: "Path | None", figure: "Path | None") -> None:
+    """Of --csv and --figure, before anything is measured."""
+    for name, path in (("csv", csv), ("figure", figure)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise CommandError(f"--{name}: no such folder: {path.parent}")
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise CommandError(f"--figure: expected a name that ends in .png, got {figure}")
 
 
 def make_console() -> "Console":

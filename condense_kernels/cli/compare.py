@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, MissingPackage, checkpoint, make_console, make_progress, need
+from . import CommandError, MissingPackage, check_outputs, checkpoint, make_console, make_progress, need
 from .compared import HEADLINES, entries, lines
 
 TOKENS = 576  # of DINOv2's picture; the tiny LLaVA has a quarter
@@ -47,12 +47,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         low = OF_TINY if "tiny" in arguments.on else 1
         if not low <= keep <= TOKENS:
             raise CommandError(f"--keep: expected {low} <= K <= {TOKENS}, the tokens of DINOv2's picture, got {keep}")
-    for name in ("csv", "figure"):
-        path = getattr(arguments, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            raise CommandError(f"--{name}: no such folder: {path.parent}")
-    if arguments.figure is not None and arguments.figure.suffix.lower() != ".png":
-        raise CommandError(f"--figure: expected a name that ends in .png, got {arguments.figure}")
+    check_outputs(arguments.csv, arguments.figure)
     if arguments.images and "dinov2" not in arguments.on:
         raise CommandError("--on: expected dinov2, as pictures are given; the tiny LLaVA has its own")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, checkpoint, make_console, make_progress, need
+from . import CommandError, check_outputs, checkpoint, make_console, make_progress, need
 from .demo import count_or_ratio
 
 ALWAYS = ("random", "pooling")
@@ -50,12 +50,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise CommandError(f"--{name.replace('_', '-')}: expected at least {low}, got {value}")
-    for name in ("csv", "figure"):
-        path = getattr(arguments, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            raise CommandError(f"--{name}: no such folder: {path.parent}")
-    if arguments.figure is not None and arguments.figure.suffix.lower() != ".png":
-        raise CommandError(f"--figure: expected a name that ends in .png, got {arguments.figure}")
+    check_outputs(arguments.csv, arguments.figure)
     if arguments.config_only and (arguments.figure is not None or arguments.image):
         raise CommandError("--config-only: expected neither --image nor --figure, as nothing is measured")
     if arguments.tokens is not None and not arguments.config_only:
