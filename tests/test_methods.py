@@ -208,6 +208,24 @@ def test_what_cannot_be_computed_is_refused(name):
 
 
 @ALL
+def test_nan_reaches_the_rows_that_its_token_goes_into_and_no_others(name):
+    """PruMerge's neighbours are up to 32 tokens of each row: here of two."""
+    options = {"neighbours": 2, "rest": False} if name == "prumerge" else {}
+    given = some(name, images=1)
+    given["features"][0, 7] = torch.nan
+    found = called(name, given, keep=12, grid=write.GRID, **options)
+    assert found.merged[0].isfinite().all(dim=1).sum() >= 6
+
+
+@pytest.mark.parametrize("name", ["pooling", "uniform"])
+@pytest.mark.parametrize(("grid", "keep"), [((5, 6), 20), ((5, 5), 16), ((7, 9), 48), ((12, 12), 96), ((3, 24), 46)])
+def test_a_block_has_its_own_middle(name, grid, keep):
+    found = METHODS[name].call(torch.rand(1, grid[0] * grid[1], 3), None, keep, grid=grid)
+    assert torch.equal(found.assignment.gather(1, found.indices)[0], torch.arange(keep))
+    assert (found.indices.diff() > 0).all()
+
+
+@ALL
 def test_options_that_are_numbers_are_checked(name):
     import inspect
 

@@ -54,7 +54,9 @@ def ficoco_v(
     sent = torch.where(above & ~is_kept[..., None], towards, 0)
     weights = (sent / sent.sum(dim=2, keepdim=True)).nan_to_num(0.0, posinf=0.0)
     x = at_least_fp32(features)
-    merged = (rows(x, kept) + weights.mT @ x) / (1 + weights.sum(dim=1)[..., None])
+    came = weights.mT @ x.masked_fill(~x.isfinite(), 0)
+    came = came.masked_fill((weights.mT @ (~x.isfinite()).to(x.dtype)) > 0, torch.nan)  # to its targets alone
+    merged = (rows(x, kept) + came) / (1 + weights.sum(dim=1)[..., None])
     row = torch.arange(keep, dtype=torch.int64, device=scores.device).expand_as(kept)
     assignment = towards.argmax(dim=2).scatter(1, kept, row)
     _, mass = merge(features.detach(), scores, kept, assignment)

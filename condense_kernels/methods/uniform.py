@@ -2,6 +2,7 @@
 
 import torch
 
+from ..ops.merge import merge
 from ..ops.select_and_merge import Condensed
 from .registry import NONE, method
 from .results import Grid, selected
@@ -25,10 +26,15 @@ def fits(rows: int, keep: int, grid: Grid) -> bool:
 
 
 def middles(rows: int, columns: int, grid: Grid, device: torch.device) -> torch.Tensor:
-    """[rows * columns], ascending."""
-    y = (2 * torch.arange(rows, dtype=torch.int64, device=device) + 1) * grid[0] // (2 * rows)
-    x = (2 * torch.arange(columns, dtype=torch.int64, device=device) + 1) * grid[1] // (2 * columns)
+    """[rows * columns], ascending; each lies in its own block, also where sides hardly differ: 4 blocks of 5."""
+    y, x = (middles_of(count, side, device) for count, side in ((rows, grid[0]), (columns, grid[1])))
     return (y[:, None] * grid[1] + x).flatten()
+
+
+def middles_of(count: int, side: int, device: torch.device) -> torch.Tensor:
+    block = torch.arange(count, dtype=torch.int64, device=device)
+    first = (block * side + count - 1) // count
+    return torch.maximum((2 * block + 1) * side // (2 * count), first)
 
 
 @method("Uniform grid", "ours: the middles of Pooling's blocks", primitive="-", scores=NONE, cost="-", needs=["grid"])
@@ -67,9 +73,8 @@ def pooling(
     rows, columns = blocks(keep, grid)
     y, x = (torch.arange(side, dtype=torch.int64, device=scores.device) for side in grid)
     block = ((y * rows // grid[0])[:, None] * columns + x * columns // grid[1]).flatten()  # [N]
-    row = torch.arange(keep, dtype=torch.int64, device=scores.device)
-    of_block = (row[:, None] == block).to(features.dtype)  # [K, N]
-    merged = of_block @ features / of_block.sum(dim=1, keepdim=True)
     mass = torch.zeros_like(scores[:, :keep]).index_add(1, block, scores)
-    indices = middles(rows, columns, grid, scores.device)
-    return Condensed(merged, indices.expand(len(scores), -1), block.expand(len(scores), -1), mass)
+    indices = middles(rows, columns, grid, scores.device).expand(len(scores), -1)
+    block = block.expand(len(scores), -1)
+    merged, _ = merge(features, None, indices, block)
+    return Condensed(merged, indices, block, mass)

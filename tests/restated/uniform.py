@@ -10,11 +10,13 @@ def split(keep, grid):
 
 def middles(keep, grid):
     rows, columns = split(keep, grid)
-    return [
-        (2 * y + 1) * grid[0] // (2 * rows) * grid[1] + (2 * x + 1) * grid[1] // (2 * columns)
-        for y in range(rows)
-        for x in range(columns)
-    ]
+
+    def of(count, side):
+        """Of the places in a block that which is nearest to its middle, rounded down."""
+        blocks = [[i for i in range(side) if i * count // side == block] for block in range(count)]
+        return [min(own, key=lambda i, m=(2 * b + 1) * side // (2 * count): abs(i - m)) for b, own in enumerate(blocks)]
+
+    return [y * grid[1] + x for y in of(rows, grid[0]) for x in of(columns, grid[1])]
 
 
 def uniform(features, scores, keep, *, grid, **_):
