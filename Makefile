@@ -27,6 +27,7 @@ LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/pt
 VLLM := .venv-vllm
 LMMS := .venv-lmms-eval
 TTSEM := ttsem==0.1.0
+CFFCONVERT := cffconvert==2.0.0
 ZIG := ziglang==0.17.1
 SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
@@ -76,11 +77,12 @@ lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .
 	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
-lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types
+lint: $(VENV)/torch $(VENV)/linters $(VENV)/cffconvert ## check style, formatting, types, and the citation
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(LINTED))
+	@PYTHONPATH=$(VENV)/cffconvert $(RUN) $(VENV)/cffconvert/bin/cffconvert --validate && echo
 
 format: $(VENV)/linters ## format the code, and mend what the style check can mend
 	$(RUN) -m ruff check --fix-only .
@@ -102,9 +104,11 @@ wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch 
 	$(VENV)/bin/abi3audit --strict --summary --assume-minimum-abi3 3.10 $(VENV)/wheel/*.whl
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	    --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist $(VENV)/wheel/*.whl
+	$(VENV)/bin/twine check --strict dist/*.whl
 
-sdist: $(VENV)/installed ## build dist/*.tar.gz, which builds and tests itself as a checkout does
+sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds and tests itself as a checkout does
 	$(RUN) setup.py --quiet sdist
+	$(VENV)/bin/twine check --strict dist/*.tar.gz
 
 compat: $(COMPAT:=/status) $(MODELS:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
 	@for env in $(COMPAT) $(MODELS); do printf '%-22s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
@@ -184,6 +188,11 @@ $(VENV)/ttsem: $(VENV)/created
 $(VENV)/ziglang: $(VENV)/installed
 	@echo "installing $(ZIG)"
 	@$(PIP) install --quiet --no-deps --target $@ $(ZIG)
+
+# Beside the other packages, as it needs an old jsonschema.
+$(VENV)/cffconvert: $(VENV)/created
+	@echo "installing $(CFFCONVERT)"
+	@$(PIP) install --quiet --target $@ $(CFFCONVERT)
 
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
