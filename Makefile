@@ -17,6 +17,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 VISION := $(shell sed -n 's/^vision = \["[^"]*", \(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 # Beside each other, a worker a core, and in another order each time; ARGS="-n 0 -p no:randomly" for neither.
 TEST := -m pytest -n auto --maxprocesses 8
@@ -35,7 +36,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -75,6 +76,13 @@ vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.1
 
 lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .venv-lmms-eval (1.8 GB)
 	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
+
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. Nothing is fetched.
+docs: $(VENV)/docs ## build the site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+
+docs-serve: $(VENV)/docs ## the same at http://127.0.0.1:8000, anew whenever a file changes
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch condense_kernels --watch README.md $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
 lint: $(VENV)/torch $(VENV)/linters $(VENV)/cffconvert ## check style, formatting, types, and the citation
@@ -197,6 +205,11 @@ $(VENV)/cffconvert: $(VENV)/created
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
 	@$(PIP) install --quiet $(LINTERS)
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed pyproject.toml
+	@echo "installing $(DOCS)"
+	@$(PIP) install --quiet $(DOCS)
 	@touch $@
 
 $(VENV)/auditors: $(VENV)/created pyproject.toml

@@ -33,6 +33,7 @@ def source_tree(parent: Path) -> Path:
         "Makefile",
         "AGENTS.md",
         "CITATION.cff",
+        "mkdocs.yml",
         "SECURITY.md",
         ".clang-format",
         ".gitignore",
