@@ -17,6 +17,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 VISION := $(shell sed -n 's/^vision = \["[^"]*", \(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 # Beside each other, a worker a core, and in another order each time; ARGS="-n 0 -p no:randomly" for neither.
 TEST := -m pytest -n auto --maxprocesses 8
@@ -27,6 +28,7 @@ LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/pt
 VLLM := .venv-vllm
 LMMS := .venv-lmms-eval
 TTSEM := ttsem==0.1.0
+CFFCONVERT := cffconvert==2.0.0
 ZIG := ziglang==0.17.1
 SEED ?= 1
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
@@ -34,7 +36,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel sdist hub-kernel compat clean force
+.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist hub-kernel compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -75,12 +77,20 @@ vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.1
 lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .venv-lmms-eval (1.8 GB)
 	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
 
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. Nothing is fetched.
+docs: $(VENV)/docs ## build the site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+
+docs-serve: $(VENV)/docs ## the same at http://127.0.0.1:8000, anew whenever a file changes
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch condense_kernels --watch README.md $(ARGS)
+
 # The types need torch's own, and nothing else of what is installed changes the verdict.
-lint: $(VENV)/torch $(VENV)/linters ## check style, formatting and types
+lint: $(VENV)/torch $(VENV)/linters $(VENV)/cffconvert ## check style, formatting, types, and the citation
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(LINTED))
+	@PYTHONPATH=$(VENV)/cffconvert $(RUN) $(VENV)/cffconvert/bin/cffconvert --validate && echo
 
 format: $(VENV)/linters ## format the code, and mend what the style check can mend
 	$(RUN) -m ruff check --fix-only .
@@ -102,9 +112,11 @@ wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch 
 	$(VENV)/bin/abi3audit --strict --summary --assume-minimum-abi3 3.10 $(VENV)/wheel/*.whl
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	    --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist $(VENV)/wheel/*.whl
+	$(VENV)/bin/twine check --strict dist/*.whl
 
-sdist: $(VENV)/installed ## build dist/*.tar.gz, which builds and tests itself as a checkout does
+sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds and tests itself as a checkout does
 	$(RUN) setup.py --quiet sdist
+	$(VENV)/bin/twine check --strict dist/*.tar.gz
 
 # For Hugging Face's kernels (docs/hub.md): projects of kernel-builder, and variants that are built, of which one is compiled.
 hub-kernel: $(VENV)/installed $(VENV)/auditors ## assemble build/hub, this package as a kernel of a kernel hub, and audit it
@@ -190,9 +202,19 @@ $(VENV)/ziglang: $(VENV)/installed
 	@echo "installing $(ZIG)"
 	@$(PIP) install --quiet --no-deps --target $@ $(ZIG)
 
+# Beside the other packages, as it needs an old jsonschema.
+$(VENV)/cffconvert: $(VENV)/created
+	@echo "installing $(CFFCONVERT)"
+	@$(PIP) install --quiet --target $@ $(CFFCONVERT)
+
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
 	@$(PIP) install --quiet $(LINTERS)
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed pyproject.toml
+	@echo "installing $(DOCS)"
+	@$(PIP) install --quiet $(DOCS)
 	@touch $@
 
 $(VENV)/auditors: $(VENV)/created pyproject.toml

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import setuptools
 
+PYPROJECT = Path("pyproject.toml").read_text(encoding="utf-8")
 # An older one fails at the imports below, or at the licence in pyproject.toml, and blames those.
-SETUPTOOLS = re.search(r"setuptools>=([\d.]+)", Path("pyproject.toml").read_text())[1]
+SETUPTOOLS = re.search(r"setuptools>=([\d.]+)", PYPROJECT)[1]
 if [int(n) for n in re.findall(r"\d+", setuptools.__version__)[:3]] < [int(n) for n in SETUPTOOLS.split(".")]:
     raise SystemExit(
         f"condense_kernels: setuptools >= {SETUPTOOLS} is needed to build, found {setuptools.__version__} in "
@@ -198,7 +199,20 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+def description() -> str:
+    """The README for the package index, which knows none of its folders: each link names the file of this version."""
+    repository = re.search(r'^Repository = "(.*)"', PYPROJECT, re.M)[1]
+    version = runpy.run_path("condense_kernels/_version.py")["__version__"]
+
+    def absolute(link: re.Match) -> str:
+        return f"]({repository}/{'raw' if link[1].endswith('.png') else 'blob'}/v{version}/{link[1]})"
+
+    return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, Path("README.md").read_text(encoding="utf-8"))
+
+
 setuptools.setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         setuptools.Extension(
             "condense_kernels._C",

@@ -22,7 +22,7 @@ def source_tree(parent: Path) -> Path:
     """What a checkout has: the sources, and nothing that was built."""
     tree = parent / "tree"
     tree.mkdir()
-    for name in (".ci", "benchmarks", "condense_kernels", "csrc", "docs", "hub", "tests"):
+    for name in (".ci", ".github", "benchmarks", "condense_kernels", "csrc", "docs", "hub", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=NOT_SOURCES)
     files = [
         "README.md",
@@ -31,6 +31,10 @@ def source_tree(parent: Path) -> Path:
         "LICENSE",
         "MANIFEST.in",
         "Makefile",
+        "AGENTS.md",
+        "CITATION.cff",
+        "mkdocs.yml",
+        "SECURITY.md",
         ".clang-format",
         ".gitignore",
     ]

@@ -1,0 +1,62 @@
+"""What mkdocs needs besides docs/: the reference, the pages at the top of the repository, links that leave docs/."""
+
+import posixpath
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))
+import api
+
+ROOT = Path(__file__).parents[2]
+SHOWN = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+SECTION = re.compile(r"^<!-- README: (.+) -->$", re.M)
+
+
+def on_files(files, config):
+    for source, target in SHOWN.items():
+        text = moved((ROOT / source).read_text(encoding="utf-8"), ".", "docs")
+        files.append(File.generated(config, target, content=text))
+    for page in api.PAGES:
+        files.append(File.generated(config, f"api/{page}.md", content=api.markdown(page)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    text = SECTION.sub(lambda found: moved(section(found[1]), ".", "docs"), markdown)
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def target(found: re.Match) -> str:
+        """What is not on the site is at the repository."""
+        path = posixpath.normpath(posixpath.join("docs", folder, found[2]))
+        if "://" in found[2] or found[2].startswith("mailto:"):
+            return found[0]
+        if path in SHOWN:
+            return f"{found[1]}{posixpath.relpath(SHOWN[path], folder or '.')}{found[3]}"
+        if path.startswith("docs/") and files.get_file_from_path(path.removeprefix("docs/")):
+            return found[0]
+        return f"{found[1]}{config.repo_url}/blob/main/{path}{found[3]}"
+
+    return LINK.sub(target, text)
+
+
+def section(title: str) -> str:
+    """Of the README, without its heading."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    if found is None:
+        raise KeyError(f"README.md has no section {title!r}")
+    return found[1].strip()
+
+
+def moved(text: str, old: str, new: str) -> str:
+    """The text with its relative links seen from another folder."""
+
+    def relative(found: re.Match) -> str:
+        if "://" in found[2] or found[2].startswith("mailto:"):
+            return found[0]
+        return found[1] + posixpath.relpath(posixpath.join(old, found[2]), new) + found[3]
+
+    return LINK.sub(relative, text)
