@@ -437,14 +437,16 @@ def in_cpp(repository: Path, installed_first: bool):
     import condense_kernels as ck
 
     assert_same_bits(kernel, ck)
-    other, _ = load(repository / "build" / "torch-cpu")  # a second build of the kernel
-    assert other is kernel or other.__name__ != kernel.__name__
+    other, _ = load(repository / "build" / "torch-cpu")  # a second build, in the same process
+    assert other.__name__ == f"{kernel.__name__}_py"
+    assert_same_bits(other, kernel, backend="reference")
     features, scores = tensors()
-    packed, cu_seqlens = features.flatten(0, 1), torch.tensor([0, 50, 120], dtype=torch.int32)
-    arguments = (packed, scores.flatten(), cu_seqlens, 70, (7, 6), (5, 3))
-    options = {"spatial_weight": 0.0}
-    ours, theirs = (package.select_and_merge_varlen(*arguments, **options) for package in (kernel, ck))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, torch.Tensor))
+    packed = features.flatten(0, 1), scores.flatten()
+    offsets = [torch.tensor(values, dtype=torch.int32) for values in ([0, 50, 120], [0, 7, 13], [0, 5, 8])]
+    ours, theirs = (
+        package.select_and_merge_varlen(*packed, *offsets, 21, 70, spatial_weight=0) for package in (kernel, ck)
+    )
+    assert all(map(torch.equal, ours, theirs))
     for mode in (Mode.INFERENCE, Mode.TRAINING | Mode.TORCH_COMPILE):
         model = kernelized(repository, mode)
         assert all(map(torch.equal, model(features), expected_of(ck, features)))
