@@ -21,7 +21,7 @@ from kernels._rust import Backend, Build, Digest, DigestAlgorithm, Metadata
 from kernels.layer import use_kernel_mapping
 from kernels.layer.layer import _validate_layer
 from kernels.variants import get_variants_local
-from processes import HAS_LIBRARY, fresh
+from processes import HAS_LIBRARY, fresh, python
 
 ROOT = Path(__file__).parent.parent
 HUB = runpy.run_path(str(ROOT / "hub" / "assemble.py"))
@@ -424,6 +424,29 @@ def in_python_and_triton(output: Path):
 
 def test_the_variant_of_python_and_triton_runs_beside_the_installed_package(output):
     fresh(in_python_and_triton, output)
+
+
+PARAMETERS = """
+import importlib, pkgutil, sys, warnings
+from pathlib import Path
+from kernels import get_local_kernel
+from triton.runtime.jit import JITFunction
+import condense_kernels as ck
+warnings.simplefilter("ignore")
+found = []
+for package in (ck, get_local_kernel(Path(sys.argv[1]), backend="cpu")):
+    names = (m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
+    modules = [importlib.import_module(n) for n in names if ".ops" in n or "._triton" in n]
+    kernels = [k for m in modules for k in vars(m).values() if isinstance(k, JITFunction)]
+    found.append([(k.__name__, p.name, p.is_constexpr, p.annotation_type) for k in kernels for p in k.params])
+assert len(found[0]) > 400 and found[0] == found[1]
+"""
+
+
+@pytest.mark.slow
+def test_triton_sees_the_same_constants_in_annotations_that_are_text(output):
+    done = python("-c", PARAMETERS, str(output / "repository"), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
 
 
 def in_cpp(repository: Path, installed_first: bool):
