@@ -36,7 +36,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist compat clean force
+.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist hub-kernel compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -117,6 +117,11 @@ wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch 
 sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds and tests itself as a checkout does
 	$(RUN) setup.py --quiet sdist
 	$(VENV)/bin/twine check --strict dist/*.tar.gz
+
+# For Hugging Face's kernels (docs/hub.md): projects of kernel-builder, and variants that are built, of which one is compiled.
+hub-kernel: $(VENV)/installed $(VENV)/auditors ## assemble build/hub, this package as a kernel of a kernel hub, and audit it
+	$(RUN) hub/assemble.py
+	$(VENV)/bin/torch-abi-audit --check torch build/hub/repository/build
 
 compat: $(COMPAT:=/status) $(MODELS:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
 	@for env in $(COMPAT) $(MODELS); do printf '%-22s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done

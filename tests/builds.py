@@ -22,7 +22,7 @@ def source_tree(parent: Path) -> Path:
     """What a checkout has: the sources, and nothing that was built."""
     tree = parent / "tree"
     tree.mkdir()
-    for name in (".ci", ".github", "benchmarks", "condense_kernels", "csrc", "docs", "tests"):
+    for name in (".ci", ".github", "benchmarks", "condense_kernels", "csrc", "docs", "hub", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=NOT_SOURCES)
     files = [
         "README.md",

@@ -50,7 +50,7 @@ class Call:
 
 def call_of(op: str) -> Call:
     """The registered operator, by device."""
-    kernel, backward = (getattr(torch.ops.condense, name).default for name in (op, backward_of(op)))
+    kernel, backward = (getattr(library.OPS, name).default for name in (op, backward_of(op)))
     return Call(op, kernel, backward)
 
 
@@ -63,7 +63,7 @@ def backward_of(op: str) -> str:
 def dispatch(op: str, *values):
     """The raw operator with everything that torch's dispatcher adds, derivatives among it."""
     positional, keywords = unflatten(op, values)
-    return getattr(torch.ops.condense, op).default(*positional, **keywords)
+    return getattr(library.OPS, op).default(*positional, **keywords)
 
 
 def needs_derivative(tensors: Iterable[torch.Tensor]) -> bool:
@@ -163,7 +163,7 @@ def refuse_what_would_get_lost(op: str, args: Sequence) -> None:
         return
     inside = f"inside {where} inside torch.compile" if compiling else "inside the transforms of torch.func"
     remedy = "call it outside of torch.compile" if compiling else f"condense_kernels.{op}, the Python function, has"
-    raise RuntimeError(f"torch.ops.condense.{op} has no derivatives {inside}. Remedy: {remedy}.")
+    raise RuntimeError(f"torch.ops.{library.NAMESPACE}.{op} has no derivatives {inside}. Remedy: {remedy}.")
 
 
 def check_written(tensors: dict[str, torch.Tensor]) -> None:
@@ -226,7 +226,7 @@ def register(op: str) -> None:
         torch.autograd.graph.increment_version(written.values())
         return results
 
-    overload = getattr(torch.ops.condense, op).default
+    overload = getattr(library.OPS, op).default
     if written_by(op):
         library.register_kernel(op, writing_kernel, "Autograd")
         library.register_kernel(op, writing_kernel, "ADInplaceOrView")

@@ -92,7 +92,7 @@ def kernel_of(op: str, backend: str, device: torch.device) -> Callable:
         return on_stored(on_triton[op])
     if backend == "reference":
         return OPERATORS[op].reference
-    return getattr(torch.ops.condense, op).default
+    return getattr(library.OPS, op).default
 
 
 def on_stored(kernel: Callable) -> Callable:

@@ -91,7 +91,7 @@ def register(operator: Operator) -> None:
             raise RuntimeError(str(error)) from error
 
     name = f"{library.NAMESPACE}::{operator.name}"
-    overload = getattr(torch.ops.condense, operator.name).default
+    overload = getattr(library.OPS, operator.name).default
     if find_torch_dispatch_rule(overload, FunctionalTensorMode) is None:
         torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library.registry)
         kernels = operator.check.__module__.rpartition(".")[0] + ".kernel"

@@ -96,13 +96,13 @@ def as_checked(op: str, given: dict[str, torch.Tensor], shared: set[str]) -> dic
 
 
 def register(op: str) -> None:
-    run = on_shards(op, getattr(torch.ops.condense, op).default)
+    run = on_shards(op, getattr(library.OPS, op).default)
 
     def rule(cls, func, types, args=(), kwargs=None):
         return run(*args, **(kwargs or {}))
 
     with contextlib.suppress(RuntimeError):  # another copy of the package has put its rule in
-        torch.library.register_torch_dispatch(f"condense::{op}", DTensor, rule, lib=library.registry)
+        torch.library.register_torch_dispatch(f"{library.NAMESPACE}::{op}", DTensor, rule, lib=library.registry)
 
 
 for _op in OPERATORS:

@@ -13,13 +13,14 @@ from types import ModuleType
 import torch
 
 from .declaration import OPERATORS
+from .namespace import NAMESPACE
 
 COUNTER = "torch.utils.flop_counter"
 
 
 def register(counter: ModuleType) -> None:
     for op, operator in OPERATORS.items():
-        packet = getattr(torch.ops.condense, op)
+        packet = getattr(getattr(torch.ops, NAMESPACE), op)
         if packet not in counter.flop_registry:  # another copy of the package may have come first
             counter.register_flop_formula(packet)(without_results(operator.flops))
 

@@ -21,8 +21,10 @@ import torch
 
 from .._version import __version__
 from . import environment, schemas
+from .namespace import FILE as FILE
+from .namespace import NAMESPACE as NAMESPACE
 
-NAMESPACE = "condense"
+OPS = getattr(torch.ops, NAMESPACE)
 PACKAGE = __package__.rpartition(".")[0]
 SCHEMAS = schemas.read(importlib.resources.files(PACKAGE) / "ops")
 
@@ -39,18 +41,17 @@ class _Owner:
     library: torch.library.Library | None = None  # torch takes back what it registered once nobody holds it
 
 
-FILE = "_C.abi3.so"
 FOLDER = Path(__file__).parent.parent
 IS_SOURCE_TREE = FOLDER.with_name("csrc").is_dir()
 BUILD_IN_PLACE = f"CONDENSE_BUILD_EXT=1 pip install --no-build-isolation -e {FOLDER.parent}"
 THIS_COPY = f"condense_kernels {__version__} in {FOLDER}"
 OUR_LIBRARY = f"the compiled library of {THIS_COPY}"
 
-_owner: _Owner = vars(getattr(torch.ops, NAMESPACE)).setdefault("_owner", _Owner())  # of two threads, one sets it
+_owner: _Owner = vars(OPS).setdefault("_owner", _Owner())  # of two threads, one sets it
 
 
 def _exists(op: str) -> bool:
-    return hasattr(getattr(torch.ops, NAMESPACE), op)
+    return hasattr(OPS, op)
 
 
 def _claim() -> None:
@@ -143,7 +144,7 @@ def _check_schemas() -> None:
     wrong = []
     for op, schema in SCHEMAS.items():
         expected = str(torch._C.parse_schema(f"{NAMESPACE}::{op}{schema}"))
-        found = str(getattr(getattr(torch.ops, NAMESPACE), op).default._schema) if _exists(op) else "no such operator"
+        found = str(getattr(OPS, op).default._schema) if _exists(op) else "no such operator"
         if found != expected:
             wrong.append(f"  expected {expected}\n  found    {found}")
     if not wrong:
@@ -162,7 +163,7 @@ def _check_schemas() -> None:
 
 @functools.cache
 def schema_of(op: str) -> torch.FunctionSchema:
-    return getattr(getattr(torch.ops, NAMESPACE), op).default._schema
+    return getattr(OPS, op).default._schema
 
 
 def listed(results) -> tuple[torch.Tensor, ...]:

@@ -1,13 +1,18 @@
 """What the Python functions do while they are recorded: by torch.fx.symbolic_trace, torch.jit.trace, torch.compile."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.fx import Proxy
 
-P = ParamSpec("P")
+if TYPE_CHECKING:  # Python 3.9 lacks it
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable)
 

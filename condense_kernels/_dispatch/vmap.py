@@ -3,8 +3,10 @@
 torch.library.register_vmap does not take operators with keyword-only tensors; this is what it does, for them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C._functorch import _add_batch_dim, _unwrap_batched
@@ -15,7 +17,8 @@ from .library import as_returned, listed, register_kernel, schema_of
 
 BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
-Axis = int | None  # where the mapped axis of a tensor is
+if TYPE_CHECKING:
+    Axis = int | None  # where the mapped axis of a tensor is
 
 
 def mapped(op: str, call: Callable, values: Sequence, axes: Sequence[Axis], size: int) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,6 @@ benchmarks/inspect_kernels.py; benchmarks/variants.py lists what is worth trying
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -117,7 +116,7 @@ class SelectConfig:
     def for_shape(cls, n: int, spans: tuple[int, ...] = SPANS) -> "SelectConfig":
         # Counted in sm_90 code, instructions of a pick, none of which touches the stack: docs/design/gpu.md.
         # One warp, which needs no barrier: 171 for 576 tokens. 4 warps: 230 for 3072, 296 for 4096. 16: 302 for 16384.
-        low, span = next((low, span) for low, span in itertools.pairwise((0, *spans)) if n <= span)
+        low, span = next((low, span) for low, span in zip((0, *spans), spans, strict=False) if n <= span)
         if span <= 1024:
             return _chosen(cls(low, span, block=64, num_warps=1))
         if span <= 4096:
@@ -127,8 +126,8 @@ class SelectConfig:
     @classmethod
     def for_packed(cls, width: int) -> list[tuple[int, "SelectConfig"]]:
         """(more than so many tokens, config): of a packed batch, the segments of a class share a launch."""
-        limits = [0, *(limit for limit in cls.CLASSES if limit < width), width]
-        return [(low, cls.for_shape(n, cls.PACKED_SPANS)) for low, n in itertools.pairwise(limits)]
+        limits = [*(limit for limit in cls.CLASSES if limit < width), width]
+        return [(low, cls.for_shape(n, cls.PACKED_SPANS)) for low, n in zip([0, *limits], limits, strict=False)]
 
     @property
     def chunks(self) -> dict[str, int]:
@@ -158,7 +157,7 @@ class DppConfig:
 
     @classmethod
     def for_shape(cls, n: int) -> "DppConfig":
-        low, span = next((low, span) for low, span in itertools.pairwise((0, *cls.SPANS)) if n <= span)
+        low, span = next((low, span) for low, span in zip((0, *cls.SPANS), cls.SPANS, strict=False) if n <= span)
         # Counted: no spill with a number a thread and chunk. Above 4096 tokens there are four, and 128 registers.
         if span <= 1024:
             return _chosen(cls(low, span, block=128, num_warps=4))
@@ -169,8 +168,8 @@ class DppConfig:
     @classmethod
     def for_packed(cls, width: int) -> list[tuple[int, "DppConfig"]]:
         """(more than so many tokens, config): of a packed batch, the segments of a class share a launch."""
-        limits = [0, *(limit for limit in cls.CLASSES if limit < width), width]
-        return [(low, cls.for_shape(n)) for low, n in itertools.pairwise(limits)]
+        limits = [*(limit for limit in cls.CLASSES if limit < width), width]
+        return [(low, cls.for_shape(n)) for low, n in zip([0, *limits], limits, strict=False)]
 
     @property
     def chunks(self) -> dict[str, int]:

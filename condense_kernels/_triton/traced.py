@@ -125,7 +125,7 @@ def _written_by(kernel: Any) -> tuple[str, ...]:
     written: set[str] = set()
     for _ in range(2):  # what a loop assigns is used before
         for node in ast.walk(function):
-            if isinstance(node, ast.Assign | ast.AugAssign):
+            if isinstance(node, (ast.Assign, ast.AugAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 of_value = _origins_of(node.value, origins)
                 for name in (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)):

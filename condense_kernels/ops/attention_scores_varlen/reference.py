@@ -1,6 +1,5 @@
 """Attention scores of a packed batch: the dense operator on each segment alone, and what becomes of wrong offsets."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +10,8 @@ from ..attention_scores import reference as dense
 def segments_of(cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int) -> Iterator[slice]:
     """The segments' tokens. One that is longer than max_seqlen counts as empty."""
     offsets = [min(max(offset, 0), num_tokens) for offset in cu_seqlens.tolist()]
-    for start, stop in itertools.pairwise(offsets):
+    for s in range(len(offsets) - 1):
+        start, stop = offsets[s : s + 2]
         if 0 < stop - start <= max_seqlen:
             yield slice(start, stop)
 

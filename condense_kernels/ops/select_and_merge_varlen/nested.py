@@ -1,12 +1,14 @@
 """torch.nested: jagged tensors are packed batches that carry their offsets."""
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..select_and_merge import Condensed
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from torch.nested._internal.nested_tensor import NestedTensor
 
 
