@@ -109,9 +109,11 @@ struct ImageMemory {
 template <class T>
 void finish_on_stored(const Rows& keys, const uint8_t* mask, const Plan& plan, const Selection<T>& selection,
                       int64_t made, Crew& crew, ImageMemory<T>& memory, int64_t* order) {
-  const int64_t n = plan.n, bytes = bytes_of(bytes_of(n, n), sizeof(T));
-  const Workspace block(bytes);
-  T* s = block.piece(0, bytes).template take<T>(n, n);
+  const int64_t n = plan.n;
+  Memory count;
+  count.take<T>(n, n);
+  const Workspace block(count.taken());
+  T* s = block.piece(0, count.taken()).template take<T>(n, n);
   T sbar;
   similarity_image<T>(keys, selection.prior, mask, crew, memory.similarity, s, &sbar, memory.g, memory.tier);
   greedy_select_resumed<T>(s, n, selection, n, made, plan.k, memory.lazy.all, order);

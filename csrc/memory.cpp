@@ -58,6 +58,7 @@ Block new_block(size_t bytes) {
   return {size < kLarge ? ::operator new(size, kLine) : new_pages(size, bytes), size};
 }
 void delete_block(const Block& block) {
+  allow(block.data, block.size);
   if (block.size < kLarge) {
     ::operator delete(block.data, kLine);
   } else {
@@ -141,7 +142,10 @@ Block take_block(size_t bytes) {
   return kept.data ? kept : new_block(bytes);
 }
 
-void give_block(Block block) noexcept { free_blocks().give(block); }
+void give_block(Block block) noexcept {
+  forbid(block.data, block.size);
+  free_blocks().give(block);
+}
 
 void on_huge_pages(void* data, size_t bytes) noexcept {
   constexpr size_t kMapped = size_t{32} << 20;  // the most that the C library may keep for itself

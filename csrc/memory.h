@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "sanitizers.h"
+
 namespace condense {
 
 // For a thing of `count` parts of `size` bytes each; a product beyond int64 is said to be what int64 can hold.
@@ -63,10 +65,12 @@ class Memory {
   template <class T>
   T* take(int64_t n, int64_t times = 1) {
     const int64_t start = at_, bytes = std::min(bytes_of(bytes_of(n, times), sizeof(T)), kTooMuch);
-    at_ += (bytes + kLine - 1) / kLine * kLine;
-    taken_ = std::max(taken_, at_);
+    taken_ = std::max(taken_, start + (bytes + kLine - 1) / kLine * kLine);
+    at_ = start + (bytes + kLine - 1) / kLine * kLine + (bytes > 0 ? kRedZone : 0);
     if (!block_ || n == 0) return nullptr;
     if (taken_ > size_) throw std::logic_error("condense: a kernel took more memory than it had counted.");
+    if (start == 0) forbid(block_, size_);
+    hand_out(block_ + start, bytes);
     return reinterpret_cast<T*>(block_ + start);
   }
   int64_t taken() const { return taken_; }
@@ -74,7 +78,7 @@ class Memory {
   // From here on take what was taken since `at` once more: nobody needs that any longer.
   int64_t at() const { return at_; }
   Memory& rewound(int64_t at) {
-    at_ = at;
+    if (kRedZone == 0) at_ = at;  // else both have a place, as the end of one is in the midst of the other
     return *this;
   }
 
@@ -90,7 +94,11 @@ class Workspace {
   Workspace(void* data, int64_t bytes) : bytes_(bytes), block_{data, 0}, own_(false) {}
   Workspace(const Workspace&) = delete;
   ~Workspace() {
-    if (own_) give_block(block_);
+    if (own_) {
+      give_block(block_);
+    } else {
+      allow(block_.data, bytes_);
+    }
   }
   // Piece i of `bytes` each.
   Memory piece(int64_t i, int64_t bytes) const {

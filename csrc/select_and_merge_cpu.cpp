@@ -145,9 +145,10 @@ void select_image(const Image& image, const Plan& plan, S sbar, Crew& crew, Imag
     const auto is_out = [](S nu) { return std::isnan(nu); };
     is_stored = picks < k && !std::all_of(greedy.all.nu, greedy.all.nu + N, is_out);  // from here on
     if (is_stored) {
-      const int64_t bytes = bytes_of(bytes_of(N, N), sizeof(S));
-      rest.emplace(bytes);
-      memory.s = rest->piece(0, bytes).template take<S>(N, N);
+      Memory count;
+      count.take<S>(N, N);
+      rest.emplace(count.taken());
+      memory.s = rest->piece(0, count.taken()).template take<S>(N, N);
       store_similarities(image, crew, memory);
       greedy_select_resumed<S>(memory.s, N, selection, N, picks, k, greedy.all, order);
     } else {

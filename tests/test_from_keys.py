@@ -88,6 +88,17 @@ def test_rounds_that_end_after_few_picks_go_on_with_all_of_s(cpp):
             assert torch.equal(from_keys(*given, cpp), on_s(*given, cpp))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "neg_l2"])
+@pytest.mark.parametrize("size", [149, 201, 301])
+def test_all_of_s_after_rounds_of_an_odd_number_of_tokens(size, metric, cpp):
+    """Three groups, their halves, quarters, ..., each equal tokens: rounds end early, and s fills no cache lines."""
+    group, within = torch.arange(3 * size) // size, torch.arange(3 * size) % size
+    cells = [group * 2**level + within * 2**level // size for level in range(5)]
+    keys = torch.cat([torch.nn.functional.one_hot(cell).float() for cell in cells], dim=1)
+    given = keys[None], (1 - group / 192)[None], size // 5, None, False, metric, {}
+    assert torch.equal(from_keys(*given, cpp), on_s(*given, cpp))
+
+
 def test_images_whose_s_is_stored_by_nobody(cpp):
     """More tokens than CONDENSE_STORED_TOKENS, which is read but once."""
     program = """

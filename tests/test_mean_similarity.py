@@ -80,9 +80,9 @@ def nested_clusters(groups: int, size: int, levels: int, num_anchors: int, num_b
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("counts", [(64, 4), (60, 0), (4, 60), (0, 64)], ids=str)
-@pytest.mark.parametrize("shape", [(4, 112, 5), (3, 144, 5), (4, 108, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 112, 5), (3, 144, 5), (4, 108, 7), (3, 149, 5)], ids=str)
 def test_where_rounds_end_early(shape, counts, threads, cpp):
-    """Then s is computed after all, for the rest of the anchors or of the background."""
+    """Then s is computed after all, for the rest of the anchors or of the background; the last fills no cache lines."""
     inputs = nested_clusters(*shape, *counts)
     expected = inputs.run_stages(cpp).condensed
     before = torch.get_num_threads()

@@ -265,14 +265,15 @@ def _compare_merge(inputs: Inputs, condensed: Condensed) -> list[Finding]:
     magnitude, _ = merge_reference.merge(x.abs(), a, indices, assignment)
     out = torch.finfo(inputs.features.dtype)
     bound = (2 * members + 4)[..., None] * eps * magnitude + out.eps / 2 * merged.abs() + out.smallest_normal * out.eps
-    own = inputs.features.gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-    copied, bits = merge_reference.is_copied(indices, assignment, mass), _BITS[own.dtype]
+    bits = _BITS[inputs.features.dtype]  # gathered as such: torch.gather can change a NaN of 16 bits
+    own = inputs.features.view(bits).gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    copied = merge_reference.is_copied(indices, assignment, mass)
     return [
         _largest("merged", _difference(condensed.merged, merged), bound.nan_to_num(nan=0.0, posinf=0.0)),
         _largest(
             "mass", _difference(condensed.mass, mass), ((members + 1) * eps * mass).nan_to_num(nan=0.0, posinf=0.0)
         ),
-        _exact("rows of one token or zero mass", condensed.merged[copied].view(bits), own[copied].view(bits)),
+        _exact("rows of one token or zero mass", condensed.merged[copied].view(bits), own[copied]),
     ]
 
 

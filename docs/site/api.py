@@ -8,19 +8,18 @@ import inspect
 PAGES = {
     "operators": (
         "Operators",
-        "All are in `condense_kernels`, and nearly all in `torch.ops.condense`, too. What each computes, tie by tie, is on its "
-        "own page.",
+        "In `condense_kernels`, and nearly all in `torch.ops.condense`. What each computes is on its own page.",
         [
             "condense", "select_and_merge", "select_and_merge_varlen", "attention_scores", "attention_scores_varlen",
             "similarity", "similarity_varlen", "global_similarity", "mean_similarity", "greedy_select",
-            "greedy_select_varlen", "assign", "assign_varlen", "merge", "merge_varlen", "dpp_select", "dpp_select_varlen",
-            "coverage_select", "coverage_select_varlen", "dpc_knn", "dpc_knn_varlen", "gather_merge", "Condensed",
-            "DensityPeaks",
+            "greedy_select_varlen", "assign", "assign_varlen", "merge", "merge_varlen", "dpp_select",
+            "dpp_select_varlen", "coverage_select", "coverage_select_varlen", "dpc_knn", "dpc_knn_varlen", "gather_merge",
+            "Condensed", "DensityPeaks",
         ],
     ),
     "pieces": (
         "Around the operators",
-        "In `condense_kernels`: a layer, budgets, the way back, the rules of crops, memory, compiling before the first call.",
+        "In `condense_kernels`: a layer, budgets, the way back, the rules of crops, memory, compiling in advance.",
         [
             "Condense", "gather_tokens", "unmerge", "sizes", "split_budget", "varlen_budget", "VarlenBudget",
             "allocate_budget", "segment_topk", "segment_topk_indices", "bipartite_match", "merge_matrix",

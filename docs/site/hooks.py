@@ -45,7 +45,9 @@ def on_page_markdown(markdown, page, config, files):
 
 def section(title: str) -> str:
     """Of the README, without its heading."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    found = re.search(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     if found is None:
         raise KeyError(f"README.md has no section {title!r}")
     return found[1].strip()
