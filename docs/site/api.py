@@ -13,8 +13,8 @@ PAGES = {
             "condense", "select_and_merge", "select_and_merge_varlen", "attention_scores", "attention_scores_varlen",
             "similarity", "similarity_varlen", "global_similarity", "mean_similarity", "greedy_select",
             "greedy_select_varlen", "assign", "assign_varlen", "merge", "merge_varlen", "dpp_select",
-            "dpp_select_varlen", "coverage_select", "coverage_select_varlen", "dpc_knn", "dpc_knn_varlen", "gather_merge",
-            "Condensed", "DensityPeaks",
+            "dpp_select_varlen", "coverage_select", "coverage_select_varlen", "dpc_knn", "dpc_knn_varlen",
+            "gather_merge", "Condensed", "DensityPeaks",
         ],
     ),
     "pieces": (
