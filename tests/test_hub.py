@@ -160,9 +160,7 @@ def test_what_is_shipped(output):
 def test_what_is_no_earlier_output_is_left_alone(tmp_path):
     (tmp_path / "mine").touch()
     for output in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(
-            SystemExit, match="--output: expected a new folder.*another thing"
-        ):
+        with pytest.raises(SystemExit, match="--output: expected a new folder.*another thing"):
             HUB["assemble"](output, compiled=False)
     assert (tmp_path / "mine").is_file()
 
