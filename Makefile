@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
 # Further arguments of demo, test and bench, e.g. make test ARGS="-k merge".
 ARGS ?=
+# What `make sanitize` compiles for, e.g. "address thread", each a library of its own; address,undefined are one.
+SANITIZERS ?= address,undefined thread
 # The versions that `make compat` compares, oldest first, and arguments for pip, e.g. --index-url of builds for CPU.
 COMPAT_TORCH ?= $(firstword $(TORCH))
 COMPAT_PIP_ARGS ?= $(wordlist 2,$(words $(TORCH)),$(TORCH))
@@ -36,7 +38,8 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist hub-kernel compat clean force
+# What help lists, and what it does not.
+.PHONY: force sanitize-address sanitize-undefined sanitize-thread $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' Makefile)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -67,6 +70,12 @@ ptx-check: $(VENV)/installed ## run the tests of Triton kernels on their PTX, ex
 
 gpu-check: $(VENV)/installed $(VENV)/ttsem ## run Triton kernels on their TTIR, in ttsem: bounds and races
 	TRITON_INTERPRET=0 PYTHONPATH=$(VENV)/ttsem $(RUN) tests/ttsem_calls.py $(ARGS)
+
+sanitize: $(VENV)/installed ## the C++ library under AddressSanitizer, UBSan and TSan; sanitize-thread for one alone
+	$(RUN) tests/sanitize.py $(ARGS) $(SANITIZERS)
+
+sanitize-address sanitize-undefined sanitize-thread: sanitize-%: $(VENV)/installed
+	$(RUN) tests/sanitize.py $(ARGS) $*
 
 tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core: build/tiny-llava/1, or another SEED
 	$(RUN) -m condense_kernels.tiny_llava.train --output build/tiny-llava/$(SEED) --seed $(SEED) $(ARGS)
