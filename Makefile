@@ -42,7 +42,7 @@ MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results wheel wheels pure-wheel audit sdist check-dist compat clean force
+.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval lint format bench bench-results bench-against wheel wheels pure-wheel audit sdist check-dist compat clean force
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -104,6 +104,12 @@ bench: $(VENV)/installed ## time the operators beside their baselines, 4 minutes
 
 bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 6 minutes
 	$(BENCH) --sweeps --record $(ARGS)
+
+bench-against: $(VENV)/installed ## time this tree and another in turn, and tell what changed: BASE=../other
+	cd $(or $(BASE),$(error BASE is empty: make bench-against BASE=../other)) && \
+	    CONDENSE_BUILD_EXT=1 $(abspath $(RUN)) setup.py --quiet build_ext --inplace
+	$(RUN) benchmarks/against.py measure $(BASE) build/against.json $(ARGS)
+	@$(RUN) benchmarks/against.py table build/against.json
 
 # auditwheel gives the tag, if it finds nothing newer; torch's libraries come with torch.
 wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch in .venv, and audit it

@@ -1,7 +1,7 @@
 """Print the notes of a release, or refuse it: `python .github/scripts/release_notes.py v0.2.0 [path of the tree]`.
 
-The tag has to be v and the version of the package, and CHANGELOG.md has to have a dated section of that version, above all
-others but [Unreleased], with an entry in it. The notes are that section.
+The tag has to be v and the version of the package, and CHANGELOG.md has to have a dated section of that version, above
+all others but [Unreleased], with an entry in it. The notes are that section.
 """
 
 import datetime
