@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # What pip shall install as torch, e.g. TORCH="torch==2.12.0 --index-url ..." for another build; what is there stays.
 TORCH ?= $(or $(shell cat $(VENV)/torch 2>/dev/null),torch==2.13.0)
+# Which build of it, by uv's name (cpu, cu130, ...): uv then installs it, and finds its place by itself. Empty is pip's choice.
+TORCH_BACKEND ?=
 # Further arguments of demo, test and bench, e.g. make test ARGS="-k merge".
 ARGS ?=
+# What `make sanitize` compiles for, e.g. "address thread", each a library of its own; address,undefined are one.
+SANITIZERS ?= address,undefined thread
 # The versions that `make compat` compares, oldest first, and arguments for pip, e.g. --index-url of builds for CPU.
 COMPAT_TORCH ?= $(firstword $(TORCH))
 COMPAT_PIP_ARGS ?= $(wordlist 2,$(words $(TORCH)),$(TORCH))
@@ -19,24 +23,31 @@ RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+RELEASERS := $(shell sed -n 's/^release = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 # Beside each other, a worker a core, and in another order each time; ARGS="-n 0 -p no:randomly" for neither.
 TEST := -m pytest -n auto --maxprocesses 8
 BENCH := $(RUN) -m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:warnings -p no:randomly
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 SCHEMAS := $(wildcard condense_kernels/ops/*/schema.txt)
 LINTED := $(CPP) $(wildcard tests/*.cpp tests/aot/*.cpp tests/ptx/*.cpp tests/ptx/*.h tests/rowops/*)
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
 VLLM := .venv-vllm
 LMMS := .venv-lmms-eval
 TTSEM := ttsem==0.1.0
 CFFCONVERT := cffconvert==2.0.0
 ZIG := ziglang==0.17.1
+UV := uv==0.13.9
 SEED ?= 1
+# $(call install_torch,PYTHON) REQUIREMENTS
+install_torch = $(1) -m pip --disable-pip-version-check install $(if $(TORCH_BACKEND),--quiet $(UV) && \
+    $(1) -m uv pip install --python $(1) --torch-backend $(TORCH_BACKEND))
 COMPAT := $(addprefix .venv-compat/,$(COMPAT_TORCH))
 MODELS := $(addprefix .venv-compat/,$(COMPAT_TRANSFORMERS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test test-full test-html port-check ptx-check gpu-check tiny-llava vllm lmms-eval docs docs-serve lint format bench bench-results wheel sdist hub-kernel compat clean force
+# What help lists, and what it does not.
+.PHONY: force sanitize-address sanitize-undefined sanitize-thread $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' Makefile)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -68,6 +79,12 @@ ptx-check: $(VENV)/installed ## run the tests of Triton kernels on their PTX, ex
 gpu-check: $(VENV)/installed $(VENV)/ttsem ## run Triton kernels on their TTIR, in ttsem: bounds and races
 	TRITON_INTERPRET=0 PYTHONPATH=$(VENV)/ttsem $(RUN) tests/ttsem_calls.py $(ARGS)
 
+sanitize: $(VENV)/installed ## the C++ library under AddressSanitizer, UBSan and TSan; sanitize-thread for one alone
+	$(RUN) tests/sanitize.py $(ARGS) $(SANITIZERS)
+
+sanitize-address sanitize-undefined sanitize-thread: sanitize-%: $(VENV)/installed
+	$(RUN) tests/sanitize.py $(ARGS) $*
+
 tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core: build/tiny-llava/1, or another SEED
 	$(RUN) -m condense_kernels.tiny_llava.train --output build/tiny-llava/$(SEED) --seed $(SEED) $(ARGS)
 
@@ -85,11 +102,15 @@ docs-serve: $(VENV)/docs ## the same at http://127.0.0.1:8000, anew whenever a f
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch condense_kernels --watch README.md $(ARGS)
 
 # The types need torch's own, and nothing else of what is installed changes the verdict.
-lint: $(VENV)/torch $(VENV)/linters $(VENV)/cffconvert ## check style, formatting, types, and the citation
+lint: $(VENV)/torch $(VENV)/linters $(VENV)/cffconvert ## check style, formatting, types, workflows and the citation
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(LINTED))
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/jactionlint --strict-exit --shellcheck $(VENV)/bin/shellcheck --pyflakes "" $(WORKFLOWS) .github/dependabot.yml
+	$(VENV)/bin/zizmor --offline --quiet --pedantic --no-progress .github
 	@PYTHONPATH=$(VENV)/cffconvert $(RUN) $(VENV)/cffconvert/bin/cffconvert --validate && echo
 
 format: $(VENV)/linters ## format the code, and mend what the style check can mend
@@ -103,16 +124,30 @@ bench: $(VENV)/installed ## time the operators beside their baselines, 4 minutes
 bench-results: $(VENV)/installed ## the same for the record: results file, plots, page, 6 minutes
 	$(BENCH) --sweeps --record $(ARGS)
 
+bench-against: $(VENV)/installed ## time this tree and another in turn, and tell what changed: BASE=../other
+	cd $(or $(BASE),$(error BASE is empty: make bench-against BASE=../other)) && \
+	    CONDENSE_BUILD_EXT=1 $(abspath $(RUN)) setup.py --quiet build_ext --inplace
+	$(RUN) benchmarks/against.py measure $(BASE) build/against.json $(ARGS)
+	@$(RUN) benchmarks/against.py table build/against.json
+
 # auditwheel gives the tag, if it finds nothing newer; torch's libraries come with torch.
 wheel: $(VENV)/installed $(VENV)/auditors ## build dist/*.whl against the torch in .venv, and audit it
 	@rm -rf $(VENV)/wheel
 	CONDENSE_BUILD_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
-	@$(RUN) -m zipfile -e $(VENV)/wheel/*.whl $(VENV)/wheel
-	$(VENV)/bin/torch-abi-audit --check torch $(VENV)/wheel/condense_kernels
-	$(VENV)/bin/abi3audit --strict --summary --assume-minimum-abi3 3.10 $(VENV)/wheel/*.whl
+	$(call audited,$(VENV)/wheel/*.whl)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	    --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist $(VENV)/wheel/*.whl
 	$(VENV)/bin/twine check --strict dist/*.whl
+
+# In the images of manylinux, which takes docker or podman. [tool.cibuildwheel] in pyproject.toml says what is done there.
+wheels: $(VENV)/releasers $(VENV)/auditors ## build the wheel that is released for this processor, test and audit it
+	$(VENV)/bin/cibuildwheel --platform linux --archs $$(uname -m) --output-dir dist
+
+audit: $(VENV)/auditors ## hold a wheel to its tag: WHEEL=dist/condense_kernels-...whl
+	$(call audited,$(or $(WHEEL),$(error WHEEL is empty: make audit WHEEL=dist/condense_kernels-...whl)))
+
+pure-wheel: $(VENV)/releasers ## build dist/*-py3-none-any.whl, without compiled kernels, for other platforms
+	CONDENSE_BUILD_EXT=0 $(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds and tests itself as a checkout does
 	$(RUN) setup.py --quiet sdist
@@ -122,6 +157,9 @@ sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds a
 hub-kernel: $(VENV)/installed $(VENV)/auditors ## assemble build/hub, this package as a kernel of a kernel hub, and audit it
 	$(RUN) hub/assemble.py
 	$(VENV)/bin/torch-abi-audit --check torch build/hub/repository/build
+
+check-dist: $(VENV)/auditors ## look at the metadata of what is in dist/ as the index does
+	$(VENV)/bin/twine check --strict dist/*
 
 compat: $(COMPAT:=/status) $(MODELS:=/status) ## test one wheel on several torch: COMPAT_TORCH="torch==2.10.0 torch==2.13.0"
 	@for env in $(COMPAT) $(MODELS); do printf '%-22s %s\n' $${env##*/} "$$(tail -n 1 $$env/report)"; done
@@ -144,7 +182,7 @@ $(VENV)/created:
 $(VENV)/torch: $(VENV)/created force
 	@if [ "$$(cat $@ 2>/dev/null)" != '$(TORCH)' ]; then \
 	    echo "installing $(TORCH) into $(VENV)"; \
-	    $(PIP) install $$(test -e $@ && echo --force-reinstall) $(TORCH) && echo '$(TORCH)' > $@; \
+	    $(call install_torch,$(RUN)) $$(test -e $@ && echo --force-reinstall) $(TORCH) && echo '$(TORCH)' > $@; \
 	fi
 
 # Editable, so that Python files need no reinstallation; the C++ files do, and are compiled in this step.
@@ -176,7 +214,7 @@ $(VENV)/ray: $(VENV)/installed pyproject.toml
 define pinned
 	@echo "creating $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	@$(call install_torch,$(@D)/bin/python) --quiet $(TORCH)
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
 	@touch $@
 endef
@@ -222,11 +260,24 @@ $(VENV)/auditors: $(VENV)/created pyproject.toml
 	@$(PIP) install --quiet $(AUDITORS)
 	@touch $@
 
+$(VENV)/releasers: $(VENV)/created pyproject.toml
+	@echo "installing $(RELEASERS)"
+	@$(PIP) install --quiet $(RELEASERS)
+	@touch $@
+
+# Of torch no more than its stable ABI, of Python no more than its own: $(call audited,WHEEL).
+define audited
+	@rm -rf $(VENV)/audited
+	@$(RUN) -m zipfile -e $(1) $(VENV)/audited
+	$(VENV)/bin/torch-abi-audit --check torch $(VENV)/audited/condense_kernels
+	$(VENV)/bin/abi3audit --strict --summary --assume-minimum-abi3 3.10 $(1)
+endef
+
 # One environment for each torch, one wheel for all of them: built on the first, so that no later torch can leak into it.
 $(COMPAT:=/torch): .venv-compat/%/torch:
 	@echo "creating .venv-compat/$*"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $* $(COMPAT_PIP_ARGS)
+	@$(call install_torch,$(@D)/bin/python) --quiet $* $(COMPAT_PIP_ARGS)
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77.0.3'
 	@touch $@
 
@@ -239,7 +290,7 @@ $(COMPAT:=/torch): .venv-compat/%/torch:
 $(MODELS:=/torch): .venv-compat/%/torch:
 	@echo "creating .venv-compat/$*"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(firstword $(COMPAT_TORCH)) $(COMPAT_PIP_ARGS)
+	@$(call install_torch,$(@D)/bin/python) --quiet $(firstword $(COMPAT_TORCH)) $(COMPAT_PIP_ARGS)
 	@touch $@
 
 # From another folder, and with none of its own on the path, so that the wheel is what is imported.
