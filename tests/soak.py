@@ -110,6 +110,7 @@ class Soak:
     calls: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    interrupted: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -172,16 +173,20 @@ def watch(soak: Soak, count: int, started: float, console: Console) -> list[Samp
     columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=soak.ends - started)
-        while not soak.is_over:
-            alive = [thread for thread in alive if thread.is_alive()]
-            while len(alive) < count:
-                alive.append(threading.Thread(target=soak.work, args=(born,), daemon=True))
-                alive[-1].start()
-                born += 1
-            time.sleep(min(1.0, max(0.0, soak.ends - time.monotonic())))
-            samples.append(sample(started))
-            words = f"{samples[-1].resident / 2**20:.0f} MiB, {samples[-1].threads} threads"
-            progress.update(task, completed=samples[-1].at, description=words)
+        try:
+            while not soak.is_over:
+                alive = [thread for thread in alive if thread.is_alive()]
+                while len(alive) < count:
+                    alive.append(threading.Thread(target=soak.work, args=(born,), daemon=True))
+                    alive[-1].start()
+                    born += 1
+                time.sleep(min(1.0, max(0.0, soak.ends - time.monotonic())))
+                samples.append(sample(started))
+                words = f"{samples[-1].resident / 2**20:.0f} MiB, {samples[-1].threads} threads"
+                progress.update(task, completed=samples[-1].at, description=words)
+        except KeyboardInterrupt:
+            soak.interrupted = True
+            print("interrupted: what follows is of the time until then")
         soak.ends = 0.0
         for thread in alive:
             thread.join(120)
@@ -217,15 +222,10 @@ def main(argv: list[str] | None = None) -> int:
     cases = cases_of(seed, options.cases)
     started = time.monotonic()
     soak = Soak(seed, cases, started + options.seconds)
-    samples = [sample(started)]
-    try:
-        samples = watch(soak, options.threads, started, Console(stderr=True))
-    except KeyboardInterrupt:
-        soak.ends = 0.0
-        print("interrupted: what follows is of the time until then")
-    problems = judge(samples)
+    samples = watch(soak, options.threads, started, Console(stderr=True))
+    problems = [] if soak.interrupted else judge(samples)  # of a part of the time nothing is promised
     report(soak, samples, problems)
-    return 1 if soak.failures or problems else 0
+    return 130 if soak.interrupted else int(bool(soak.failures or problems))
 
 
 if __name__ == "__main__":
