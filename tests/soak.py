@@ -115,6 +115,7 @@ class Soak:
     calls: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    interrupted: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -228,11 +229,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         watch(soak, options.threads, started, samples, Console(stderr=True))
     except KeyboardInterrupt:
-        soak.ends = 0.0
+        soak.ends, soak.interrupted = 0.0, True
         print("interrupted: what follows is of the time until then")
-    problems = judge(samples)
+    problems = [] if soak.interrupted else judge(samples)  # of a part of the time nothing is promised
     report(soak, samples, problems)
-    return 1 if soak.failures or problems else 0
+    return 130 if soak.interrupted else int(bool(soak.failures or problems))
 
 
 if __name__ == "__main__":
