@@ -38,6 +38,8 @@ CFFCONVERT := cffconvert==2.0.0
 ZIG := ziglang==0.17.1
 UV := uv==0.13.9
 SEED ?= 1
+CALLS ?= 100000
+DURATION ?= 3600
 # $(call install_torch,PYTHON) REQUIREMENTS
 install_torch = $(1) -m pip --disable-pip-version-check install $(if $(TORCH_BACKEND),--quiet $(UV) && \
     $(1) -m uv pip install --python $(1) --torch-backend $(TORCH_BACKEND))
@@ -84,6 +86,13 @@ sanitize: $(VENV)/installed ## the C++ library under AddressSanitizer, UBSan and
 
 sanitize-address sanitize-undefined sanitize-thread: sanitize-%: $(VENV)/installed
 	$(RUN) tests/sanitize.py $(ARGS) $*
+
+# Both are described in docs/load.md. SEED=... repeats the fuzz; without it the time is its seed, which it prints.
+fuzz: $(VENV)/installed ## calls at random against the reference: CALLS=100000
+	$(RUN) tests/fuzz.py --calls $(CALLS) $(if $(filter file,$(origin SEED)),,--seed $(SEED)) $(ARGS)
+
+soak: $(VENV)/installed ## 8 threads call for an hour, memory flat: DURATION=3600
+	$(RUN) tests/soak.py --seconds $(DURATION) $(if $(filter file,$(origin SEED)),,--seed $(SEED)) $(ARGS)
 
 tiny-llava: $(VENV)/installed ## train the tiny LLaVA anew, 34 minutes of a core: build/tiny-llava/1, or another SEED
 	$(RUN) -m condense_kernels.tiny_llava.train --output build/tiny-llava/$(SEED) --seed $(SEED) $(ARGS)

@@ -170,8 +170,8 @@ def add_metadata(variant: Path, identifier: str, backend: str) -> None:
 
 def assemble(output: Path, *, compiled: bool = True) -> list[Path]:
     """Write both layouts into ``output``, in the place of earlier ones; return the variants' folders."""
-    if output.exists() and not {path.name for path in output.iterdir()} <= {"source", "repository"}:
-        raise SystemExit(f"--output: expected a new folder or an earlier output, {output} holds other files.")
+    if output.exists() and not (output.is_dir() and set(os.listdir(output)) <= {"source", "repository"}):
+        raise SystemExit(f"--output: expected a new folder or an earlier output, got {output}, another thing.")
     for layout in ("source", "repository"):
         shutil.rmtree(output / layout, ignore_errors=True)
     sources = projects()

@@ -11,6 +11,7 @@ ValueError that names one.
 import argparse
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ class Fuzz:
     shared: bool  # with other threads, which may then not change the number of torch's
     calls: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of these two
+    interrupted: bool = False
 
     def one(self, index: int) -> None:
         call = draw(self.seed, index, self.names)
@@ -89,7 +92,8 @@ class Fuzz:
             self.failures.append(
                 f"call {index}: {call.words()}\n  {type(error).__name__}: {error}\n  {self.repeat(index)}"
             )
-        self.calls[call.operator] += 1
+        with self.lock:
+            self.calls[call.operator] += 1
 
     def repeat(self, index: int) -> str:
         some = f" --operators {' '.join(self.names)}" if self.names != list(DRAWS) else ""
@@ -114,6 +118,29 @@ def indices(options: argparse.Namespace, fuzz: Fuzz, console: Console) -> Iterat
         yield index
 
 
+def run(fuzz: Fuzz, options: argparse.Namespace, console: Console) -> None:
+    """Each thread takes the next call when it is through with one, so that all stop soon after enough has failed."""
+    waiting, lock = indices(options, fuzz, console), threading.Lock()
+
+    def work() -> None:
+        while not fuzz.interrupted:
+            with lock:
+                index = next(waiting, None)
+            if index is None:
+                return
+            fuzz.one(index)
+
+    if options.threads == 1:
+        return work()
+    with ThreadPoolExecutor(options.threads) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(options.threads)]:
+                future.result()
+        except KeyboardInterrupt:
+            fuzz.interrupted = True
+            raise
+
+
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     seed = int(time.time()) if options.seed is None else options.seed
@@ -121,17 +148,16 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # small calls are what most are; check_threads has others
     fuzz, started = Fuzz(seed, options.operators, options.threads > 1), time.monotonic()
     console = Console(stderr=True)
-    if options.threads > 1:
-        with ThreadPoolExecutor(options.threads) as pool:
-            list(pool.map(fuzz.one, indices(options, fuzz, console)))
-    else:
-        for index in indices(options, fuzz, console):
-            fuzz.one(index)
+    try:
+        run(fuzz, options, console)
+    except KeyboardInterrupt:
+        fuzz.interrupted = True
+        print("interrupted: what follows is of the calls until then")
     print("\n".join(fuzz.failures[:MOST_SHOWN]), end="\n" if fuzz.failures else "")
     done = sum(fuzz.calls.values())
     print(", ".join(f"{name} {count}" for name, count in sorted(fuzz.calls.items())))
     print(f"{done} calls in {time.monotonic() - started:.0f} s, {len(fuzz.failures)} failed, seed {seed}")
-    return 1 if fuzz.failures else 0
+    return 130 if fuzz.interrupted else int(bool(fuzz.failures))
 
 
 if __name__ == "__main__":

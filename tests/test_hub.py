@@ -157,11 +157,12 @@ def test_what_is_shipped(output):
     assert not [path for path in package.rglob("*") if path.suffix not in ("", ".py", ".txt", ".json")]
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_what_is_no_earlier_output_is_left_alone(tmp_path):
     (tmp_path / "mine").touch()
-    with pytest.raises(SystemExit, match=r"--output: expected a new folder.*holds other files"):
-        HUB["assemble"](tmp_path, compiled=False)
-    assert (tmp_path / "mine").exists()
+    for output in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(SystemExit, match="--output: expected a new folder.*another thing"):
+            HUB["assemble"](output, compiled=False)
+    assert (tmp_path / "mine").is_file()
 
 
 def test_assembling_again_leaves_nothing_of_before(tmp_path):
