@@ -330,3 +330,14 @@ def test_the_sdist_builds_and_tests_itself_whatever_the_flags(builder, tmp_path)
     environment["PYTHONPATH"] = str(unpacked)
     done = subprocess.run(tests, cwd=unpacked, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_off_linux_nothing_is_compiled_unless_it_is_asked_for(builder, tmp_path):
+    builder.has_torch("2.13.0")
+    (builder.site / "sitecustomize.py").write_text(
+        "import sys, sysconfig\nsysconfig.get_config_vars()\nsys.platform = 'freebsd'\n"
+    )
+    wheel = builder.wheel()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    note = zipfile.ZipFile(wheel).read("condense_kernels/_not_built.txt").decode()
+    assert "the kernels are built on Linux, and this is " in note
