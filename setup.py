@@ -167,6 +167,11 @@ class BuildLibrary(build_ext):
         try:
             if wanted is False:
                 raise CannotBuild("CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it")
+            if wanted is None and not sys.platform.startswith("linux"):
+                raise CannotBuild(
+                    f"the kernels are built on Linux, and this is {sys.platform}. Remedy: none is needed for the "
+                    "reference; CONDENSE_BUILD_EXT=1 tries, untested there"
+                )
             compile_library(extension.sources, Path(self.build_temp), library)
             BuildLibrary.built = True
         except CannotBuild as reason:

@@ -1,11 +1,25 @@
 """python -m condense_kernels: see what the operators do, check them on this machine, describe the machine."""
 
 import argparse
+import os
 import sys
 from types import ModuleType
 from typing import NoReturn
 
-from .cli import CommandError, MissingPackage, check, compare, compare_answers, demo, env, report, reproduce, show
+from ._version import __version__
+from .cli import (
+    CommandError,
+    MissingPackage,
+    check,
+    compare,
+    compare_answers,
+    demo,
+    env,
+    report,
+    reproduce,
+    show,
+    start,
+)
 
 PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
@@ -27,7 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition(": ")[2].capitalize())
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    parser.add_argument("--version", action="version", version=f"condense_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=False, metavar=f"{{{','.join(COMMANDS)}}}")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split("\n", 1)[0]
         command = commands.add_parser(
@@ -39,7 +54,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit status. A closed pipe behind us (| head) is no error, a full disk is one."""
+    try:
+        status = dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of it once more at its end
+        return 0
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        print(f"{PROGRAM}: error: standard output can't be written: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 2
+
+
+def dispatch(argv: list[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.command is None:
+        print(start.screen(PROGRAM), end="")
+        return 0
     try:
         return arguments.run(arguments)
     except MissingPackage as error:

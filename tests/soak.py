@@ -3,10 +3,13 @@
     python tests/soak.py --seconds 3600 --threads 8
 
 Each thread calls what was drawn beforehand, in an order of its own, and holds each result to that of a single thread,
-bit for bit. Meanwhile memory, open files and threads are counted, and may not grow.
+bit for bit. After some seconds all threads end and others begin; in between, what is left is counted: memory, files,
+threads. It may not grow.
 """
 
 import argparse
+import ctypes
+import gc
 import os
 import random
 import sys
@@ -27,11 +30,13 @@ from rich.table import Table
 import condense_kernels as ck
 from condense_kernels.testing import assert_same_bits
 
-LIFE = 20.0  # seconds of a thread, which another one then replaces: what belongs to it has to go with it
-WARM_UP = 0.25  # of the time: until then every thread has met every size, and the allocator has its arenas
+LIFE = 10.0  # seconds of a thread: what belongs to it has to go with it
+WARM_UP = 0.25  # of the time, until each size was met by as many threads at once as will meet it
 GROWTH = 0.01  # of memory, from the first third after that to the last
 LARGE = ((1, 576, 64, 1024), (2, 1024, 128, 256), (1, 2304, 256, 64))  # B, N, K, D: with several torch threads, too
 PAGE = os.sysconf("SC_PAGE_SIZE")
+LIBC = ctypes.CDLL(None)
+ONE_HEAP, MAPPED = (-8, 1), (-3, 128 << 10)  # M_ARENA_MAX, M_MMAP_THRESHOLD of mallopt
 
 
 @dataclass
@@ -120,7 +125,7 @@ class Soak:
         """The life of a thread."""
         order, own = random.Random(f"{self.seed}/{number}"), Counter()
         torch.set_num_threads(order.choice((1, 1, 2, 3)))
-        ends = time.monotonic() + LIFE * order.uniform(0.5, 1)
+        ends = time.monotonic() + LIFE
         while time.monotonic() < ends and not self.is_over:
             case = order.choice(self.cases)
             try:
@@ -142,10 +147,12 @@ class Sample:
 
 
 def sample(started: float) -> Sample:
+    """Of the process between two generations, less what the C library holds of freed memory."""
+    gc.collect()
+    LIBC.malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-    return Sample(
-        time.monotonic() - started, resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    )
+    files, threads = (len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task"))
+    return Sample(time.monotonic() - started, resident, files, threads)
 
 
 def growth(values: list[float]) -> float:
@@ -155,11 +162,14 @@ def growth(values: list[float]) -> float:
     return (last - first) / first
 
 
+def warm(samples: list[Sample]) -> list[Sample]:
+    return [s for s in samples if s.at >= WARM_UP * samples[-1].at]
+
+
 def judge(samples: list[Sample]) -> list[str]:
-    """What has grown. Threads of torch's come and go with ours, hence medians."""
-    after = [s for s in samples if s.at >= WARM_UP * samples[-1].at]
-    limits = {"resident": GROWTH, "files": 0.0, "threads": 0.1}
-    grown = {name: growth([getattr(s, name) for s in after]) for name in limits}
+    """What has grown."""
+    limits = {"resident": GROWTH, "files": 0.0, "threads": 0.0}
+    grown = {name: growth([getattr(s, name) for s in warm(samples)]) for name in limits}
     return [
         f"{name}: grew by {grown[name]:.1%}, allowed {limits[name]:.0%}"
         for name in limits
@@ -167,40 +177,30 @@ def judge(samples: list[Sample]) -> list[str]:
     ]
 
 
-def watch(soak: Soak, count: int, started: float, console: Console) -> list[Sample]:
-    """Keeps so many threads alive, and counts, until the end."""
-    samples, born, alive = [sample(started)], 0, []
+def watch(soak: Soak, count: int, started: float, samples: list[Sample], console: Console) -> None:
+    """One generation of threads after the other, and what is left of each."""
     columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=soak.ends - started)
-        try:
-            while not soak.is_over:
-                alive = [thread for thread in alive if thread.is_alive()]
-                while len(alive) < count:
-                    alive.append(threading.Thread(target=soak.work, args=(born,), daemon=True))
-                    alive[-1].start()
-                    born += 1
-                time.sleep(min(1.0, max(0.0, soak.ends - time.monotonic())))
-                samples.append(sample(started))
-                words = f"{samples[-1].resident / 2**20:.0f} MiB, {samples[-1].threads} threads"
-                progress.update(task, completed=samples[-1].at, description=words)
-        except KeyboardInterrupt:
-            soak.interrupted = True
-            print("interrupted: what follows is of the time until then")
-        soak.ends = 0.0
-        for thread in alive:
-            thread.join(120)
-    return samples
+        task, born = progress.add_task("", total=soak.ends - started), 0
+        while not soak.is_over:
+            alive = [threading.Thread(target=soak.work, args=(born + i,), daemon=True) for i in range(count)]
+            born += count
+            for thread in alive:
+                thread.start()
+            for thread in alive:
+                thread.join()
+            samples.append(sample(started))
+            words = f"{samples[-1].resident / 2**20:.0f} MiB, {sum(soak.calls.values())} calls"
+            progress.update(task, completed=samples[-1].at, description=words)
 
 
 def report(soak: Soak, samples: list[Sample], problems: list[str]) -> None:
     table = Table(title=f"{samples[-1].at:.0f} s, seed {soak.seed}", title_justify="left")
     for name in ("", "first", "last", "growth"):
         table.add_column(name, justify="left" if not name else "right")
-    after = [s for s in samples if s.at >= WARM_UP * samples[-1].at]
-    third = max(1, len(after) // 3)
+    third = max(1, len(warm(samples)) // 3)
     for name, unit in (("resident", 2**20), ("files", 1), ("threads", 1)):
-        values = [getattr(s, name) / unit for s in after]
+        values = [getattr(s, name) / unit for s in warm(samples)]
         first, last = median(values[:third]), median(values[-third:])
         table.add_row(f"{name}{' [MiB]' if unit > 1 else ''}", f"{first:.0f}", f"{last:.0f}", f"{growth(values):+.2%}")
     Console(width=100 if not sys.stdout.isatty() else None, highlight=False).print(table)
@@ -219,10 +219,18 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     seed = int(time.time()) if options.seed is None else options.seed
     print(f"seed {seed}, {options.threads} threads, {options.seconds:.0f} s", flush=True)
+    # Else there is a heap for each thread, which grows to its own peak for hours, and leaves holes that hide a leak.
+    LIBC.mallopt(*ONE_HEAP)
+    LIBC.mallopt(*MAPPED)
     cases = cases_of(seed, options.cases)
     started = time.monotonic()
     soak = Soak(seed, cases, started + options.seconds)
-    samples = watch(soak, options.threads, started, Console(stderr=True))
+    samples = [sample(started)]
+    try:
+        watch(soak, options.threads, started, samples, Console(stderr=True))
+    except KeyboardInterrupt:
+        soak.ends, soak.interrupted = 0.0, True
+        print("interrupted: what follows is of the time until then")
     problems = [] if soak.interrupted else judge(samples)  # of a part of the time nothing is promised
     report(soak, samples, problems)
     return 130 if soak.interrupted else int(bool(soak.failures or problems))

@@ -1,5 +1,6 @@
 """python -m condense_kernels: demo, check, env."""
 
+import json
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from condense_kernels import __main__, __version__, testing
 from condense_kernels._dispatch import backends, environment
-from condense_kernels.cli import check, demo, env, methods, patches, photographs, tables
+from condense_kernels.cli import check, demo, env, methods, patches, photographs, start, tables
 from condense_kernels.testing import inputs
 
 CPP_OR_REFERENCE = "reference" if backends.unavailable("cpp", torch.device("cpu")) else "cpp"
@@ -322,10 +323,56 @@ def test_every_command_has_help(capsys):
         assert len(text) > 100
 
 
-def test_no_command_is_a_mistake(capsys):
-    status, _, err = run(capsys)
+def test_without_a_command_it_shows_what_there_is(capsys):
+    status, out, err = run(capsys)
+    assert (status, err) == (0, "")
+    assert __version__ in out
+    assert "https://" in out
+    assert {name for group in start.GROUPS.values() for name in group} == set(__main__.COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("example", [e for group in start.GROUPS.values() for _, e in group.values()])
+def test_the_examples_of_the_screen_are_understood(example):
+    assert __main__.build_parser().parse_args(example.split()).command == example.split()[0]
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == (0, f"condense_kernels {__version__}\n", "")
+
+
+def test_env_for_programs(capsys):
+    status, out, _ = run(capsys, "env", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["torch"] == torch.__version__
+    assert isinstance(found["cpu"]["threads"], int)
+    assert found["library"]["loaded"] is (found["library"]["reason"] is None)
+    reason = backends.unavailable("cpp", torch.device("cpu"))
+    assert found["backends"]["cpu"]["cpp"] == {"available": reason is None, "reason": reason}
+    assert isinstance(found["gpus"], list)
+
+
+def test_a_misspelt_method_is_told_what_was_meant(capsys):
+    status, _, err = run(capsys, "compare", "--methods", "condensvlm")
     assert status == 2
-    assert err.count("\n") == 1
+    assert "did you mean 'condensevlm'?" in err
+
+
+@pytest.mark.parametrize("command", ["compare", "compare-answers", "report"])
+def test_a_folder_as_output_is_told(capsys, tmp_path, command):
+    status, _, err = run(capsys, command, "--csv", tmp_path)
+    assert status == 2
+    assert "--csv: expected a file, got a folder" in err
+
+
+@pytest.mark.parametrize(("after", "expected", "words"), [("| head -0", 0, ""), ("> /dev/full", 2, "can't be written")])
+def test_output_that_nobody_takes(after, expected, words):
+    shell = f"set -o pipefail; {sys.executable} -m condense_kernels env {after}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert done.returncode == expected
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_env_runs_as_a_program_without_the_extra():

@@ -1,7 +1,9 @@
 """What the commands share."""
 
+import difflib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,11 +37,19 @@ def need(*packages: str, remedy: str = "") -> None:
             raise MissingPackage({"PIL": "pillow"}.get(package, package), remedy)
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """What was probably meant, to put behind an error; nothing where no name is near."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def check_outputs(csv: "Path | None", figure: "Path | None") -> None:
     """Of --csv and --figure, before anything is measured."""
     for name, path in (("csv", csv), ("figure", figure)):
         if path is not None and not path.resolve().parent.is_dir():
             raise CommandError(f"--{name}: no such folder: {path.parent}")
+        if path is not None and path.is_dir():
+            raise CommandError(f"--{name}: expected a file, got a folder: {path}")
     if figure is not None and figure.suffix.lower() != ".png":
         raise CommandError(f"--figure: expected a name that ends in .png, got {figure}")
 

@@ -122,7 +122,7 @@ def columns_of(flat: list[dict[str, Any]]) -> list[str]:
 def write_csv(path: Path, flat: list[dict[str, Any]]) -> None:
     import csv
 
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns_of(flat))
         writer.writeheader()
         for line in flat:
@@ -141,7 +141,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
                 continue
         return text
 
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [{name: number(x) for name, x in line.items() if x != ""} for line in csv.DictReader(file)]
 
 

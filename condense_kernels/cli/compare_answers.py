@@ -11,7 +11,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, checkpoint, make_console, make_progress, need
+from . import CommandError, check_outputs, checkpoint, make_console, make_progress, need
 
 TOKENS = 144
 
@@ -39,8 +39,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for keep in arguments.keep:
         if not 1 <= keep <= TOKENS:
             raise CommandError(f"--keep: expected 1 <= K <= {TOKENS}, the tokens of a picture, got {keep}")
-    if arguments.csv is not None and not arguments.csv.resolve().parent.is_dir():
-        raise CommandError(f"--csv: no such folder: {arguments.csv.parent}")
+    check_outputs(arguments.csv, None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[-1]))
             writer.writeheader()
             writer.writerows(rows)

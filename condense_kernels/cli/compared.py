@@ -13,7 +13,7 @@ from .. import metrics
 from ..methods import ALIASES, METHODS, Card
 from ..methods.registry import TEXT
 from ..ops.select_and_merge import Condensed
-from . import CommandError
+from . import CommandError, meant
 
 ALWAYS = ("random", "pooling", "uniform")  # the simple baselines
 PAIRED = (*ALWAYS, "condensevlm")  # what each method is compared with on the same pictures
@@ -57,7 +57,9 @@ def entry(name: str) -> Entry:
     base, *given = name.split(":")
     card = METHODS.get(ALIASES.get(base, base))
     if card is None:
-        raise CommandError(f"--methods: expected some of {', '.join(METHODS)}, got {base!r}")
+        raise CommandError(
+            f"--methods: expected some of {', '.join(METHODS)}, got {base!r}{meant(base, (*METHODS, *ALIASES))}"
+        )
     options = {}
     for one in given:
         option, equals, value = one.partition("=")

@@ -5,9 +5,11 @@ Needs nothing but torch.
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,9 @@ SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    parser.add_argument(
+        "--json", action="store_true", help="for programs: one object, as docs/command_line.md lists it"
+    )
 
 
 def version(package: str) -> str:
@@ -30,7 +34,7 @@ def version(package: str) -> str:
 
 def read_lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(errors="replace").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 
@@ -106,7 +110,54 @@ def facts() -> list[tuple[str, str]]:
     ]
 
 
+def record() -> dict[str, Any]:
+    """The same for programs: keys that stay, None where there is nothing."""
+    model, simd = processor()
+    missing = library.cpp_unavailable()
+    found = {package: version(package) for package in ("triton", "numpy", "transformers")}
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    unavailable = {d.type: {b: backends.unavailable(b, d) for b in backends.BACKENDS[1:]} for d in devices}
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    return {
+        "condense_kernels": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        **{name: None if text == "not installed" else text for name, text in found.items()},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": {
+            "model": model,
+            "simd": [] if simd == "unknown" else simd.split(),
+            "cores": os.cpu_count(),
+            "usable": len(affinity(0)) if affinity else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "gpus": [gpu_record(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
+        "driver": None if driver() == "none found" else driver(),
+        "library": {
+            "loaded": missing is None,
+            "reason": missing,
+            "capability": torch.ops.condense.cpu_capability() if missing is None else None,
+        },
+        "backends": {
+            device: {name: {"available": why is None, "reason": why} for name, why in of.items()}
+            for device, of in unavailable.items()
+        },
+        "triton_interpreter": bool(backends.triton_interprets()),
+        "variables": environment.present(),
+    }
+
+
+def gpu_record(index: int) -> dict[str, Any]:
+    facts = torch.cuda.get_device_properties(index)
+    return {"name": facts.name, "capability": [facts.major, facts.minor], "memory": facts.total_memory}
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        print(json.dumps(record(), indent=2))
+        return 0
     rows = facts()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, check_outputs, checkpoint, make_console, make_progress, need
+from . import CommandError, check_outputs, checkpoint, make_console, make_progress, meant, need
 from .demo import count_or_ratio
 
 ALWAYS = ("random", "pooling")
@@ -131,7 +131,7 @@ def chosen_methods(names: list[str]) -> list[str]:
 
     for name in names:
         if name not in METHODS:
-            raise CommandError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}")
+            raise CommandError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}{meant(name, METHODS)}")
     return list(dict.fromkeys([*names, *ALWAYS]))
 
 

@@ -189,7 +189,7 @@ def write_csv(path: Path, rows: list[Row], about: dict[str, Any], model: Any) ->
 
 
 def write(path: Path, about: dict[str, Any], lines: list[dict[str, Any]], names: list[str]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         for name, value in about.items():
             file.write(f"# {name}: {' '.join(str(value).split())}\n")
         writer = csv.DictWriter(file, names)

@@ -232,7 +232,7 @@ def main() -> None:
                 torch.save(trainer.state(), checkpoint)
     save(trainer.model, args.output)
     history = {"seed": args.seed, "core_seconds": round(trainer.seconds), "kinds": KINDS, "log": trainer.log}
-    (args.output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
+    (args.output / "training.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote {args.output}; {len(BACKGROUNDS)} backgrounds, {trainer.seconds / 60:.0f} minutes of a core")
 
 
