@@ -517,19 +517,3 @@ def similarity_varlen(dice: Dice) -> Call:
 
     arguments = {"keys": keys, "cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "metric": metric}
     return Call("similarity_varlen", arguments, check, packed=True)
-
-
-DRAWS: dict[str, Callable[[Dice], Call]] = {
-    draw.__name__: draw
-    for draw in (
-        similarity, greedy_select, greedy_select_from_keys, assign, merge, merge_backward, gather_merge,
-        attention_scores, dpp_select, coverage_select, dpc_knn, select_and_merge, select_and_merge_given_the_mean,
-        select_and_merge_varlen, greedy_select_varlen, merge_varlen, similarity_varlen,
-    )
-}  # fmt: skip
-
-
-def draw(seed: int, index: int, names: list[str] | None = None) -> Call:
-    """Call ``index`` of a run. It depends on nothing that was drawn before."""
-    dice = Dice(f"{seed}/{index}")
-    return DRAWS[dice.one(*(names or DRAWS))](dice)

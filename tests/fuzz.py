@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from drawn import DRAWS, Call, Dice, draw
+from drawn import Call, Dice
+from draws import DRAWS, draw
 from rich.console import Console
 from rich.progress import track
 

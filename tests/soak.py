@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from drawn import Call, draw, listed
+from drawn import Call, listed
+from draws import draw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table

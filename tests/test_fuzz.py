@@ -6,7 +6,7 @@ import shlex
 import fuzz
 import pytest
 import torch
-from drawn import DRAWS, draw
+from draws import DRAWS, draw
 
 import condense_kernels as ck
 from condense_kernels.testing import same_bits
@@ -45,7 +45,7 @@ def test_a_call_follows_from_seed_and_index(name):
             assert bool(same_bits(value, same).all())
 
 
-@pytest.mark.parametrize("name", ["greedy_select", "dpp_select", "coverage_select"])
+@pytest.mark.parametrize("name", ["greedy_select", "dpp_select_varlen", "coverage_select"])
 def test_a_wrong_result_is_found_and_repeated(name, capsys, monkeypatch):
     """Of picks in reverse, unless the reference made them."""
     right = getattr(ck, name)

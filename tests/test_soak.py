@@ -29,7 +29,7 @@ def samples(**slopes: float) -> list[Sample]:
             float(second),
             int(series("resident", second) * noise.uniform(0.98, 1.02)),
             round(series("files", second)),
-            round(series("threads", second)) + noise.randrange(-3, 4),
+            round(series("threads", second)),
         )
         for second in range(3600)
     ]
@@ -55,7 +55,7 @@ def console():
 def soaked(run, expected: torch.Tensor, console: Console, seconds: float = 3.0) -> Soak:
     started = time.monotonic()
     found = Soak(0, [Case("case()", run, (expected,))], started + seconds)
-    soak.watch(found, 8, started, console)
+    soak.watch(found, 8, started, [], console)
     return found
 
 
