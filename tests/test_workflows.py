@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -171,3 +172,27 @@ def test_smoke_tells_a_library_from_none():
     assert smoke("cpp").returncode == 0
     assert smoke("reference", CONDENSE_DISABLE_CPP="1").returncode == 0
     assert "expected cpp, got reference" in smoke("cpp", CONDENSE_DISABLE_CPP="1").stderr
+
+
+AGAINST = load(ROOT / "benchmarks" / "against.py")
+
+
+def measured(side: str = "ours") -> dict:
+    origin = dict.fromkeys(AGAINST.ORIGIN, "x")
+    names = {"op": "merge", "shape": "a", "mode": "call"}
+    rows = [{**names, "side": side, "base": [1.0, 1.0], "head": [1.5, 1.4]}]
+    rows += [{**names, "side": f"torch {i}", "base": [1.0, 1.0], "head": [1.1, 1.1]} for i in range(9)]
+    return {"origin": {"base": origin, "head": origin}, "rows": rows}
+
+
+def test_a_change_is_told_above_the_noise_alone():
+    found = measured()
+    assert "1 slower, 0 faster, 0 within the noise of 10%" in AGAINST.table(AGAINST.checked(json.dumps(found)))
+    found["rows"][0]["head"] = [1.5, 0.9]  # the rounds do not agree
+    assert "0 slower, 0 faster, 1 within" in AGAINST.table(AGAINST.checked(json.dumps(found)))
+
+
+@pytest.mark.parametrize("side", ["[link](x)", "<img>", "@somebody", "a\nb", "`", 3])
+def test_what_is_posted_is_names_and_numbers(side):
+    with pytest.raises(ValueError, match="expected a name"):
+        AGAINST.checked(json.dumps(measured(side)))
