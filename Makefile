@@ -63,7 +63,7 @@ demo-vision: $(VENV)/vision ## the same with a model's attention: writes demo-vi
 test: $(VENV)/installed ## run the tests
 	$(RUN) $(TEST) -m "not slow" $(ARGS)
 
-test-full: $(VENV)/vision $(VENV)/ray ## run the slow tests, too; ARGS="-m slow" for those alone
+test-full: $(VENV)/vision $(VENV)/ray $(VENV)/docs ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
 
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
@@ -103,9 +103,9 @@ vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.1
 lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .venv-lmms-eval (1.8 GB)
 	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
 
-# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. Nothing is fetched.
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. With --quiet mkdocs counts none. Nothing is fetched.
 docs: $(VENV)/docs ## build the site: build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 
 docs-serve: $(VENV)/docs ## the same at http://127.0.0.1:8000, anew whenever a file changes
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch condense_kernels --watch README.md $(ARGS)
