@@ -3,9 +3,14 @@
 The slow half builds it as ``make docs`` does, and opens every page in headless Chromium at the width of a phone.
 """
 
+import functools
+import html
+import http.server
 import importlib.util
+import json
 import os
 import re
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,8 +94,7 @@ def site(tmp_path_factory):
     here = Path.cwd()
     os.chdir(ROOT)
     try:
-        # links as files need them, search without a server
-        build(config.load_config("mkdocs.yml", site_dir=str(target), use_directory_urls=False))
+        build(config.load_config("mkdocs.yml", site_dir=str(target)))
     except Abort as error:
         pytest.fail(str(error))
     finally:
@@ -102,6 +106,21 @@ def site(tmp_path_factory):
 def tab(tmp_path_factory):
     with browser.page(tmp_path_factory.mktemp("profile")) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Of the site, served to this machine alone."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
 
 
 def complaints(tab) -> list:
@@ -121,23 +140,45 @@ WIDE = """[...document.querySelectorAll('.md-content img, .md-content table, .md
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_every_page_fits_and_asks_nobody_else(site, tab, width):
+def test_every_page_fits_and_asks_nobody_else(site, address, tab, width):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 60
     wrong = {}
+    tab.resize(width, 844)
     for page in pages:
-        tab.resize(width, 844)
-        tab.open(page)
+        tab.open(address + page.relative_to(site).as_posix())
         found = {
             "wider than the screen": tab.run("document.documentElement.scrollWidth - innerWidth"),
             "cut off": tab.run(WIDE),
-            "asked for": tab.requests(),
+            "asked for": [url for url in tab.requests() if not url.startswith((address, "blob:"))],
             "missing pictures": tab.run("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"),
             "errors": complaints(tab),
         }
         if bad := {name: what for name, what in found.items() if what and what != 0}:
             wrong[page.relative_to(site).as_posix()] = bad
-    assert not wrong
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+SHOWN = re.compile(r"<(pre|code)\b.*?</\1>", re.S)  # what readers see, and browsers do not run
+
+
+@pytest.mark.slow
+def test_search_finds_without_a_network(address, tab):
+    tab.resize(DESK, 844)
+    tab.open(address)
+    tab.run("""new Promise((found, fail) => {
+        const field = document.querySelector('.md-search__input');
+        field.focus();
+        field.value = 'mean_similarity';
+        field.dispatchEvent(new Event('input', {bubbles: true}));
+        const late = setTimeout(() => fail(new Error('nothing found')), 30000);
+        const look = setInterval(() => {
+            if (document.querySelector('.md-search-result__link')) {
+                clearInterval(look), clearTimeout(late), found(true);
+            }
+        }, 100);
+    })""")
+    assert "similarity" in tab.run("document.querySelector('.md-search-result__list').innerText")
 
 
 FETCHED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*?\ssrc=[\"']?(\S+?)[\"'\s>]|<link\b[^>]*>", re.I)
@@ -147,7 +188,9 @@ FETCHED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*?\ssrc=[\"']?(\S+?)[\
 def test_nothing_is_loaded_from_other_hosts(site):
     """By the text, which also has what a script would load later on."""
     for page in site.rglob("*.html"):
-        for found in FETCHED.finditer(page.read_text()):
+        text = page.read_text()
+        assert not re.search(r"\b(?:import|from)\s*\(?\s*[\"'](?:https?:)?//", html.unescape(SHOWN.sub("", text))), page
+        for found in FETCHED.finditer(text):
             target = found[1]
             if target is None:
                 if re.search(r"rel=[\"']?(canonical|next|prev|alternate)", found[0]):
