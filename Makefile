@@ -64,7 +64,7 @@ demo-vision: $(VENV)/vision ## the same with a model's attention: writes demo-vi
 test: $(VENV)/installed ## run the tests
 	$(RUN) $(TEST) -m "not slow" $(ARGS)
 
-test-full: $(VENV)/vision $(VENV)/ray $(VENV)/notebooks ## run the slow tests, too; ARGS="-m slow" for those alone
+test-full: $(VENV)/vision $(VENV)/ray $(VENV)/notebooks $(VENV)/docs ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
 
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
@@ -107,9 +107,9 @@ lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .
 notebooks: $(VENV)/vision $(VENV)/notebooks ## run docs/notebooks, and write their outputs into them
 	$(RUN) benchmarks/notebooks.py $(ARGS)
 
-# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. Nothing is fetched.
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error; with --quiet mkdocs counts none.
 docs: $(VENV)/docs ## build the site: build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 
 docs-serve: $(VENV)/docs ## the same at http://127.0.0.1:8000, anew whenever a file changes
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch condense_kernels --watch README.md $(ARGS)

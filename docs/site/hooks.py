@@ -13,6 +13,9 @@ import api
 ROOT = Path(__file__).parents[2]
 SHOWN = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+FENCE = re.compile(r"^(```\w+) .*$", re.M)
+FOREIGN = re.compile(r"<script (src=\"\"|type=\"(text/x-mathjax-config|module)\")>.*?</script>", re.S)
+FOREIGN_IMAGE = re.compile(r"""<img alt="([^"]*)" src="https?://[^"]*" */?>""")
 SECTION = re.compile(r"^<!-- README: (.+) -->$", re.M)
 
 
@@ -40,7 +43,18 @@ def on_page_markdown(markdown, page, config, files):
             return found[0]
         return f"{found[1]}{config.repo_url}/blob/main/{path}{found[3]}"
 
-    return LINK.sub(target, text)
+    return as_python_markdown(LINK.sub(target, text))
+
+
+def as_python_markdown(text: str) -> str:
+    """What a code host reads and Python-Markdown does not: words behind a block's language, Markdown in <details>."""
+    return FENCE.sub(r"\1", text).replace("<details><summary>", '<details markdown="1"><summary>')
+
+
+def on_post_page(output, page, config):
+    """Nothing comes from other hosts: no counts of stars, no badges, no scripts for diagrams, which notebooks bring."""
+    output = output.replace(' data-md-component="source"', "")
+    return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output)) if page.file.src_uri.endswith(".ipynb") else output
 
 
 def section(title: str) -> str:

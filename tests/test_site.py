@@ -1,0 +1,201 @@
+"""The site of the docs: its menu has every page, its reference every public name, its gallery every picture.
+
+The slow half builds it as ``make docs`` does, and opens every page in headless Chromium at the width of a phone.
+"""
+
+import functools
+import html
+import http.server
+import importlib.util
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import browser
+import pytest
+import yaml
+from processes import ROOT
+
+import condense_kernels as ck
+from condense_kernels.methods import METHODS
+
+DOCS = ROOT / "docs"
+PHONE, DESK = 390, 1400
+
+
+class Loader(yaml.SafeLoader):
+    """mkdocs.yml names Python functions, which nothing here needs."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
+CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"site_{name}", DOCS / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+api = script("api")
+
+
+def leaves(entry) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [leaf for part in (entry.values() if isinstance(entry, dict) else entry) for leaf in leaves(part)]
+
+
+def test_the_menu_has_every_page_once():
+    pages = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
+    written = [page.relative_to(DOCS).as_posix() for page in pages]
+    made = [*(f"api/{page}.md" for page in api.PAGES), "changelog.md", "contributing.md", "security.md"]
+    assert sorted(leaves(CONFIG["nav"])) == sorted([*written, *made])
+
+
+def test_the_reference_has_every_public_name_once():
+    found = [name for page in api.PAGES for name in api.names_of(page)]
+    assert len(found) == len(set(found))
+    public = {
+        name
+        for name, value in vars(ck).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("condense_kernels")
+    }
+    assert {"merge", "Condense", "warm_up", "debug"} <= public
+    assert public <= set(found)
+    assert {f"methods.{name}" for name in METHODS} <= set(found)
+    hosts = {path.stem for path in (ROOT / "condense_kernels" / "adapters").glob("*.py")} - {"__init__", "common"}
+    assert {f"adapters.{host}" for host in hosts} <= set(found)
+
+
+@pytest.mark.parametrize("page", api.PAGES)
+def test_what_the_reference_names_is_there(page):
+    for name in api.names_of(page):
+        assert api.definition(name).startswith("condense_kernels.")
+
+
+def test_the_gallery_has_every_picture():
+    shown = re.findall(r"!\[[^\n]+\]\(([^)]+)\)", (DOCS / "gallery.md").read_text())
+    assert sorted(shown) == sorted(path.name for path in DOCS.glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built strictly: a page that no menu has, or a link or anchor that leads nowhere, is an error."""
+    config = pytest.importorskip("mkdocs.config", reason="needs what make docs installs")
+    from mkdocs.commands.build import build
+    from mkdocs.exceptions import Abort
+
+    target = tmp_path_factory.mktemp("site")
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        build(config.load_config("mkdocs.yml", site_dir=str(target)))
+    except Abort as error:
+        pytest.fail(str(error))
+    finally:
+        os.chdir(here)
+    return target
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with browser.page(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Of the site, served to this machine alone."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+def complaints(tab) -> list:
+    return [
+        event["params"]
+        for event in tab.events
+        if event.get("method") == "Runtime.exceptionThrown"
+        or (event.get("method") == "Runtime.consoleAPICalled" and event["params"]["type"] == "error")
+    ]
+
+
+WIDE = """[...document.querySelectorAll('.md-content img, .md-content table, .md-content pre')].filter(element => {
+    const box = element.closest('.md-typeset__scrollwrap, pre, .jp-RenderedHTMLCommon, .jp-OutputArea') || element;
+    return box.getBoundingClientRect().right > innerWidth + 1;
+}).map(element => element.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_every_page_fits_and_asks_nobody_else(site, address, tab, width):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 60
+    wrong = {}
+    tab.resize(width, 844)
+    for page in pages:
+        tab.open(address + page.relative_to(site).as_posix())
+        found = {
+            "wider than the screen": tab.run("document.documentElement.scrollWidth - innerWidth"),
+            "cut off": tab.run(WIDE),
+            "asked for": [url for url in tab.requests() if not url.startswith((address, "blob:"))],
+            "missing pictures": tab.run("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"),
+            "errors": complaints(tab),
+        }
+        if bad := {name: what for name, what in found.items() if what and what != 0}:
+            wrong[page.relative_to(site).as_posix()] = bad
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+SHOWN = re.compile(r"<(pre|code)\b.*?</\1>", re.S)  # what readers see, and browsers do not run
+
+
+@pytest.mark.slow
+def test_search_finds_without_a_network(address, tab):
+    tab.resize(DESK, 844)
+    tab.open(address)
+    tab.run("""new Promise((found, fail) => {
+        const field = document.querySelector('.md-search__input');
+        field.focus();
+        field.value = 'mean_similarity';
+        field.dispatchEvent(new Event('input', {bubbles: true}));
+        const late = setTimeout(() => fail(new Error('nothing found')), 30000);
+        const look = setInterval(() => {
+            if (document.querySelector('.md-search-result__link')) {
+                clearInterval(look), clearTimeout(late), found(true);
+            }
+        }, 100);
+    })""")
+    assert "similarity" in tab.run("document.querySelector('.md-search-result__list').innerText")
+
+
+FETCHED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*?\ssrc=[\"']?(\S+?)[\"'\s>]|<link\b[^>]*>", re.I)
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_from_other_hosts(site):
+    """By the text, which also has what a script would load later on."""
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert not re.search(r"\b(?:import|from)\s*\(?\s*[\"'](?:https?:)?//", html.unescape(SHOWN.sub("", text))), page
+        for found in FETCHED.finditer(text):
+            target = found[1]
+            if target is None:
+                if re.search(r"rel=[\"']?(canonical|next|prev|alternate)", found[0]):
+                    continue
+                target = re.search(r"href=[\"']?([^\"'\s>]+)", found[0])[1]
+            assert not urlsplit(target).netloc, f"{page.relative_to(site)}: {found[0]}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*[\"']?(https?:)?//", sheet.read_text()), sheet.name
