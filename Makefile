@@ -21,6 +21,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 VISION := $(shell sed -n 's/^vision = \["[^"]*", \(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 RAY := $(shell sed -n 's/^ray = \[\(.*\)\]$$/\1/p' pyproject.toml)
 LINTERS := $(shell sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+NOTEBOOKS := $(shell sed -n 's/^notebooks = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 AUDITORS := $(shell sed -n 's/^audit = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 RELEASERS := $(shell sed -n 's/^release = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
@@ -63,7 +64,7 @@ demo-vision: $(VENV)/vision ## the same with a model's attention: writes demo-vi
 test: $(VENV)/installed ## run the tests
 	$(RUN) $(TEST) -m "not slow" $(ARGS)
 
-test-full: $(VENV)/vision $(VENV)/ray $(VENV)/docs ## run the slow tests, too; ARGS="-m slow" for those alone
+test-full: $(VENV)/vision $(VENV)/ray $(VENV)/notebooks $(VENV)/docs ## run the slow tests, too; ARGS="-m slow" for those alone
 	$(RUN) $(TEST) $(ARGS)
 
 # The browser is the system's: apt-get install chromium. Without one these tests fail, and say so.
@@ -103,7 +104,11 @@ vllm: $(VLLM)/installed ## test the plugin of vLLM, in .venv-vllm (Python >= 3.1
 lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .venv-lmms-eval (1.8 GB)
 	$(LMMS)/bin/python -m pytest --confcutdir tests/with_lmms_eval tests/with_lmms_eval $(ARGS)
 
-# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error. With --quiet mkdocs counts none. Nothing is fetched.
+notebooks: $(VENV)/vision $(VENV)/notebooks ## run docs/notebooks, and write their outputs into them
+	$(RUN) benchmarks/notebooks.py $(ARGS)
+
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error; under --quiet mkdocs counts none.
+# Nothing is fetched.
 docs: $(VENV)/docs ## build the site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 
@@ -257,6 +262,11 @@ $(VENV)/cffconvert: $(VENV)/created
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"
 	@$(PIP) install --quiet $(LINTERS)
+	@touch $@
+
+$(VENV)/notebooks: $(VENV)/installed pyproject.toml
+	@echo "installing $(NOTEBOOKS)"
+	@$(PIP) install --quiet $(NOTEBOOKS)
 	@touch $@
 
 $(VENV)/docs: $(VENV)/installed pyproject.toml

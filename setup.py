@@ -166,7 +166,10 @@ class BuildLibrary(build_ext):
             stale.unlink(missing_ok=True)
         try:
             if wanted is False:
-                raise CannotBuild("CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it")
+                raise CannotBuild(
+                    "CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it (the release's wheel for any platform is built so; "
+                    "for Linux there are wheels with the kernels)"
+                )
             if wanted is None and not sys.platform.startswith("linux"):
                 raise CannotBuild(
                     f"the kernels are built on Linux, and this is {sys.platform}. Remedy: none is needed for the "

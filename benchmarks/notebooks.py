@@ -23,7 +23,7 @@ TIMEOUT = 600  # seconds a cell
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs, run in that folder. A cell that raises ends it, with the cell and its traceback."""
+    """The notebook with new outputs, run in that folder. A cell that raises ends it, with its traceback."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,

@@ -313,7 +313,7 @@ Tensor assign_from_keys_as(const Tensor& keys, const Tensor& indices, const std:
 
 Tensor assign_from_keys(const Tensor& keys, const Tensor& indices, std::optional<Tensor> mask,
                         std::optional<std::vector<int64_t>> grid, std::optional<Tensor> positions,
-                        double spatial_weight, std::optional<Tensor> sources, std::string metric) {
+                        double spatial_weight, std::optional<Tensor> sources, Text metric) {
   check_rank("keys", keys, "B N Dk", 3);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "token");
@@ -372,7 +372,7 @@ Tensor assign_from_keys_varlen_as(const Tensor& keys, const Tensor& indices, con
 Tensor assign_from_keys_varlen(const Tensor& keys, const Tensor& indices, const Tensor& cu_seqlens,
                                const Tensor& cu_kept, int64_t max_seqlen, std::optional<Tensor> mask,
                                std::optional<Tensor> positions, double spatial_weight, std::optional<Tensor> sources,
-                               std::string metric) {
+                               Text metric) {
   check_rank("keys", keys, "T Dk", 2);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "channel");

@@ -156,7 +156,7 @@ Tensor coverage_select_as(const Tensor& c, int64_t k, const Arguments<T>& argume
   return order;
 }
 
-Tensor coverage_select(const Tensor& c, int64_t k, std::optional<Tensor> weight, std::string combine,
+Tensor coverage_select(const Tensor& c, int64_t k, std::optional<Tensor> weight, Text combine,
                        std::optional<Tensor> candidates) {
   check_rank("c", c, "B M N", 3);
   check_working("c", c);
@@ -185,7 +185,7 @@ Tensor coverage_select_varlen_as(const Tensor& c, const std::vector<Part>& parts
 }
 
 Tensor coverage_select_varlen(const Tensor& c, const Tensor& cu_seqlens, const Tensor& cu_kept, int64_t total_keep,
-                              int64_t max_seqlen, std::optional<Tensor> weight, std::string combine,
+                              int64_t max_seqlen, std::optional<Tensor> weight, Text combine,
                               std::optional<Tensor> candidates) {
   check_rank("c", c, "T max_seqlen", 2);
   check_working("c", c);

@@ -339,7 +339,7 @@ Tensor greedy_select_as(const Tensor& s, const std::optional<Tensor>& prior, int
 
 Tensor greedy_select(const Tensor& s, std::optional<Tensor> prior, int64_t k, std::optional<Tensor> sbar,
                      std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
-                     std::optional<Tensor> candidates, std::string combine, bool max_min) {
+                     std::optional<Tensor> candidates, Text combine, bool max_min) {
   check_rank("s", s, "B N N", 3);
   check_shape("s", s, "B N N", {s.size(0), s.size(1), s.size(1)});
   check_working("s", s);
@@ -386,7 +386,7 @@ Tensor greedy_select_varlen_as(const Tensor& s, const std::optional<Tensor>& pri
 Tensor greedy_select_varlen(const Tensor& s, std::optional<Tensor> prior, const Tensor& cu_seqlens,
                             const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen, std::optional<Tensor> sbar,
                             std::optional<Tensor> tier, double suppression, std::optional<Tensor> first,
-                            std::optional<Tensor> candidates, std::string combine, bool max_min) {
+                            std::optional<Tensor> candidates, Text combine, bool max_min) {
   check_rank("s", s, "T max_seqlen", 2);
   check_working("s", s);
   check_segments(cu_seqlens, max_seqlen);

@@ -248,8 +248,8 @@ bool check_given(const Tensor& keys, const char* axes, const std::vector<int64_t
 
 Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, int64_t k, std::optional<Tensor> mask,
                                double suppression, bool scale_prior, std::optional<Tensor> first,
-                               std::optional<Tensor> candidates, std::string combine, bool max_min,
-                               std::string metric) {
+                               std::optional<Tensor> candidates, Text combine, bool max_min,
+                               Text metric) {
   check_rank("keys", keys, "B N Dk", 3);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "token");
@@ -266,7 +266,7 @@ Tensor greedy_select_from_keys_varlen(const Tensor& keys, std::optional<Tensor> 
                                       const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen,
                                       std::optional<Tensor> mask, double suppression, bool scale_prior,
                                       std::optional<Tensor> first, std::optional<Tensor> candidates,
-                                      std::string combine, bool max_min, std::string metric) {
+                                      Text combine, bool max_min, Text metric) {
   check_rank("keys", keys, "T Dk", 2);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "channel");

@@ -199,7 +199,7 @@ void check_given(const std::optional<Tensor>& features, const std::optional<Tens
 std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_merged, const Tensor& grad_mass,
                                           std::optional<Tensor> features, std::optional<Tensor> scores,
                                           std::optional<Tensor> merged, const Tensor& mass, const Tensor& indices,
-                                          const Tensor& assignment, const std::string& mode, double centre_weight) {
+                                          const Tensor& assignment, const Text& mode, double centre_weight) {
   const Merging merging = merging_of(mode, centre_weight);
   check_given(features, merged, merging);
   if (features) {

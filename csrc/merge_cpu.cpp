@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> merge_as(const Tensor& features, const std::optional<
 }
 
 std::tuple<Tensor, Tensor> merge(const Tensor& features, std::optional<Tensor> scores, const Tensor& indices,
-                                 const Tensor& assignment, const std::string& mode, double centre_weight) {
+                                 const Tensor& assignment, const Text& mode, double centre_weight) {
   check_channels("features", features, "B N D");
   check_clusters(features.size(0), features.size(1), scores, indices, assignment);
   const Merging merging = merging_of(mode, centre_weight);

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> merge_varlen_as(const Tensor& features, const std::op
 
 std::tuple<Tensor, Tensor> merge_varlen(const Tensor& features, std::optional<Tensor> scores, const Tensor& indices,
                                         const Tensor& assignment, const Tensor& cu_seqlens, const Tensor& cu_kept,
-                                        int64_t max_seqlen, const std::string& mode, double centre_weight) {
+                                        int64_t max_seqlen, const Text& mode, double centre_weight) {
   check_channels("features", features, "T D", 2);
   const std::vector<int64_t> tokens = {features.size(0)};
   check_merge_scores(scores, "T", tokens);

@@ -443,7 +443,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(const Tensor& keys, std::o
 }
 
 Pairs similarity_and_nearest(const Tensor& keys, std::optional<Tensor> scores, std::optional<Tensor> mask,
-                             std::string metric) {
+                             Text metric) {
   return pairs_of(keys, scores, mask, metric_of(metric), true);
 }
 
@@ -492,7 +492,7 @@ Pairs similarity_varlen_as(const Tensor& keys, const Tensor& cu_seqlens, int64_t
 }
 
 Pairs similarity_varlen(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<Tensor> scores,
-                        std::optional<Tensor> mask, std::string metric) {
+                        std::optional<Tensor> mask, Text metric) {
   check_rank("keys", keys, "T Dk", 2);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "channel");

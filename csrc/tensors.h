@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "stages.h"
+#include "text.h"
 
 namespace condense {
 
