@@ -257,7 +257,7 @@ $(VENV)/ziglang: $(VENV)/installed
 # Beside the other packages, as it needs an old jsonschema.
 $(VENV)/cffconvert: $(VENV)/created
 	@echo "installing $(CFFCONVERT)"
-	@$(PIP) install --quiet --target $@ $(CFFCONVERT)
+	@$(PIP) install --quiet --no-warn-conflicts --target $@ $(CFFCONVERT)
 
 $(VENV)/linters: $(VENV)/created pyproject.toml
 	@echo "installing $(LINTERS)"

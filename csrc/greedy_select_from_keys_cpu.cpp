@@ -248,8 +248,7 @@ bool check_given(const Tensor& keys, const char* axes, const std::vector<int64_t
 
 Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, int64_t k, std::optional<Tensor> mask,
                                double suppression, bool scale_prior, std::optional<Tensor> first,
-                               std::optional<Tensor> candidates, Text combine, bool max_min,
-                               Text metric) {
+                               std::optional<Tensor> candidates, Text combine, bool max_min, Text metric) {
   check_rank("keys", keys, "B N Dk", 3);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "token");
@@ -265,8 +264,8 @@ Tensor greedy_select_from_keys(const Tensor& keys, std::optional<Tensor> prior, 
 Tensor greedy_select_from_keys_varlen(const Tensor& keys, std::optional<Tensor> prior, const Tensor& cu_seqlens,
                                       const Tensor& cu_kept, int64_t total_keep, int64_t max_seqlen,
                                       std::optional<Tensor> mask, double suppression, bool scale_prior,
-                                      std::optional<Tensor> first, std::optional<Tensor> candidates,
-                                      Text combine, bool max_min, Text metric) {
+                                      std::optional<Tensor> first, std::optional<Tensor> candidates, Text combine,
+                                      bool max_min, Text metric) {
   check_rank("keys", keys, "T Dk", 2);
   check_floating("keys", keys);
   check_not_empty("keys", keys, 1, "channel");

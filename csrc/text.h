@@ -12,8 +12,8 @@ struct Text : std::string {
 };
 }  // namespace condense
 
-// Torch's own conversion to std::string (2.10 to 2.13 at least) makes a copy with new and never deletes it: 32 bytes and
-// more of each call, forever. This one does as torch documents it: the string behind the handle becomes ours.
+// Torch's own conversion to std::string (2.10 to 2.13 at least) makes a copy with new and never deletes it: 32 bytes
+// and more of each call, forever. This one does as torch documents it: the string behind the handle becomes ours.
 template <>
 struct torch::stable::detail::ToImpl<condense::Text> {
   static condense::Text call(StableIValue value, uint64_t, bool) {
