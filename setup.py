@@ -167,8 +167,8 @@ class BuildLibrary(build_ext):
         try:
             if wanted is False:
                 raise CannotBuild(
-                    "CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it (the release's wheel for any platform is built so; "
-                    "for Linux there are wheels with the kernels)"
+                    "CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it (a release's wheel for any platform "
+                    "is built so; for Linux there are wheels with the kernels)"
                 )
             if wanted is None and not sys.platform.startswith("linux"):
                 raise CannotBuild(
