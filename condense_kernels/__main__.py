@@ -13,6 +13,7 @@ from .cli import (
     check,
     compare,
     compare_answers,
+    completion,
     demo,
     env,
     report,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     "reproduce": reproduce,
     "check": check,
     "env": env,
+    "completion": completion,
 }
 
 
@@ -39,14 +41,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description=(__doc__ or "").partition(": ")[2].capitalize())
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    examples = {name: example for group in start.GROUPS.values() for name, (_, example) in group.items()}
+    parser = Parser(prog=program, description=(__doc__ or "").partition(": ")[2].capitalize())
     parser.add_argument("--version", action="version", version=f"condense_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=False, metavar=f"{{{','.join(COMMANDS)}}}")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split("\n", 1)[0]
         command = commands.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=f"example:\n  {PROGRAM} {examples[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -64,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         if error.filename is not None:
-            raise
+            print(f"{PROGRAM}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+            return 2
         print(f"{PROGRAM}: error: standard output can't be written: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 2

@@ -95,8 +95,13 @@ def warm_up(
     jobs = jobs_of(
         call for dtype in dtypes for sizes in found for call in calls_of(sizes, dtype, common, packed, stages)
     )
-    compile_all(jobs, device, workers or len(os.sched_getaffinity(0)), progress)
+    compile_all(jobs, device, workers or usable_cores(), progress)
     return len(jobs)
+
+
+def usable_cores() -> int:
+    """Of this process, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_of(device: torch.device | str | None) -> torch.device:

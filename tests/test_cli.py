@@ -1,6 +1,7 @@
 """python -m condense_kernels: demo, check, env."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -321,6 +322,7 @@ def test_every_command_has_help(capsys):
         status, text, _ = run(capsys, command, "--help")
         assert status == 0
         assert len(text) > 100
+        assert f"example:\n  python -m condense_kernels {command} " in text
 
 
 def test_without_a_command_it_shows_what_there_is(capsys):
@@ -335,6 +337,51 @@ def test_without_a_command_it_shows_what_there_is(capsys):
 @pytest.mark.parametrize("example", [e for group in start.GROUPS.values() for _, e in group.values()])
 def test_the_examples_of_the_screen_are_understood(example):
     assert __main__.build_parser().parse_args(example.split()).command == example.split()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["show --html show.html", "compare-answers --keep 32", "check --quick"])
+def test_an_example_runs_as_it_stands(example, tmp_path):
+    """Those that take no picture of the user's, no other extra and at most a minute."""
+    command = [sys.executable, "-P", "-m", "condense_kernels", *example.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and "\x1b" not in done.stdout + done.stderr  # no colours in a pipe, and no bars
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("comp", {"compare", "compare-answers", "completion"}),
+        ("compare --fi", {"--figure"}),
+        ("compare --on ", {"dinov2", "tiny"}),
+    ],
+)
+def test_bash_completes(capsys, words, expected):
+    status, script, _ = run(capsys, "completion", "bash")
+    assert status == 0
+    typed = ["condense-kernels", *words.split(" ")]
+    asked = f"COMP_WORDS=({shlex.join(typed)}); COMP_CWORD={len(typed) - 1}"
+    text = f'{script}\n{asked}; _shtab_condense_kernels; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+def test_completion_needs_shtab(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, out, err = run(capsys, "completion", "zsh")
+    assert (status, out) == (2, "")
+    assert err == "python -m condense_kernels completion needs shtab: pip install 'condense-kernels[cli]'\n"
+
+
+def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device", "demo.png")
+
+    monkeypatch.setattr(env, "run", full)
+    status, _, err = run(capsys, "env")
+    assert status == 2
+    assert err == "python -m condense_kernels: error: demo.png: No space left on device\n"
 
 
 def test_the_version(capsys):

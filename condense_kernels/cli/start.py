@@ -20,6 +20,7 @@ GROUPS = {
     "check": {
         "check": ("every backend against fp64", "check --quick"),
         "env": ("versions, devices, kernels in use", "env --json"),
+        "completion": ("complete commands in a shell", "completion bash"),
     },
 }
 
