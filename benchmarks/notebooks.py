@@ -40,6 +40,8 @@ def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if "tags" in cell.metadata else {})
+        if cell.cell_type == "code":  # bars of loading are no result
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):
                 output.data = nbformat.from_dict({"image/png": smaller(output.data["image/png"])})
