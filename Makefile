@@ -107,7 +107,8 @@ lmms-eval: $(LMMS)/installed ## test the models of lmms-eval and reproduce, in .
 notebooks: $(VENV)/vision $(VENV)/notebooks ## run docs/notebooks, and write their outputs into them
 	$(RUN) benchmarks/notebooks.py $(ARGS)
 
-# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error; with --quiet mkdocs counts none.
+# Strict: a page that no menu has, or a link or anchor that leads nowhere, is an error; under --quiet mkdocs counts none.
+# Nothing is fetched.
 docs: $(VENV)/docs ## build the site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
 

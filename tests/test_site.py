@@ -90,7 +90,7 @@ def site(tmp_path_factory):
     from mkdocs.commands.build import build
     from mkdocs.exceptions import Abort
 
-    target = tmp_path_factory.mktemp("site")
+    target = tmp_path_factory.mktemp("site") / "condense_kernels"  # as on its host: its 404 page names that folder
     here = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -111,10 +111,10 @@ def tab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(site):
     """Of the site, served to this machine alone."""
-    handler = functools.partial(Quiet, directory=str(site))
+    handler = functools.partial(Quiet, directory=str(site.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
+        yield f"http://127.0.0.1:{server.server_port}/{site.name}/"
         server.shutdown()
 
 
@@ -130,6 +130,11 @@ def complaints(tab) -> list:
         if event.get("method") == "Runtime.exceptionThrown"
         or (event.get("method") == "Runtime.consoleAPICalled" and event["params"]["type"] == "error")
     ]
+
+
+def missing(tab) -> list[str]:
+    answers = [event["params"]["response"] for event in tab.events if event.get("method") == "Network.responseReceived"]
+    return [answer["url"] for answer in answers if answer["status"] >= 400]
 
 
 WIDE = """[...document.querySelectorAll('.md-content img, .md-content table, .md-content pre')].filter(element => {
@@ -151,6 +156,7 @@ def test_every_page_fits_and_asks_nobody_else(site, address, tab, width):
             "wider than the screen": tab.run("document.documentElement.scrollWidth - innerWidth"),
             "cut off": tab.run(WIDE),
             "asked for": [url for url in tab.requests() if not url.startswith((address, "blob:"))],
+            "not there": missing(tab),
             "missing pictures": tab.run("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"),
             "errors": complaints(tab),
         }

@@ -53,8 +53,13 @@ def as_python_markdown(text: str) -> str:
 
 def on_post_page(output, page, config):
     """Nothing comes from other hosts: no counts of stars, no badges, no scripts for diagrams, which notebooks bring."""
-    output = output.replace(' data-md-component="source"', "")
+    output = on_post_template(output)
     return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output)) if page.file.src_uri.endswith(".ipynb") else output
+
+
+def on_post_template(output, **_):
+    """Also of the 404 page, which is none of docs/."""
+    return output.replace(' data-md-component="source"', "")
 
 
 def section(title: str) -> str:
