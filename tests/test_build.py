@@ -192,7 +192,12 @@ CAUSES = {
         "failed with status 1 (csrc/merge_cpu.cpp:1:1: fatal error: no space left)",
         "reinstall with CONDENSE_BUILD_EXT=1, and pip's -v, to see all of its messages",
     ),
-    "left out": ("2.13.0", {"CONDENSE_BUILD_EXT": "0"}, "CONDENSE_BUILD_EXT=0 was set", "reinstall without it"),
+    "left out": (
+        "2.13.0",
+        {"CONDENSE_BUILD_EXT": "0"},
+        "CONDENSE_BUILD_EXT=0 was set",
+        "reinstall without it (a release's wheel for any platform is built so; for Linux there are wheels with the kernels)",
+    ),
 }
 
 
