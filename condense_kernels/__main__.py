@@ -1,6 +1,7 @@
 """python -m condense_kernels: see what the operators do, check them on this machine, describe the machine."""
 
 import argparse
+import io
 import os
 import sys
 from types import ModuleType
@@ -62,6 +63,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status. A closed pipe behind us (| head) is no error, a full disk is one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that has no ± of its own
     try:
         status = dispatch(argv)
         sys.stdout.flush()

@@ -196,7 +196,8 @@ CAUSES = {
         "2.13.0",
         {"CONDENSE_BUILD_EXT": "0"},
         "CONDENSE_BUILD_EXT=0 was set",
-        "reinstall without it (a release's wheel for any platform is built so; for Linux there are wheels with the kernels)",
+        "reinstall without it (a release's wheel for any platform is built so; for Linux there are wheels with the "
+        "kernels)",
     ),
 }
 

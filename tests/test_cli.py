@@ -1,6 +1,7 @@
 """python -m condense_kernels: demo, check, env."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -382,6 +383,14 @@ def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch):
     status, _, err = run(capsys, "env")
     assert status == 2
     assert err == "python -m condense_kernels: error: demo.png: No space left on device\n"
+
+
+def test_a_terminal_without_signs_of_its_own():
+    command = [sys.executable, "-P", "-m", "condense_kernels", "compare", "--help"]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "An error (?)" in done.stdout
 
 
 def test_the_version(capsys):
