@@ -160,7 +160,7 @@ wheels: $(VENV)/releasers $(VENV)/auditors ## build the wheel that is released f
 audit: $(VENV)/auditors ## hold a wheel to its tag: WHEEL=dist/condense_kernels-...whl
 	$(call audited,$(or $(WHEEL),$(error WHEEL is empty: make audit WHEEL=dist/condense_kernels-...whl)))
 
-pure-wheel: $(VENV)/releasers ## build dist/*-py3-none-any.whl, without compiled kernels, for other platforms
+pure-wheel: $(VENV)/created ## build dist/*-py3-none-any.whl, without compiled kernels, for other platforms
 	CONDENSE_BUILD_EXT=0 $(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 sdist: $(VENV)/installed $(VENV)/auditors ## build dist/*.tar.gz, which builds and tests itself as a checkout does
@@ -213,11 +213,16 @@ $(VENV)/installed: $(VENV)/torch $(CPP) $(SCHEMAS) setup.py pyproject.toml conde
 	fi
 	@touch $@
 
+# Those of an extra, whose step this is.
+define packages
+	@echo "installing $(1)"
+	@$(PIP) install --quiet $(1)
+	@touch $@
+endef
+
 # cli and models are there with the tests' requirements.
 $(VENV)/vision: $(VENV)/installed pyproject.toml
-	@echo "installing $(VISION)"
-	@$(PIP) install --quiet $(VISION)
-	@touch $@
+	$(call packages,$(VISION))
 
 $(VENV)/ray: $(VENV)/installed pyproject.toml
 	@echo "installing "$(RAY)
@@ -260,29 +265,19 @@ $(VENV)/cffconvert: $(VENV)/created
 	@$(PIP) install --quiet --no-warn-conflicts --target $@ $(CFFCONVERT)
 
 $(VENV)/linters: $(VENV)/created pyproject.toml
-	@echo "installing $(LINTERS)"
-	@$(PIP) install --quiet $(LINTERS)
-	@touch $@
+	$(call packages,$(LINTERS))
 
 $(VENV)/notebooks: $(VENV)/installed pyproject.toml
-	@echo "installing $(NOTEBOOKS)"
-	@$(PIP) install --quiet $(NOTEBOOKS)
-	@touch $@
+	$(call packages,$(NOTEBOOKS))
 
 $(VENV)/docs: $(VENV)/installed pyproject.toml
-	@echo "installing $(DOCS)"
-	@$(PIP) install --quiet $(DOCS)
-	@touch $@
+	$(call packages,$(DOCS))
 
 $(VENV)/auditors: $(VENV)/created pyproject.toml
-	@echo "installing $(AUDITORS)"
-	@$(PIP) install --quiet $(AUDITORS)
-	@touch $@
+	$(call packages,$(AUDITORS))
 
 $(VENV)/releasers: $(VENV)/created pyproject.toml
-	@echo "installing $(RELEASERS)"
-	@$(PIP) install --quiet $(RELEASERS)
-	@touch $@
+	$(call packages,$(RELEASERS))
 
 # Of torch no more than its stable ABI, of Python no more than its own: $(call audited,WHEEL).
 define audited

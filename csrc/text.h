@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
-#include <utility>
 
 namespace condense {
 struct Text : std::string {

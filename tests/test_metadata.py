@@ -10,6 +10,8 @@ import yaml
 from packaging.requirements import Requirement
 from test_docs import LINK, PAGES
 
+from condense_kernels.cli import start
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 VERSION = runpy.run_path(str(ROOT / "condense_kernels" / "_version.py"))["__version__"]
@@ -61,7 +63,8 @@ def test_the_repository_has_one_address():
     for file in files:
         for found in re.findall(r"github\.com/([\w-]+/condense[\w-]*)", file.read_text()):
             assert found == f"{owner}/{name}", f"{file.relative_to(ROOT)}: github.com/{found}"
-    assert url("Documentation") == f"https://{owner}.github.io/{name}/"
+    assert url("Documentation") == f"https://{owner}.github.io/{name}/" == start.DOCS
+    assert f"site_url: {url('Documentation')}\n" in (ROOT / "mkdocs.yml").read_text()
 
 
 def test_the_changelog_keeps_a_changelog():
