@@ -1,6 +1,5 @@
 """Calls of the operators, drawn at random, each with what its result is held to: for fuzz.py and soak.py."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -15,7 +14,6 @@ from condense_kernels.ops.assign import reference as assign_reference
 from condense_kernels.ops.merge import reference as merge_reference
 from condense_kernels.testing import (
     KINDS,
-    PackedInputs,
     assert_matches_reference,
     assert_same_bits,
     exact_attention,
@@ -433,87 +431,3 @@ def select_and_merge_given_the_mean(dice: Dice) -> Call:
 
     call.check = check
     return call
-
-
-# Packed: each segment is that image alone
-
-
-def offsets(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def select_and_merge_varlen(dice: Dice) -> Call:
-    lengths = [
-        dice.random.choice((0, dice.size(65))) if dice.chance(0.2) else dice.size(65) for _ in range(dice.size(4))
-    ]
-    kept = [dice.random.randint(0, n) for n in lengths]
-    anchors = [dice.random.randint(0, k) for k in kept]
-    total, d, dtype = sum(lengths), dice.size(40), dice.dtype()
-    weight = dice.one(0.0, 1.0)
-    inputs = PackedInputs(
-        features=dice.numbers(total, d, dtype=dtype), scores=dice.scores(total), cu_seqlens=offsets(lengths),
-        cu_anchors=offsets(anchors), cu_background=offsets([k - a for k, a in zip(kept, anchors, strict=True)]),
-        total_keep=sum(kept), max_seqlen=max(1, *lengths) + dice.one(0, 0, 3), spatial_weight=weight,
-        positions=dice.numbers(total, 2, hostile=False) if weight else None, suppression=dice.one(1.0, 0.5, 0.0),
-    )  # fmt: skip
-
-    def check(result: tuple) -> None:
-        if total:
-            assert_same_bits(result, inputs.segment_by_segment("cpp"), "packed")
-
-    return Call("select_and_merge_varlen", given(**vars(inputs)), check, packed=True)
-
-
-def greedy_select_varlen(dice: Dice) -> Call:
-    lengths = [dice.size(65) for _ in range(dice.size(4))]
-    kept = [dice.random.randint(0, n) for n in lengths]
-    total, widest = sum(lengths), max(lengths)
-    s, prior = dice.numbers(total, widest, dtype=dice.working()), dice.numbers(total)
-    options = {"suppression": dice.one(0.5, 1.0), "first": dice.one(None, "max_min"), "combine": dice.one("sub", "mul")}
-    options = given(**options)
-    cu_seqlens, cu_kept = offsets(lengths), offsets(kept)
-
-    def check(result: tuple) -> None:
-        for i, (n, k) in enumerate(zip(lengths, kept, strict=True)):
-            tokens = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
-            alone = ck.greedy_select(s[None, tokens, :n], prior[None, tokens], k, **options)
-            assert_same_bits((result[0][int(cu_kept[i]) : int(cu_kept[i + 1])],), (alone[0],), f"segment {i}")
-
-    arguments = {"s": s, "prior": prior, "cu_seqlens": cu_seqlens, "cu_kept": cu_kept, "total_keep": sum(kept)}
-    return Call("greedy_select_varlen", {**arguments, "max_seqlen": widest, **options}, check, packed=True)
-
-
-def merge_varlen(dice: Dice) -> Call:
-    lengths = [dice.size(65) for _ in range(dice.size(4))]
-    kept = [dice.random.randint(1, n) for n in lengths]
-    total, d = sum(lengths), dice.size()
-    features, scores = dice.numbers(total, d, dtype=dice.dtype()), dice.scores(total)
-    indices = torch.cat([kept_tokens(dice, 1, n, k)[0] for n, k in zip(lengths, kept, strict=True)])
-    rows = torch.cat([dice.integers(-1, k, n) for n, k in zip(lengths, kept, strict=True)])
-    cu_seqlens, cu_kept, mode = offsets(lengths), offsets(kept), dice.one("mean", "sum", "lerp")
-
-    def check(result: tuple) -> None:
-        for i in range(len(lengths)):
-            t, r = slice(*cu_seqlens[i : i + 2].tolist()), slice(*cu_kept[i : i + 2].tolist())
-            alone = ck.merge(features[None, t], scores[None, t], indices[None, r], rows[None, t], mode=mode)
-            assert_same_bits((result[0][r], result[1][r]), (alone[0][0], alone[1][0]), f"segment {i}")
-
-    arguments = {"features": features, "scores": scores, "indices": indices, "assignment": rows, "mode": mode}
-    arguments |= {"cu_seqlens": cu_seqlens, "cu_kept": cu_kept, "max_seqlen": max(lengths)}
-    return Call("merge_varlen", arguments, check, packed=True)
-
-
-def similarity_varlen(dice: Dice) -> Call:
-    lengths = [dice.size(65) for _ in range(dice.size(4))]
-    total, cu_seqlens = sum(lengths), offsets(lengths)
-    keys, metric = dice.numbers(total, dice.size(), dtype=dice.dtype()), dice.one("cosine", "neg_l2")
-
-    def check(result: tuple) -> None:
-        for i, n in enumerate(lengths):
-            t = slice(*cu_seqlens[i : i + 2].tolist())
-            s, sbar, g, tier, nearest = ck.similarity(keys[None, t], metric=metric, nearest=True)
-            packed = (result[0][t, :n], result[1][i : i + 1], result[2][t], result[3][t], result[4][t])
-            assert_same_bits(packed, (s[0], sbar, g[0], tier[0], nearest[0]), f"segment {i}")
-
-    arguments = {"keys": keys, "cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "metric": metric}
-    return Call("similarity_varlen", arguments, check, packed=True)
