@@ -239,10 +239,10 @@ def check(build: Build, quick: bool, seed: int) -> None:
     levels = (LEVELS[0], best) if quick else LEVELS
     if "thread" in build.kinds:
         tests(build, 1, "-k", "thread")
-        fuzz(build, 60 if quick else 300, seed, levels, "--threads", "4")
+        fuzz(build, 300 if quick else 3000, seed, levels, "--threads", "4")
     else:
         tests(build, 6 if quick else 1)
-        fuzz(build, 600 if quick else 2000, seed, levels)
+        fuzz(build, 1000 if quick else 20_000, seed, levels)
     if "address" in build.kinds and not quick:
         build.run("leaks", "tests/fuzz.py", "--calls", "50", "--seed", str(seed))
 
