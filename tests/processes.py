@@ -23,6 +23,8 @@ VERSION = re.search('"(.*)"', (PACKAGE / "_version.py").read_text())[1]
 LIBRARY = PACKAGE / "_C.abi3.so"
 ENVIRONMENT = runpy.run_path(PACKAGE / "_dispatch" / "environment.py")  # without the package, which tests import anew
 HAS_LIBRARY = LIBRARY.is_file() and not ENVIRONMENT["read"]("CONDENSE_DISABLE_CPP")
+# Without the working directory on the path. Python 3.10 has no such option, and finds there what was installed, too.
+SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the compiled library was not built, or is switched off")
 
 TORCH_IMPORTED = multiprocessing.get_context("forkserver")

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from processes import SAFE_PATH
 
 from condense_kernels import __main__, __version__, testing
 from condense_kernels._dispatch import backends, environment
@@ -344,7 +345,7 @@ def test_the_examples_of_the_screen_are_understood(example):
 @pytest.mark.parametrize("example", ["show --html show.html", "compare-answers --keep 32", "check --quick"])
 def test_an_example_runs_as_it_stands(example, tmp_path):
     """Those that take no picture of the user's, no other extra and at most a minute."""
-    command = [sys.executable, "-P", "-m", "condense_kernels", *example.split()]
+    command = [sys.executable, *SAFE_PATH, "-m", "condense_kernels", *example.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout and "\x1b" not in done.stdout + done.stderr  # no colours in a pipe, and no bars
@@ -386,7 +387,7 @@ def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch):
 
 
 def test_a_terminal_without_signs_of_its_own():
-    command = [sys.executable, "-P", "-m", "condense_kernels", "compare", "--help"]
+    command = [sys.executable, *SAFE_PATH, "-m", "condense_kernels", "compare", "--help"]
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from processes import fresh
+from processes import SAFE_PATH, fresh
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 from torch._inductor.utils import run_and_get_code
@@ -250,7 +250,7 @@ def test_a_package_runs_without_this_package(tmp_path):
         assert not any(name.startswith("condense_kernels") for name in sys.modules)
         print("same")
     """
-    command = [sys.executable, "-P", "-c", textwrap.dedent(code), path, tmp_path / "calls.pt"]
+    command = [sys.executable, *SAFE_PATH, "-c", textwrap.dedent(code), path, tmp_path / "calls.pt"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "same\n", done.stderr
 

@@ -14,6 +14,7 @@ import rows
 import shapes
 import torch
 from fill_cache import PARTS
+from processes import SAFE_PATH
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -30,7 +31,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code, *arguments]
+    command = [sys.executable, *SAFE_PATH, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

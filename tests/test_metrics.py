@@ -9,6 +9,7 @@ import typing
 import numpy as np
 import pytest
 import torch
+from processes import SAFE_PATH
 
 from condense_kernels import methods, metrics
 
@@ -165,4 +166,4 @@ def test_all_is_annotated_and_needs_no_transformers():
             hints = typing.get_type_hints(function).keys()
             assert hints == {*inspect.signature(function).parameters, "return"}, name
     code = "import sys; sys.modules['transformers'] = None; import condense_kernels.metrics"
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, *SAFE_PATH, "-c", code], check=True, timeout=120)

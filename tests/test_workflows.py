@@ -62,6 +62,14 @@ def test_versions_agree_with_what_the_package_says():
     assert [(cell["python"], cell["torch"]) for cell in oldest] == [("3.10", f"torch=={OLDEST_TORCH}.0")]
 
 
+def test_python_is_given_no_option_that_the_oldest_lacks():
+    """-P came with 3.11; 3.10 says its usage instead."""
+    named = re.compile(r'(python[\d.]* |executable, ")-[P]')
+    texts = [*GITHUB.rglob("*.yml"), *GITHUB.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    texts += [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    assert [path for path in texts if named.search(path.read_text())] == []
+
+
 def test_actions_are_pinned_and_each_at_one_commit():
     pins: dict[str, set[str]] = {}
     for path in GITHUB.glob("workflows/*.yml"):

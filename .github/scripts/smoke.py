@@ -1,4 +1,4 @@
-"""Whether an installed package serves: `python -P smoke.py cpp`, or `reference` where it has no compiled library.
+"""Whether an installed package serves: `python smoke.py cpp`, or `reference` where it has no compiled library.
 
 CPU tensors run on what is named, a missing library is told once with its reason, and the results are the reference's.
 Needs torch and the package, and nothing else.
@@ -38,5 +38,5 @@ def main(expected: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] not in (["cpp"], ["reference"]):
-        sys.exit(f"usage: python -P {sys.argv[0]} cpp|reference")
+        sys.exit(f"usage: python {sys.argv[0]} cpp|reference")
     main(sys.argv[1])
