@@ -167,8 +167,8 @@ class BuildLibrary(build_ext):
         try:
             if wanted is False:
                 raise CannotBuild(
-                    "CONDENSE_BUILD_EXT=0 was set. Remedy: reinstall without it (a release's wheel for any platform "
-                    "is built so; for Linux there are wheels with the kernels)"
+                    "CONDENSE_BUILD_EXT=0 was set, as for a release's wheel of any platform. Remedy: on Linux, the "
+                    "wheel for Linux, or reinstall without it; elsewhere none is needed for the reference"
                 )
             if wanted is None and not sys.platform.startswith("linux"):
                 raise CannotBuild(

@@ -1,6 +1,7 @@
 """python -m condense_kernels: see what the operators do, check them on this machine, describe the machine."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -70,16 +71,21 @@ def main(argv: list[str] | None = None) -> int:
         status = dispatch(argv)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of it once more at its end
-        return 0
     except OSError as error:
+        if is_closed_pipe(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of it once more at its end
+            return 0
         if error.filename is not None:
             print(f"{PROGRAM}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
             return 2
         print(f"{PROGRAM}: error: standard output can't be written: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 2
+
+
+def is_closed_pipe(error: OSError) -> bool:
+    of_windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or of_windows
 
 
 def dispatch(argv: list[str] | None) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import vermin
 from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, use_kernel_forward_from_hub
 from kernels._rust import Backend, Build, Digest, DigestAlgorithm, Metadata
 from kernels.layer import use_kernel_mapping
@@ -208,18 +209,22 @@ def is_type(node: ast.expr) -> bool:
     return isinstance(getattr(builtins, name, None), type) or name.startswith("ast.") or name.endswith("Tensor")
 
 
-AFTER_3_9 = {"ParamSpec", "TypeAlias", "Concatenate", "TypeGuard", "Self", "Never", "assert_never", "override"}
-AFTER_3_9 |= {
-    "pairwise",
-    "batched",
-    "bit_count",
-    "aclosing",
-    "EncodingWarning",
-    "StrEnum",
-    "tomllib",
-    "slots",
-    "kw_only",
-}
+class OfTypeCheckers(ast.NodeTransformer):
+    """Takes away what no interpreter runs."""
+
+    def visit_If(self, node):
+        return ast.Pass() if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def of_later_libraries(tree: ast.Module) -> list[str]:
+    """Names, arguments and syntax that vermin knows to be of a later Python; zip(strict=) is _python39.py's."""
+    known = vermin.Config()
+    known.add_exclusion("zip(strict)")
+    known.add_exclusion("long")  # of a tensor, not of Python 2
+    known.set_verbose(2)  # with lines
+    seen = vermin.visit(ast.unparse(OfTypeCheckers().visit(tree)), known)
+    _, oldest = seen if isinstance(seen, list) else seen.minimum_versions()  # a list: it is no syntax of this Python
+    return [] if oldest is None or oldest <= (3, 9) else [seen.output_text()]
 
 
 def of_later_python(text: str) -> list[str]:
@@ -233,15 +238,11 @@ def of_later_python(text: str) -> list[str]:
             and (is_type(node.left) or is_type(node.right))
         ):
             found.append(ast.unparse(node))
-        if isinstance(node, (ast.ImportFrom, ast.Import)):
-            found += [alias.name for alias in node.names if alias.name in AFTER_3_9]
-        if isinstance(node, ast.Attribute) and node.attr in AFTER_3_9:
+        if isinstance(node, ast.Attribute) and node.attr in ("bit_count", "add_note"):  # of values, not of modules
             found.append(node.attr)
-        if isinstance(node, ast.Call):
-            found += [keyword.arg for keyword in node.keywords if keyword.arg in AFTER_3_9]
-            if any(keyword.arg == "strict" for keyword in node.keywords) and "_python39 import zip\n" not in text:
-                found.append("zip(strict=)")
-    return found
+        if isinstance(node, ast.Call) and any(keyword.arg == "strict" for keyword in node.keywords):
+            found += [] if "_python39 import zip\n" in text else ["zip(strict=)"]
+    return found + of_later_libraries(tree)
 
 
 def test_python_3_9_reads_what_is_shipped(output):
@@ -252,8 +253,9 @@ def test_python_3_9_reads_what_is_shipped(output):
 @pytest.mark.parametrize(
     "text",
     ["def f(x: int | None): ...", "A = int | None", "isinstance(x, int | str)", "zip(a, b, strict=True)",
-     "from typing import ParamSpec", "itertools.pairwise(a)", "@dataclass(slots=True)\nclass A: ...",
-     "class A:\n    x: str | None = None"],
+     "from typing import ParamSpec", "import itertools\nitertools.pairwise(a)", "count.bit_count()",
+     "from dataclasses import dataclass\n@dataclass(slots=True)\nclass A: ...", "class A:\n    x: str | None = None",
+     "import bisect\nbisect.bisect(a, b, key=f)", "from pathlib import Path\nPath(a).hardlink_to(b)", "anext(a)"],
 )  # fmt: skip
 def test_what_python_3_9_lacks_is_found(text):
     assert of_later_python(text)

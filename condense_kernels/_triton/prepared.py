@@ -259,7 +259,8 @@ class Kept:
         self.check_memory = check_memory  # what is not: whether an argument that is written overlaps another
         self.written = written
         self.forget()
-        os.register_at_fork(after_in_child=self.forget)
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
         """After a fork, too: nothing of the parent's device can be used, and its lock may be held for ever."""

@@ -22,19 +22,24 @@ class CommandError(Exception):
 class MissingPackage(CommandError):
     """Something of an extra is not installed."""
 
-    def __init__(self, package: str, remedy: str = ""):
-        super().__init__(f"needs {package}: {remedy or f'pip install {package}'}")
+    def __init__(self, *packages: str, remedy: str = ""):
+        self.packages = packages
+        remedy = remedy or f"pip install {' '.join(packages)}"
+        super().__init__(f"needs {', '.join(packages)}: {remedy}")
 
 
 def need(*packages: str, remedy: str = "") -> None:
-    """Raise MissingPackage for the first package that is not installed; ``packages`` are import names."""
-    for package in packages:
-        try:
-            found = importlib.util.find_spec(package) is not None
-        except ValueError:  # sys.modules[package] is None
-            found = False
-        if not found:
-            raise MissingPackage({"PIL": "pillow"}.get(package, package), remedy)
+    """Raise MissingPackage of those packages that are not installed; ``packages`` are import names."""
+    missing = [{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in packages if not is_installed(name)]
+    if missing:
+        raise MissingPackage(*missing, remedy=remedy)
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules[package] is None
+        return False
 
 
 def meant(name: str, known: Iterable[str]) -> str:

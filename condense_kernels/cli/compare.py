@@ -86,8 +86,7 @@ def measured(arguments: argparse.Namespace, methods: list[Any]) -> tuple[list[An
         try:
             model = dinov2.load_model()
         except MissingPackage as error:
-            raise MissingPackage(str(error).split(":")[0].removeprefix("needs "), f"{dinov2.EXTRA}; --on tiny does "
-                                 "without") from None  # fmt: skip
+            raise MissingPackage(*error.packages, remedy=f"{dinov2.EXTRA}; --on tiny does without") from None
         ready["dinov2"] = model, arguments.images or [photograph.path for photograph in PHOTOGRAPHS]
     if "tiny" in arguments.on:
         ready["tiny"] = checkpoint.load(checkpoint.TINY)[0].float().cpu(), arguments.pictures

@@ -42,7 +42,7 @@ def installed_file(package: str, name: str) -> Path:
     try:
         path = Path(str(distribution(package).locate_file(name)))
     except PackageNotFoundError:
-        raise MissingPackage(package, EXTRA) from None
+        raise MissingPackage(package, remedy=EXTRA) from None
     if not path.is_file():
         raise CommandError(f"{package} is installed without its {name}. Remedy: pip install --force-reinstall "
                            f"--no-deps {package}.")  # fmt: skip
