@@ -12,7 +12,8 @@ import torch
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
-import triton.language as tl  # the test extra brings it: without it half of the tests would be skipped
+import quick_interpreter
+import triton  # the test extra brings it: without it half of the tests would be skipped
 from triton.runtime import interpreter
 
 from condense_kernels._dispatch import backends
@@ -32,21 +33,8 @@ CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
 
 
-def look_up_builtins_once() -> None:
-    """In Triton 3.9's interpreter every call of a jit function looks through all names of triton.language for those
-    to replace: half of the time of our kernels there. Which they are does not change; replaced they are as before."""
-    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
-    names = {place: [name for name in dir(place) if tl.core.is_builtin(getattr(place, name, None))] for place in places}
-
-    def patch(place, *rest):
-        if tl.core.is_builtin(getattr(place, names[place][0])):  # else all of them have been replaced before
-            for name in names[place]:
-                interpreter._patch_attr(place, name, getattr(place, name), *rest)
-
-    interpreter._patch_builtin = patch
-
-
-look_up_builtins_once()
+if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith("3.9."):
+    quick_interpreter.quicken()
 
 
 def _or_skip(backend: str):
