@@ -1,5 +1,6 @@
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 import zlib
@@ -127,20 +128,34 @@ def bare_python(tmp_path_factory) -> str:
     return str(folder / "bin" / "python")
 
 
+@functools.cache
+def has_fixtures_of_the_module(file: pathlib.Path) -> bool:
+    return 'scope="module"' in file.read_text()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What takes minutes begins first, so that no core waits for it at the end: `slow(minutes=5)`, then files with
+    fixtures of their module. The others stay as they were shuffled."""
+
+    def minutes(item) -> float:
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("minutes", 0) if slow else 0
+
+    items.sort(key=lambda item: (-minutes(item), not has_fixtures_of_the_module(item.path)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A worker gets test by test, but all of a file that has fixtures of its module, which take long; those first."""
+    """A worker gets test by test, in their order, but all of a file that has fixtures of its module together."""
     from xdist.scheduler import LoadScopeScheduling
-
-    @functools.cache
-    def has_fixtures_of_the_module(file: str) -> bool:
-        return 'scope="module"' in (config.rootpath / file).read_text()
 
     class TestByTest(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if has_fixtures_of_the_module(file) else nodeid
+            return file if has_fixtures_of_the_module(config.rootpath / file) else nodeid
 
+    config.option.loadscopereorder = False  # by the number of tests
     return TestByTest(config, log)
 
 
