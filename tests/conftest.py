@@ -1,5 +1,6 @@
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 import zlib
@@ -12,7 +13,8 @@ import torch
 if not torch.cuda.is_available():  # else tests/test_gpu.py runs the kernels for real
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on CPU tensors
 
-import triton.language as tl  # the test extra brings it: without it half of the tests would be skipped
+import quick_interpreter
+import triton  # the test extra brings it: without it half of the tests would be skipped
 from triton.runtime import interpreter
 
 from condense_kernels._dispatch import backends
@@ -32,21 +34,8 @@ CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
 
 
-def look_up_builtins_once() -> None:
-    """In Triton 3.9's interpreter every call of a jit function looks through all names of triton.language for those
-    to replace: half of the time of our kernels there. Which they are does not change; replaced they are as before."""
-    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
-    names = {place: [name for name in dir(place) if tl.core.is_builtin(getattr(place, name, None))] for place in places}
-
-    def patch(place, *rest):
-        if tl.core.is_builtin(getattr(place, names[place][0])):  # else all of them have been replaced before
-            for name in names[place]:
-                interpreter._patch_attr(place, name, getattr(place, name), *rest)
-
-    interpreter._patch_builtin = patch
-
-
-look_up_builtins_once()
+if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith("3.9."):
+    quick_interpreter.quicken()
 
 
 def _or_skip(backend: str):
@@ -139,20 +128,34 @@ def bare_python(tmp_path_factory) -> str:
     return str(folder / "bin" / "python")
 
 
+@functools.cache
+def has_fixtures_of_the_module(file: pathlib.Path) -> bool:
+    return 'scope="module"' in file.read_text()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What takes minutes begins first, so that no core waits for it at the end: `slow(minutes=5)`, then files with
+    fixtures of their module. The others stay as they were shuffled."""
+
+    def minutes(item) -> float:
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("minutes", 0) if slow else 0
+
+    items.sort(key=lambda item: (-minutes(item), not has_fixtures_of_the_module(item.path)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A worker gets test by test, but all of a file that has fixtures of its module, which take long; those first."""
+    """A worker gets test by test, in their order, but all of a file that has fixtures of its module together."""
     from xdist.scheduler import LoadScopeScheduling
-
-    @functools.cache
-    def has_fixtures_of_the_module(file: str) -> bool:
-        return 'scope="module"' in (config.rootpath / file).read_text()
 
     class TestByTest(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if has_fixtures_of_the_module(file) else nodeid
+            return file if has_fixtures_of_the_module(config.rootpath / file) else nodeid
 
+    config.option.loadscopereorder = False  # by the number of tests
     return TestByTest(config, log)
 
 

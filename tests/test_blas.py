@@ -33,7 +33,7 @@ def test_no_product_is_numpys(store_s, monkeypatch):
     similarity(inputs.features, backend="triton")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 @pytest.mark.parametrize("processor", ["Haswell", "SkylakeX", "Zen", "Prescott"])
 def test_on_other_processors(processor):
     """OpenBLAS as it is there, by its own switch: symmetry, equal tokens, and s computed twice, to the bit."""

@@ -320,7 +320,7 @@ def digest_of(folder: Path) -> str:
     return digest()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 @needs_library
 def test_the_sdist_builds_and_tests_itself_whatever_the_flags(builder, tmp_path):
     """Compiled with flags that would change every sum: the bits are those of the library here."""

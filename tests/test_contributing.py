@@ -36,7 +36,7 @@ def sources(checkout: Path) -> dict[str, bytes]:
     return {str(path.relative_to(checkout)): path.read_bytes() for path in files if path.is_file()}
 
 
-@pytest.mark.slow  # compiles the library
+@pytest.mark.slow(minutes=2)  # compiles the library
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_the_operator_that_contributing_adds(tmp_path):
     ignore = shutil.ignore_patterns("__pycache__", "*.so")

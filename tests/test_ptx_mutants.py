@@ -14,7 +14,7 @@ TESTS = pathlib.Path(__file__).parent
 CAUGHT = {"wait": 0.85, "barrier": 0.8, "index": 0.6, "predicate": 0.5}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 @pytest.mark.skipif(engine.compiler() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_most_mutants_are_caught(target, tmp_path):

@@ -162,7 +162,7 @@ while [ "$1" != -o ]; do shift; done
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_the_library_compiles_for_aarch64(tmp_path, bare_python):
     """By setup.py's own commands, without a warning. What is left out is the link: torch for aarch64 is not here."""
     if shutil.which(CROSS) is None:
@@ -178,7 +178,7 @@ def test_the_library_compiles_for_aarch64(tmp_path, bare_python):
     assert {name for name, text in texts.items() if fused_in(text)} == {"rowops"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_the_operators_with_other_instruction_sets(capability, cpp):
     """Their own tests, of the C++ backend."""

@@ -89,7 +89,7 @@ def test_an_interrupt_ends_it_with_a_summary(console, capsys, monkeypatch):
     assert "interrupted" in printed and "seed 4" in printed and " calls, 0 results differ" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 def test_five_minutes(cpp):
     """In a process of its own, whose memory is counted."""
     command = [sys.executable, str(Path(soak.__file__)), "--seconds", "300"]
