@@ -3,7 +3,9 @@
 import importlib.util
 import itertools
 import json
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -198,6 +200,27 @@ def test_a_change_is_told_above_the_noise_alone():
     assert "1 slower, 0 faster, 0 within the noise of 10%" in AGAINST.table(AGAINST.checked(json.dumps(found)))
     found["rows"][0]["head"] = [1.5, 0.9]  # the rounds do not agree
     assert "0 slower, 0 faster, 1 within" in AGAINST.table(AGAINST.checked(json.dumps(found)))
+
+
+def noisy(draws: random.Random, factor: float) -> dict:
+    """45 rows of ours whose time changes by a factor, 35 baselines; each has a noise of its own, around 5 percent."""
+    found = measured()
+    found["rows"] = []
+    for i in range(80):
+        spread = 0.05 * math.exp(draws.gauss(0, 0.7))
+        base, head = ([math.exp(draws.gauss(0, spread)) for _ in range(4)] for _ in range(2))
+        ours = i < 45
+        head = [time * factor if ours else time for time in head]
+        names = {"op": "merge", "shape": "a", "mode": "call", "side": f"{'ours' if ours else 'torch'} {i}"}
+        found["rows"].append({**names, "base": base, "head": head})
+    return found
+
+
+def test_two_equal_trees_raise_no_alarm():
+    draws = random.Random(0)
+    alarms = sum("Nothing changed." not in AGAINST.table(noisy(draws, 1.0)) for _ in range(100))
+    assert alarms <= 10
+    assert re.search(r"Times: 4\d slower, 0 faster", AGAINST.table(noisy(draws, 1.6)))
 
 
 @pytest.mark.parametrize("side", ["[link](x)", "<img>", "@somebody", "a\nb", "`", 3])
