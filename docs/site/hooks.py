@@ -1,6 +1,7 @@
 """What mkdocs needs besides docs/: the reference, the pages at the top of the repository, links that leave docs/."""
 
 import html
+import json
 import posixpath
 import re
 import sys
@@ -20,6 +21,7 @@ FENCE = re.compile(r"^(```\w+) .*$", re.M)
 FOREIGN = re.compile(r"<script (src=\"\"|type=\"(text/x-mathjax-config|module)\")>.*?</script>", re.S)
 FOREIGN_IMAGE = re.compile(r"""<img alt="([^"]*)" src="https?://[^"]*" */?>""")
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.S)
+WORDLESS = re.compile(r'alt="No description[^"]*"')
 SECTION = re.compile(r"^<!-- README: (.+) -->$", re.M)
 
 
@@ -65,7 +67,22 @@ def as_python_markdown(text: str) -> str:
 def on_post_page(output, page, config):
     """Nothing comes from other hosts: no counts of stars, no badges, no scripts for diagrams, which notebooks bring."""
     output = on_post_template(output)
-    return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output)) if page.file.src_uri.endswith(".ipynb") else output
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    words = iter(words_of_pictures(Path(page.file.abs_src_path)))
+    output = WORDLESS.sub(lambda _: f'alt="{html.escape(next(words))}"', output)
+    return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output))
+
+
+def words_of_pictures(notebook: Path) -> list[str]:
+    """From the metadata of cells, in which Jupyter's template for pages does not look."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [
+        cell["metadata"]["alt"]
+        for cell in cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
 
 
 def on_post_template(output, template_name="", config=None, **_):
