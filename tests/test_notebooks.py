@@ -44,6 +44,13 @@ def test_it_holds_pictures_numbers_and_nothing_of_a_machine(path):
 
 
 @EVERY
+def test_its_pictures_have_words(path):
+    for cell in cells(path, "code"):
+        if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+            assert len(cell["metadata"].get("alt", "")) > 20, "".join(cell["source"])
+
+
+@EVERY
 def test_its_badge_opens_it_in_colab(path):
     link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/docs/notebooks/{path.name}"
     assert f"]({link})" in "".join(cells(path, "markdown")[0]["source"])

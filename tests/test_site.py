@@ -23,7 +23,8 @@ import condense_kernels as ck
 from condense_kernels.methods import METHODS
 
 DOCS = ROOT / "docs"
-PHONE, DESK = 390, 1400
+TOP = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PHONE, DESK = 390, 1440
 
 
 class Loader(yaml.SafeLoader):
@@ -81,6 +82,31 @@ def test_what_the_reference_names_is_there(page):
 def test_the_gallery_has_every_picture():
     shown = re.findall(r"!\[[^\n]+\]\(([^)]+)\)", (DOCS / "gallery.md").read_text())
     assert sorted(shown) == sorted(path.name for path in DOCS.glob("*.png"))
+
+
+FIRST = re.compile(r"^# .+\n\n(.+(?:\n.+)*)", re.M)  # the block below a page's title
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), *TOP], ids=lambda page: page.stem)
+def test_a_page_begins_with_what_it_is_for(page):
+    """In words: before code, a table, a picture or another heading. Search engines show them."""
+    first = FIRST.search(page.read_text())[1]
+    assert not re.match(r"```|\||#|!|[-*] |\d+\. |<", first), first
+    assert len(first) >= 40
+
+
+@pytest.mark.parametrize("page", ["operators", "pieces"])
+def test_the_reference_leads_to_equations(page):
+    for name in api.names_of(page):
+        assert (DOCS / f"{api.explained(name)}.md").is_file(), name
+
+
+def test_results_are_a_list_in_the_reference(monkeypatch):
+    pytest.importorskip("griffe", reason="needs what make docs installs")
+    monkeypatch.syspath_prepend(DOCS / "site")
+    section = "    A tuple of\n\n    s: [B], of the\n        keys: all.\n    g: [B].\n\n    Both are fp32.\n\n"
+    written = script("roles").results(section).split("Returns:</span>\n")[1]
+    assert written == "\nA tuple of\n\n- `s`: [B], of the\nkeys: all.\n- `g`: [B].\n\nBoth are fp32.\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +169,18 @@ WIDE = """[...document.querySelectorAll('.md-content img, .md-content table, .md
 }).map(element => element.outerHTML.slice(0, 120))"""
 
 
+# What reads badly: headings that skip a level, pictures without words, and at a desk lines of code to be scrolled.
+HEADINGS = """(() => {
+    const levels = [...document.querySelectorAll('.md-content :is(h1, h2, h3, h4, h5, h6)')].map(h => +h.tagName[1]);
+    return levels.filter((level, i) => i ? level === 1 || level > levels[i - 1] + 1 : level !== 1);
+})()"""
+WORDLESS = """[...document.images].filter(i => !i.alt.trim() || i.alt.startsWith('No description')).map(i => i.src)"""
+SCROLLED = """[...document.querySelectorAll('.md-content pre')].filter(pre => {
+    const box = pre.querySelector('code') || pre, most = Math.max(...pre.textContent.split('\\n').map(l => l.length));
+    return innerWidth > 1000 && box.scrollWidth > box.clientWidth + 1 && most <= 120;
+}).map(pre => pre.textContent.slice(0, 120))"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_every_page_fits_and_asks_nobody_else(site, address, tab, width):
@@ -159,10 +197,61 @@ def test_every_page_fits_and_asks_nobody_else(site, address, tab, width):
             "not there": missing(tab),
             "missing pictures": tab.run("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"),
             "errors": complaints(tab),
+            "headings": tab.run(HEADINGS),
+            "pictures without words": tab.run(WORDLESS),
+            "lines of code to be scrolled": tab.run(SCROLLED),
         }
         if bad := {name: what for name, what in found.items() if what and what != 0}:
             wrong[page.relative_to(site).as_posix()] = bad
     assert not wrong, json.dumps(wrong, indent=1)
+
+
+CONTRAST = """(() => {
+    const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+    const over = ([r, g, b, a = 1], [s, h, c]) => [r * a + s * (1 - a), g * a + h * (1 - a), b * a + c * (1 - a)];
+    const behind = e => e ? over(parts(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255];
+    const opacity = e => e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
+    const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+    const found = {}, texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode.data.trim(), e = texts.currentNode.parentElement, style = getComputedStyle(e);
+        const seen = opacity(e), hidden = !e.checkVisibility({visibilityProperty: true}) || seen < 0.05;
+        if (!text || hidden || e.closest('svg, script, style, noscript, .headerlink')) continue;
+        const back = behind(e), [r, g, b, a = 1] = parts(style.color);
+        const [low, high] = [light(over([r, g, b, a * seen], back)), light(back)].sort((p, q) => p - q);
+        const ratio = (high + 0.05) / (low + 0.05);
+        if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) found[`${e.tagName}.${e.className}`] = [ratio, text];
+    }
+    return found;
+})()"""
+STILL = "document.head.insertAdjacentHTML('beforeend', '<style>* { transition: none !important }</style>')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("page", ["", "greedy_select/", "api/operators/", "notebooks/quickstart/"])
+def test_text_has_contrast(address, tab, page, dark):
+    """That of WCAG 2, level AA: 4.5 to 1, of large letters 3 to 1."""
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source="localStorage.clear()")  # of the scheme seen last
+    tab.resize(DESK, 844, dark=dark)
+    tab.open(address + page)
+    assert tab.run("document.body.dataset.mdColorScheme") == ("slate" if dark else "default")
+    tab.run(STILL)
+    assert tab.run(f"new Promise(later => setTimeout(() => later({CONTRAST}), 300))") == {}
+
+
+DESCRIPTION = re.compile(r"""<meta name=["']?description["']? content="([^"]*)">""")
+
+
+@pytest.mark.slow
+def test_search_engines_get_a_title_and_words_for_each_page(site):
+    titles, words = {}, {}
+    for page in site.rglob("index.html"):
+        text = page.read_text()
+        titles[re.search(r"<title>(.*?)</title>", text)[1]] = words[DESCRIPTION.search(text)[1]] = page
+        assert 40 <= len(html.unescape(DESCRIPTION.search(text)[1])) <= 160, page
+    assert len(titles) == len(words) == len([*site.rglob("index.html")])
 
 
 SHOWN = re.compile(r"<(pre|code)\b.*?</\1>", re.S)  # what readers see, and browsers do not run

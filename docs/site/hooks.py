@@ -1,9 +1,13 @@
 """What mkdocs needs besides docs/: the reference, the pages at the top of the repository, links that leave docs/."""
 
+import html
+import json
 import posixpath
 import re
 import sys
+import textwrap
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mkdocs.structure.files import File
 
@@ -16,6 +20,8 @@ LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^(```\w+) .*$", re.M)
 FOREIGN = re.compile(r"<script (src=\"\"|type=\"(text/x-mathjax-config|module)\")>.*?</script>", re.S)
 FOREIGN_IMAGE = re.compile(r"""<img alt="([^"]*)" src="https?://[^"]*" */?>""")
+PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.S)
+WORDLESS = re.compile(r'alt="No description[^"]*"')
 SECTION = re.compile(r"^<!-- README: (.+) -->$", re.M)
 
 
@@ -46,6 +52,13 @@ def on_page_markdown(markdown, page, config, files):
     return as_python_markdown(LINK.sub(target, text))
 
 
+def on_page_content(content, page, **_):
+    """What a search engine shows of a page is its first paragraph, which says what the page is for."""
+    texts = (html.unescape(re.sub(r"<[^>]+>", "", found)).split() for found in PARAGRAPH.findall(content))
+    if first := next(filter(None, texts), None):  # that of a badge has no words
+        page.meta["description"] = textwrap.shorten(" ".join(first), 160, placeholder="…").replace('"', "'")
+
+
 def as_python_markdown(text: str) -> str:
     """What a code host reads and Python-Markdown does not: words behind a block's language, Markdown in <details>."""
     return FENCE.sub(r"\1", text).replace("<details><summary>", '<details markdown="1"><summary>')
@@ -54,11 +67,30 @@ def as_python_markdown(text: str) -> str:
 def on_post_page(output, page, config):
     """Nothing comes from other hosts: no counts of stars, no badges, no scripts for diagrams, which notebooks bring."""
     output = on_post_template(output)
-    return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output)) if page.file.src_uri.endswith(".ipynb") else output
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    words = iter(words_of_pictures(Path(page.file.abs_src_path)))
+    output = WORDLESS.sub(lambda _: f'alt="{html.escape(next(words))}"', output)
+    return FOREIGN_IMAGE.sub(r"\1", FOREIGN.sub("", output))
 
 
-def on_post_template(output, **_):
+def words_of_pictures(notebook: Path) -> list[str]:
+    """From the metadata of cells, in which Jupyter's template for pages does not look."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [
+        cell["metadata"]["alt"]
+        for cell in cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+
+
+def on_post_template(output, template_name="", config=None, **_):
     """Also of the 404 page, which is none of docs/."""
+    if template_name == "404.html":
+        start = f'<a href="{urlsplit(config.site_url).path}">the first page</a>'
+        lost = f"<p>There is no page of this name. Start from {start}, or search above.</p>"
+        output = output.replace("404 - Not found</h1>", f"404 - Not found</h1>{lost}")
     return output.replace(' data-md-component="source"', "")
 
 
