@@ -3,6 +3,7 @@
 similarity -> greedy_select -> assign -> merge, and select_and_merge, which is all of them in a row.
 """
 
+from . import _program  # noqa: F401  before torch, which takes seconds
 from ._dispatch import flops as _flops
 from ._dispatch import library as _library  # noqa: F401  its warning names who imports this package
 from ._dispatch import sharding as _sharding

@@ -1,13 +1,16 @@
 """python -m condense_kernels: see what the operators do, check them on this machine, describe the machine."""
 
 import argparse
+import contextlib
 import errno
 import io
 import os
 import sys
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, TextIO
 
+from . import _program
+from ._program import INTERRUPTED, PROGRAM, tell
 from ._version import __version__
 from .cli import (
     CommandError,
@@ -23,8 +26,8 @@ from .cli import (
     show,
     start,
 )
+from .cli.arguments import Parser
 
-PROGRAM = "python -m condense_kernels"
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "show": show,
@@ -38,16 +41,43 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+class NotWritten(Exception):
+    """Standard output took no more. It is no OSError: those may be of any other file."""
 
 
-def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+class Output:
+    """Standard output, whose errors are told from others."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def write(self, text: str) -> int:
+        return self.guarded("write", text)
+
+    def flush(self) -> None:
+        self.guarded("flush")
+
+    def guarded(self, what: str, *given: str) -> Any:
+        if self.stream is None:
+            raise NotWritten("it is closed")
+        try:
+            return getattr(self.stream, what)(*given)
+        except OSError as error:
+            raise NotWritten(error.strerror or str(error)) from error
+
+
+def build_parser(program: str = PROGRAM) -> Parser:
     examples = {name: example for group in start.GROUPS.values() for name, (_, example) in group.items()}
     parser = Parser(prog=program, description=(__doc__ or "").partition(": ")[2].capitalize())
     parser.add_argument("--version", action="version", version=f"condense_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=False, metavar=f"{{{','.join(COMMANDS)}}}")
+    parser.set_defaults(parser=parser)
+    commands = parser.add_subparsers(dest="command", required=False, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split("\n", 1)[0]
         command = commands.add_parser(
@@ -58,51 +88,58 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status. A closed pipe behind us (| head) is no error, a full disk is one."""
+    _program.imported()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal that has no ± of its own
+    output = Output(sys.stdout)
     try:
-        status = dispatch(argv)
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(output):
+            status = dispatch(argv)
+            output.flush()
         return status
-    except OSError as error:
-        if is_closed_pipe(error):
+    except NotWritten as error:
+        if output.stream is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of it once more at its end
+        if is_closed_pipe(error.__cause__):
             return 0
-        if error.filename is not None:
-            print(f"{PROGRAM}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
-            return 2
-        print(f"{PROGRAM}: error: standard output can't be written: {error.strerror or error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 2
+        tell(f"{PROGRAM}: error: standard output can't be written: {error}")
+    except OSError as error:
+        named = "" if error.filename is None else f"{error.filename}: "
+        tell(f"{PROGRAM}: error: {named}{error.strerror or error}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 2
 
 
-def is_closed_pipe(error: OSError) -> bool:
-    of_windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
-    return isinstance(error, BrokenPipeError) or of_windows
+def is_closed_pipe(error: BaseException | None) -> bool:
+    of_windows = sys.platform == "win32" and isinstance(error, OSError) and error.errno == errno.EINVAL
+    return of_windows or isinstance(error, BrokenPipeError)
 
 
 def dispatch(argv: list[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    try:
+        arguments, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            arguments.parser.refuse(unknown[0])
+    except SystemExit as stop:  # of --help, --version and mistakes
+        return int(stop.code or 0)
     if arguments.command is None:
         print(start.screen(PROGRAM), end="")
         return 0
     try:
         return arguments.run(arguments)
     except MissingPackage as error:
-        print(f"{PROGRAM} {arguments.command} {error}", file=sys.stderr)
-        return 2
+        tell(f"{PROGRAM} {arguments.command} {error}")
     except CommandError as error:
-        print(f"{PROGRAM} {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        tell(f"{PROGRAM} {arguments.command}: error: {error}")
+    return 2
 
 
 if __name__ == "__main__":

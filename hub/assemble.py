@@ -30,8 +30,8 @@ NAME = PACKAGE.name
 
 FOLDERS = ("_dispatch", "_triton", "ops", "methods")
 # A kernel has no command line, and warm_up draws its bar by rich: a kernel imports nothing but torch and Triton.
-LEFT_OUT = ("__main__.py", "warming.py")
-LEFT_OUT_OF_INIT = "from .warming import"
+LEFT_OUT = ("__main__.py", "_program.py", "warming.py")
+LEFT_OUT_OF_INIT = ("from . import _program", "from .warming import")
 IN_INIT = "\nfrom . import layers as layers\nfrom . import methods as methods\n"
 
 NOARCH = {"torch-cpu": "cpu", "torch-cuda": "cuda"}  # variant: backend
@@ -63,8 +63,8 @@ def package() -> dict[str, str]:
     files = {path: text for path, text in files_of(PACKAGE, ".py", ".txt").items() if is_shipped(path)}
     lines = files["__init__.py"].splitlines(keepends=True)
     kept = [line for line in lines if not line.startswith(LEFT_OUT_OF_INIT)]
-    if len(kept) != len(lines) - 1:
-        raise SystemExit(f"hub/assemble.py: expected one line of __init__.py to begin with {LEFT_OUT_OF_INIT!r}.")
+    if len(kept) != len(lines) - len(LEFT_OUT_OF_INIT):
+        raise SystemExit(f"hub/assemble.py: expected one line of __init__.py to begin with each of {LEFT_OUT_OF_INIT}.")
     files["__init__.py"] = "".join(kept) + IN_INIT
     files.update(files_of(HUB / "package", ".py"))
     return {path: for_python_39(path, text) if path.endswith(".py") else text for path, text in files.items()}

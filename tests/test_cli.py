@@ -1,19 +1,24 @@
 """python -m condense_kernels: demo, check, env."""
 
+import io
 import json
 import os
-import shlex
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from processes import SAFE_PATH
+from rich.console import Console
+from rich.table import Table
 
 from condense_kernels import __main__, __version__, testing
 from condense_kernels._dispatch import backends, environment
-from condense_kernels.cli import check, demo, env, methods, patches, photographs, start, tables
+from condense_kernels.cli import check, demo, env, methods, patches, photographs, print_table, start, tables
 from condense_kernels.testing import inputs
 
 CPP_OR_REFERENCE = "reference" if backends.unavailable("cpp", torch.device("cpu")) else "cpp"
@@ -73,6 +78,13 @@ def test_demo_numbers_several_pictures(capsys, tmp_path, picture, quick_demo):
     assert not (tmp_path / "two.png").exists()
 
 
+def test_demo_tells_a_broken_picture_before_it_draws_another(capsys, tmp_path, picture):
+    output = tmp_path / "two.png"
+    status, out, _ = run(capsys, "demo", picture, __file__, "--grid", 4, "--keep", 4, "--output", output)
+    assert (status, out) == (2, "")
+    assert not (tmp_path / "two-1.png").exists()
+
+
 def test_demo_brings_its_picture():
     assert patches.open_picture(photographs.HOPPER.path, 28).shape == (28, 28, 3)
 
@@ -80,11 +92,11 @@ def test_demo_brings_its_picture():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--keep", "0"], "keep: expected 1 <= keep <= 576"),
+        (["--keep", "0"], "ratio in (0, 1]"),
         (["--keep", "577"], "keep: expected 1 <= keep <= 576"),
         (["--keep", "1.5"], "ratio in (0, 1]"),
         (["--keep", "many"], "a count or a ratio"),
-        (["--background-ratio", "2"], "background_ratio"),
+        (["--background-ratio", "2"], "--background-ratio: expected a number from 0 to 1, got '2'"),
         (["--grid", "0"], "--grid"),
         (["--output", "demo.jpg"], "ends in .png"),
         (["--output", "no/such/folder/demo.png"], "no such folder"),
@@ -194,6 +206,16 @@ def test_the_verdict_names_who_is_better():
     assert "none beats it on redundancy" in tables.verdict(rows)
     rows.append(row("random (median of 20)", 12.0))
     assert "pooling and random beat it on PSNR" in tables.verdict(rows)
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_no_table_loses_a_number_on_a_narrow_terminal(width):
+    console = Console(file=io.StringIO(), width=width)
+    table = Table("method", "PSNR dB", "detail dB", title="a title of several words that may be broken")
+    table.add_row("random (mean of 20)", "123.456789", "987.654321")
+    print_table(console, table)
+    assert {"123.456789", "987.654321"} <= set(console.file.getvalue().split())
+    assert console.width == width
 
 
 # check
@@ -313,6 +335,47 @@ def test_env_says_why_there_is_no_library(monkeypatch):
     assert "it was not built" in rows["cpp on cpu"]
 
 
+def test_env_for_programs(capsys):
+    status, out, _ = run(capsys, "env", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["torch"] == torch.__version__
+    assert isinstance(found["cpu"]["threads"], int)
+    assert found["library"]["loaded"] is (found["library"]["reason"] is None)
+    reason = backends.unavailable("cpp", torch.device("cpu"))
+    assert found["backends"]["cpu"]["cpp"] == {"available": reason is None, "reason": reason}
+    assert isinstance(found["gpus"], list)
+
+
+KEYS = {
+    **dict.fromkeys(("condense_kernels", "torch", "triton", "numpy", "transformers", "python", "system")),
+    **dict.fromkeys(("cuda", "rocm", "driver", "triton_interpreter", "variables")),
+    "cpu": dict.fromkeys(("model", "simd", "cores", "usable", "threads")),
+    "gpus": dict.fromkeys(("name", "capability", "memory")),
+    "library": dict.fromkeys(("loaded", "reason", "capability")),
+    "backends": dict.fromkeys(("available", "reason")),
+}
+
+
+def test_the_keys_of_env_for_programs_stay(capsys, monkeypatch):
+    """A key that is gone, or has another name, breaks somebody's program; a new one is added here and on the page."""
+    gpu = SimpleNamespace(name="some", major=9, minor=0, total_memory=2**36)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    found = env.record()
+    assert set(found) == set(KEYS)
+    assert set(found["cpu"]) == set(KEYS["cpu"])
+    assert set(env.gpu_record(0)) == set(KEYS["gpus"])
+    assert set(found["library"]) == set(KEYS["library"])
+    for of_device in found["backends"].values():
+        assert set(of_device) == set(backends.BACKENDS[1:])
+        assert all(set(of_backend) == set(KEYS["backends"]) for of_backend in of_device.values())
+    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    table = [line.split("|") for line in page.partition("## env --json")[2].splitlines() if line.startswith("| `")]
+    assert {name for row in table for name in re.findall("`(\\w+)`", row[1])} == set(KEYS)
+    told = {name: set(re.findall("`(\\w+)`", row[2])) for row in table for name in re.findall("`(\\w+)`", row[1])}
+    assert all(told[name] == set(inner) for name, inner in KEYS.items() if inner)
+
+
 # the program
 
 
@@ -351,41 +414,6 @@ def test_an_example_runs_as_it_stands(example, tmp_path):
     assert done.stdout and "\x1b" not in done.stdout + done.stderr  # no colours in a pipe, and no bars
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("comp", {"compare", "compare-answers", "completion"}),
-        ("compare --fi", {"--figure"}),
-        ("compare --on ", {"dinov2", "tiny"}),
-    ],
-)
-def test_bash_completes(capsys, words, expected):
-    status, script, _ = run(capsys, "completion", "bash")
-    assert status == 0
-    typed = ["condense-kernels", *words.split(" ")]
-    asked = f"COMP_WORDS=({shlex.join(typed)}); COMP_CWORD={len(typed) - 1}"
-    text = f'{script}\n{asked}; _shtab_condense_kernels; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
-    assert set(done.stdout.split()) == expected, done.stderr
-
-
-def test_completion_needs_shtab(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "shtab", None)
-    status, out, err = run(capsys, "completion", "zsh")
-    assert (status, out) == (2, "")
-    assert err == "python -m condense_kernels completion needs shtab: pip install 'condense-kernels[cli]'\n"
-
-
-def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device", "demo.png")
-
-    monkeypatch.setattr(env, "run", full)
-    status, _, err = run(capsys, "env")
-    assert status == 2
-    assert err == "python -m condense_kernels: error: demo.png: No space left on device\n"
-
-
 def test_a_terminal_without_signs_of_its_own():
     command = [sys.executable, *SAFE_PATH, "-m", "condense_kernels", "compare", "--help"]
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
@@ -396,40 +424,6 @@ def test_a_terminal_without_signs_of_its_own():
 
 def test_the_version(capsys):
     assert run(capsys, "--version") == (0, f"condense_kernels {__version__}\n", "")
-
-
-def test_env_for_programs(capsys):
-    status, out, _ = run(capsys, "env", "--json")
-    assert status == 0
-    found = json.loads(out)
-    assert found["torch"] == torch.__version__
-    assert isinstance(found["cpu"]["threads"], int)
-    assert found["library"]["loaded"] is (found["library"]["reason"] is None)
-    reason = backends.unavailable("cpp", torch.device("cpu"))
-    assert found["backends"]["cpu"]["cpp"] == {"available": reason is None, "reason": reason}
-    assert isinstance(found["gpus"], list)
-
-
-def test_a_misspelt_method_is_told_what_was_meant(capsys):
-    status, _, err = run(capsys, "compare", "--methods", "condensvlm")
-    assert status == 2
-    assert "did you mean 'condensevlm'?" in err
-
-
-@pytest.mark.parametrize("command", ["compare", "compare-answers", "report"])
-def test_a_folder_as_output_is_told(capsys, tmp_path, command):
-    status, _, err = run(capsys, command, "--csv", tmp_path)
-    assert status == 2
-    assert "--csv: expected a file, got a folder" in err
-
-
-@pytest.mark.parametrize(("after", "expected", "words"), [("| head -0", 0, ""), ("> /dev/full", 2, "can't be written")])
-def test_output_that_nobody_takes(after, expected, words):
-    shell = f"set -o pipefail; {sys.executable} -m condense_kernels env {after}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
-    assert done.returncode == expected
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_env_runs_as_a_program_without_the_extra():

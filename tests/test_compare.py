@@ -223,12 +223,14 @@ def test_on_dinov2_methods_without_text(capsys, tmp_path, monkeypatch, photograp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--keep", "0"], "--keep: expected 4 <= K <= 576"),
-        (["--keep", "577", "--on", "dinov2"], "--keep: expected 1 <= K <= 576"),
-        (["--pictures", "1"], "--pictures: expected at least 2, got 1"),
+        (["--keep", "3"], "--keep: expected at least 4, as the tiny LLaVA keeps a quarter of it, got 3"),
+        (["--keep", "577", "--on", "dinov2"], "--keep: expected a whole number from 1 to 576, got '577'"),
+        (["--pictures", "1"], "--pictures: expected a whole number from 2"),
         (["--methods", "best"], "--methods: expected some of"),
         (["--methods", "divprune:alpha=1"], "expected divprune, which has no options, got 'divprune:alpha=1'"),
         (["--methods", "condensevlm:spatial_weight"], "condensevlm:spatial_weight=..."),
+        (["--methods", "condensevlm:spatial_weight=far"], "condensevlm: spatial_weight: expected a number, as its"),
+        (["no-such-picture.png", "--on", "dinov2"], "no such file: no-such-picture.png"),
         (["--figure", "a.jpg"], "ends in .png"),
         (["--csv", "no/such/folder/a.csv"], "no such folder"),
         (["a.jpg", "--on", "tiny"], "--on: expected dinov2"),

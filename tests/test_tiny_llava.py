@@ -236,10 +236,10 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep", "0"], "--keep: expected 1 <= K <= 144, the tokens of a picture, got 0"),
-        (["--keep", "145"], "--keep: expected 1 <= K <= 144, the tokens of a picture, got 145"),
-        (["--pictures", "1"], "--pictures: expected at least 2, got 1"),
-        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--keep", "0"], "--keep: expected a whole number from 1 to 144, got '0'"),
+        (["--keep", "145"], "--keep: expected a whole number from 1 to 144, got '145'"),
+        (["--pictures", "1"], "--pictures: expected a whole number from 2"),
+        (["--seeds", "0"], "--seeds: expected a whole number from 1"),
         (["--model", "nowhere"], "--model nowhere: expected 'tiny' or a directory with config.json"),
         (["--csv", "no/such/cells.csv"], "--csv: no such folder: no/such"),
         (["--keep", "13", "--pictures", "2"], "--keep: expected for pooling and uniform a product"),

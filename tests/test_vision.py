@@ -193,7 +193,7 @@ def test_the_light_demo_says_that_this_exists(capsys, tmp_path, picture, small_d
     monkeypatch.setattr("condense_kernels.cli.demo.BACKENDS", ("triton",))
     status, out, _ = run(capsys, "demo", picture, "--grid", 4, "--keep", 4, "--output", tmp_path / "out.png")
     assert status == 0
-    assert "make demo-vision" in out
+    assert "--score dinov2" in out
 
 
 def test_clusters_have_the_mean_colour_of_their_pixels():

@@ -19,7 +19,7 @@ from .._dispatch import backends
 from ..ops.greedy_select import reference as greedy_reference
 from ..ops.similarity.reference import TAKEN
 from ..testing import KINDS, Finding, Inputs, compare, compare_alone, exact_similarity, make_inputs
-from . import make_console, make_progress, need
+from . import make_console, make_progress, need, print_table
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 QUICK_KINDS = ("random", "clustered", "duplicates", "nan", "masked")
@@ -180,7 +180,7 @@ def show(verdicts: list[Verdict], console) -> None:
     for v in verdicts:
         ok = "[green]ok[/green]" if v.ok else "[bold red]NO[/bold red]"
         table.add_row(escape(v.case), v.backend, v.dtype, v.selected, escape(v.worst), ok)
-    console.print(table)
+    print_table(console, table)
 
 
 def run(arguments: argparse.Namespace) -> int:

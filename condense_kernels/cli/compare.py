@@ -15,8 +15,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, MissingPackage, check_outputs, checkpoint, make_console, make_progress, need
+from . import (
+    CommandError,
+    MissingPackage,
+    check_output,
+    checkpoint,
+    make_console,
+    make_progress,
+    need,
+    print_table,
+    waiting,
+)
+from .arguments import whole
 from .compared import HEADLINES, entries, lines
+from .patches import check_pictures
 
 TOKENS = 576  # of DINOv2's picture; the tiny LLaVA has a quarter
 OF_TINY = 4
@@ -25,31 +37,31 @@ OF_TINY = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures for DINOv2 (default: eight "
                         "photographs that come with the extra)")  # fmt: skip
-    parser.add_argument("--keep", type=int, nargs="+", default=[64, 128, 192], metavar="K", help="tokens of "
-                        f"DINOv2's {TOKENS} (default: 64 128 192); the tiny LLaVA keeps a quarter of it")  # fmt: skip
+    parser.add_argument("--keep", type=whole(1, TOKENS), nargs="+", default=[64, 128, 192], metavar="K", help="tokens "
+                        f"of DINOv2's {TOKENS} (default: 64 128 192); the tiny LLaVA keeps a quarter")  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=[], metavar="M", help="by name, with options as "
                         "condensevlm:background_ratio=0.5 (default: all of condense_kernels.methods)")  # fmt: skip
     parser.add_argument("--on", nargs="+", choices=tuple(HEADLINES), default=list(HEADLINES), metavar="MODEL",
                         help="dinov2, tiny, or both (default)")  # fmt: skip
-    parser.add_argument("--pictures", type=int, default=200, metavar="P", help="of the tiny LLaVA, six questions each "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="of random choices (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="R", help="of the times (default: %(default)s)")
+    parser.add_argument("--pictures", type=whole(2), default=200, metavar="P", help="of the tiny LLaVA, six questions "
+                        "each (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=whole(1), default=3, metavar="S", help="of random choices (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=whole(1), default=7, metavar="R", help="of the times (default: %(default)s)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw quality against time")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    for name, low in (("pictures", 2), ("seeds", 1), ("rounds", 1)):
-        if getattr(arguments, name) < low:
-            raise CommandError(f"--{name}: expected at least {low}, got {getattr(arguments, name)}")
-    for keep in arguments.keep:
-        low = OF_TINY if "tiny" in arguments.on else 1
-        if not low <= keep <= TOKENS:
-            raise CommandError(f"--keep: expected {low} <= K <= {TOKENS}, the tokens of DINOv2's picture, got {keep}")
-    check_outputs(arguments.csv, arguments.figure)
+    if "tiny" in arguments.on and min(arguments.keep) < OF_TINY:
+        raise CommandError(f"--keep: expected at least {OF_TINY}, as the tiny LLaVA keeps a quarter of it, got "
+                           f"{min(arguments.keep)}")  # fmt: skip
+    check_output("--csv", arguments.csv)
+    check_output("--figure", arguments.figure, ".png")
     if arguments.images and "dinov2" not in arguments.on:
         raise CommandError("--on: expected dinov2, as pictures are given; the tiny LLaVA has its own")
+    check_pictures(arguments.images)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     flat = lines(rows)
     for on, reasons in left_out.items():
         for keep in budgets_of(flat, on):
-            console.print(table(flat, on, keep))
+            print_table(console, table(flat, on, keep))
             console.print(words(flat, on, keep), markup=False, soft_wrap=True)
         for reason in dict.fromkeys(reasons.values()):
             titles = ", ".join(title for title, other in reasons.items() if other == reason)
@@ -152,7 +164,8 @@ def drawn(path: Path, flat: list[dict[str, Any]]) -> None:
 
 def written(path: Path, write: Any, flat: list[dict[str, Any]], console: Any) -> None:
     try:
-        write(path, flat)
+        with waiting(f"writing {path.name}"):
+            write(path, flat)
     except OSError as error:
         raise CommandError(f"{path} can't be written: {error.strerror or error}") from None
     console.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -11,7 +11,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, check_outputs, checkpoint, make_console, make_progress, need
+from . import CommandError, check_output, checkpoint, make_console, make_progress, need, print_table
+from .arguments import whole
 
 TOKENS = 144
 
@@ -19,11 +20,11 @@ TOKENS = 144
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=checkpoint.TINY, metavar="DIR|tiny", help="a folder that make tiny-llava "
                         "wrote (default: the model that comes with the package)")  # fmt: skip
-    parser.add_argument("--pictures", type=int, default=1000, metavar="P", help="how many (default: %(default)s)")
-    parser.add_argument("--keep", type=int, nargs="+", default=[48, 32, 16], metavar="K", help="tokens of 144 "
-                        "(default: 48 32 16, which prunes 66.7, 77.8 and 88.9 %%)")  # fmt: skip
+    parser.add_argument("--pictures", type=whole(2), default=1000, metavar="P", help="how many (default: %(default)s)")
+    parser.add_argument("--keep", type=whole(1, TOKENS), nargs="+", default=[48, 32, 16], metavar="K", help="tokens of "
+                        "144 (default: 48 32 16, which prunes 66.7, 77.8 and 88.9 %%)")  # fmt: skip
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="S", help="of the random choices (default: %(default)s)"
+        "--seeds", type=whole(1), default=5, metavar="S", help="of the random choices (default: %(default)s)"
     )
     parser.add_argument("--ablations", action="store_true", help="the method without its parts, too")
     parser.add_argument("--positions", choices=("compact", "original"), default="compact",
@@ -32,19 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every cell there")
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    for name, low in (("pictures", 2), ("seeds", 1)):
-        if getattr(arguments, name) < low:
-            raise CommandError(f"--{name}: expected at least {low}, got {getattr(arguments, name)}")
-    for keep in arguments.keep:
-        if not 1 <= keep <= TOKENS:
-            raise CommandError(f"--keep: expected 1 <= K <= {TOKENS}, the tokens of a picture, got {keep}")
-    check_outputs(arguments.csv, None)
-
-
 def run(arguments: argparse.Namespace) -> int:
     need("numpy", "PIL", "rich", "transformers", remedy="pip install 'condense-kernels[cli,models]'")
-    check_arguments(arguments)
+    check_output("--csv", arguments.csv)
     model, _ = checkpoint.load(arguments.model)
     from ..tiny_llava import answers, questions, table
 
@@ -68,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise CommandError(f"--keep: {str(error).removeprefix('keep: ')}") from None
     for keep in arguments.keep:
-        console.print(table.of_budget(everything, found, keep))
+        print_table(console, table.of_budget(everything, found, keep))
         console.print(table.in_words(found, keep), markup=False)
     if arguments.csv is not None:
         write_csv(arguments.csv, table.rows(everything, found))

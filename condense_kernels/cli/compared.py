@@ -11,9 +11,10 @@ import torch
 
 from .. import metrics
 from ..methods import ALIASES, METHODS, Card
-from ..methods.registry import TEXT
+from ..methods.registry import TEXT, check_numbers
 from ..ops.select_and_merge import Condensed
-from . import CommandError, meant
+from . import CommandError
+from .arguments import mismatch
 
 ALWAYS = ("random", "pooling", "uniform")  # the simple baselines
 PAIRED = (*ALWAYS, "condensevlm")  # what each method is compared with on the same pictures
@@ -57,9 +58,7 @@ def entry(name: str) -> Entry:
     base, *given = name.split(":")
     card = METHODS.get(ALIASES.get(base, base))
     if card is None:
-        raise CommandError(
-            f"--methods: expected some of {', '.join(METHODS)}, got {base!r}{meant(base, (*METHODS, *ALIASES))}"
-        )
+        raise CommandError(f"--methods: {mismatch(base, METHODS, also=ALIASES)}")
     options = {}
     for one in given:
         option, equals, value = one.partition("=")
@@ -67,6 +66,10 @@ def entry(name: str) -> Entry:
             expected = ", ".join(f"{base}:{own}=..." for own in card.options) or f"{base}, which has no options"
             raise CommandError(f"--methods: expected {expected}, got {name!r}")
         options[option] = parsed(value)
+    try:
+        check_numbers(inspect.signature(card.call).parameters, options)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--methods: {base}: {error}") from None
     return Entry(name, card, options)
 
 

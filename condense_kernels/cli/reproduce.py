@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..lmms import VERSION, local, tables
-from . import CommandError, checkpoint, make_console, need
+from . import CommandError, checkpoint, make_console, need, waiting
+from .arguments import check_name, decimal, whole
 
 REMEDY = f"pip install --no-deps lmms-eval=={VERSION}, and what it imports"
 
@@ -27,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="PATH", help="folder or name of the checkpoint (default: the table's)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lmms-eval (default: the table's)")
-    parser.add_argument("--keep", type=int, nargs="+", metavar="K", help="rows of these budgets (default: all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples of a task: a trial, not the paper's number")
-    parser.add_argument("--tolerance", type=float, default=1.0, metavar="PERCENT",
+    parser.add_argument("--keep", type=whole(1), nargs="+", metavar="K", help="rows of these budgets (default: all)")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="samples of a task: a trial, not the paper's number"
+    )
+    parser.add_argument("--tolerance", type=decimal(0, 100), default=1.0, metavar="PERCENT",
                         help="of the paper's upper bound (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("reproduced"), metavar="DIR", help="default: %(default)s")
 
@@ -38,11 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     need("yaml", "rich", remedy="pip install 'condense-kernels[cli,models]'")
     need("lmms_eval", remedy=REMEDY)
     table = tables.TABLES[arguments.table]
-    tasks = list(
-        dict.fromkeys(b.task for b in table.benchmarks if arguments.tasks is None or b.task in arguments.tasks)
-    )
-    if unknown := set(arguments.tasks or ()) - set(tasks):
-        raise CommandError(f"--tasks: expected tasks of table {arguments.table}, got {', '.join(sorted(unknown))}")
+    known = list(dict.fromkeys(benchmark.task for benchmark in table.benchmarks))
+    for task in arguments.tasks or ():
+        check_name("--tasks", task, known)
+    tasks = [task for task in known if task in (arguments.tasks or known)]
     rows = table.rows()
     if unknown := {str(k) for k in arguments.keep or ()} - {row.num_tokens for row in rows}:
         raise CommandError(f"--keep: expected budgets of table {arguments.table}, got {', '.join(sorted(unknown))}")
@@ -77,7 +79,7 @@ def measured(row: tables.Row, task: str, arguments: argparse.Namespace) -> dict[
         record = json.loads(kept.read_text(encoding="utf-8"))
         if record["settings"] == settings:
             return record["metrics"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, waiting(f"{row.label}: {task}"):
         metrics = evaluate(config, task, arguments.limit, Path(folder))
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({"settings": settings, "metrics": metrics}, indent=1), encoding="utf-8")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import CommandError, checkpoint, make_console, make_progress, need
+from . import CommandError, check_output, checkpoint, make_console, make_progress, need, waiting
+from .arguments import LARGEST_SEED, check_name, whole
 
 if TYPE_CHECKING:
     from .selection import Kept, Seen
@@ -36,25 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT), metavar="METHOD",
                         help=f"of apply_condense's (default: {' '.join(DEFAULT)})")  # fmt: skip
     parser.add_argument("--question", metavar="TEXT", help="also ask the model, on each method's tokens")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random choices (default: 0)")
-
-
-def check_file(option: str, path: Path, suffix: str) -> None:
-    if path.suffix.lower() != suffix:
-        raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
-    if not path.parent.is_dir():
-        raise CommandError(f"{option}: no such folder: {path.parent}")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="S", help="of the random choices (default: 0)"
+    )
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     from ..models.methods import METHODS
 
-    check_file("--output", arguments.output, ".png")
-    if arguments.html is not None:
-        check_file("--html", arguments.html, ".html")
+    check_output("--output", arguments.output, ".png")
+    check_output("--html", arguments.html, ".html")
     for method in arguments.methods:
-        if method not in METHODS:
-            raise CommandError(f"--methods: expected some of {', '.join(METHODS)}, got {method}")
+        check_name("--methods", method, METHODS)
     if arguments.question is not None and arguments.model == DINOV2:
         raise CommandError("--question: DINOv2 answers none. Remedy: --model tiny, or a model that generates")
     if arguments.image is None and arguments.model not in (checkpoint.TINY, DINOV2):
@@ -78,7 +72,8 @@ def source(arguments: argparse.Namespace) -> "tuple[Seen, Answering | None]":
     words = sources.OF_TINY if arguments.model == checkpoint.TINY else sources.NEW_TOKENS
     asked = sources.Answering(model, processor, picture, inputs, words)
     try:
-        return asked.seen(name), asked
+        with waiting("encoding the picture"):
+            return asked.seen(name), asked
     except (TypeError, ValueError) as error:  # apply_condense, of a model that it does not take
         raise CommandError(f"--model {arguments.model}: {error}") from error
 
@@ -88,7 +83,10 @@ class Answers:
 
     def __init__(self, asked: "Answering | None", question: str | None, seed: int) -> None:
         self.asked, self.question, self.seed = asked if question is not None else None, question, seed
-        self.on_all = None if self.asked is None else self.asked.answer()
+        self.on_all = None
+        if self.asked is not None:
+            with waiting("answering on all tokens"):
+                self.on_all = self.asked.answer()
 
     def on(self, kept: "Kept") -> str | None:
         return None if self.asked is None else self.asked.answer_on(kept, self.seed)
@@ -96,10 +94,11 @@ class Answers:
 
 def run(arguments: argparse.Namespace) -> int:
     need("numpy", "PIL", "rich", "matplotlib", "transformers", remedy=MISSING)
-    check_arguments(arguments)
-    from .selection import TITLES, Cell, budgets_of, keep_tokens
-    from .show_page import write_page
-    from .show_picture import draw
+    with waiting("importing transformers"):
+        check_arguments(arguments)
+        from .selection import TITLES, Cell, budgets_of, keep_tokens
+        from .show_page import write_page
+        from .show_picture import draw
 
     seen, asked = source(arguments)
     answers = Answers(asked, arguments.question, arguments.seed)
@@ -122,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def write(option: str, path: Path, writer: Callable[..., None], *what: Any) -> None:
     try:
-        writer(path, *what)
+        with waiting(f"writing {path.name}"):
+            writer(path, *what)
     except OSError as error:
         raise CommandError(f"{option}: {path} can't be written: {error.strerror or error}") from None
     make_console().print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..testing import Inputs
-from . import CommandError, make_progress
+from . import CommandError, make_progress, print_table
 from .dinov2 import BEFORE, BLOCKS, PACKAGE, SCORE, VERSION, Tokens, encode, follow, load_model
 from .methods import METHOD_STEPS, SIMILAR, Result, Row, compare_methods, redundancy
 from .patches import PATCH, open_picture
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, budget: tuple[int, int], output: Path, co
     for one in seen:
         height, width, _ = one.picture.shape
         console.print(f"{one.name}: cropped and resized to {height} x {width} pixels", style="bold", markup=False)
-        console.print(quality_table(one.rows, TOKENS, "tokens"))
+        print_table(console, quality_table(one.rows, TOKENS, "tokens"))
         console.print(verdict(one.rows, TOKENS), markup=False)
     console.print(NOTES, style="dim", markup=False, soft_wrap=True)
     for path in written:
