@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import shells
+from processes import SAFE_PATH
 from test_cli import run
 
 
@@ -35,7 +36,7 @@ def script():
 
     def of(shell: str) -> str:
         if shell not in found:
-            command = [sys.executable, "-P", "-m", "condense_kernels", "completion", shell]
+            command = [sys.executable, *SAFE_PATH, "-m", "condense_kernels", "completion", shell]
             found[shell] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return found[shell]
 

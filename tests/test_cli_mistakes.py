@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import PACKAGE, python
+from processes import PACKAGE, SAFE_PATH, python
 from shells import Terminal
 from test_cli import run
 
@@ -17,7 +17,7 @@ from condense_kernels import __main__, _program
 from condense_kernels.cli import arguments, checkpoint, demo, env
 
 PROGRAM = "python -m condense_kernels"
-COMMAND = ("-P", "-m", "condense_kernels")
+COMMAND = (*SAFE_PATH, "-m", "condense_kernels")
 
 # Arguments
 

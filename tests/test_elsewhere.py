@@ -60,7 +60,9 @@ def run(wheel, system: str, commands: list[list[str]], absent=(), present=()):
     """The warnings of the import, and status, output and error of each command."""
     path = os.pathsep.join(map(str, (wheel, ROOT / "tests")))
     arguments = map(json.dumps, (system, commands, absent, present))
-    done = python(*SAFE_PATH, "-X", "warn_default_encoding", "-c", RUN, *arguments, PYTHONPATH=path, TRITON_INTERPRET="0")
+    done = python(
+        *SAFE_PATH, "-X", "warn_default_encoding", "-c", RUN, *arguments, PYTHONPATH=path, TRITON_INTERPRET="0"
+    )
     assert done.returncode == 0, done.stderr
     warned, *said = json.loads(done.stdout.splitlines()[-1])
     return warned, said

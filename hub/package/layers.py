@@ -35,7 +35,8 @@ class Condense(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    # Read: num_anchors, num_background and, if there, grid, suppression, spatial_weight, background_suppression, scale_prior.
+    # Read: num_anchors, num_background and, if there, grid, suppression, spatial_weight, background_suppression and
+    # scale_prior.
     # Not annotated, as Python 3.14 keeps annotations in a member of the class, and kernels lets a layer have none.
 
     def forward(
