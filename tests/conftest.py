@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 FAST = ("cpp", "triton")
 
 
-if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith("3.9."):
+if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith(quick_interpreter.VERSIONS):
     quick_interpreter.quicken()
 
 
