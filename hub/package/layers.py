@@ -35,9 +35,8 @@ class Condense(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    # Read: num_anchors, num_background and, if there, grid, suppression, spatial_weight, background_suppression and
-    # scale_prior.
-    # Not annotated, as Python 3.14 keeps annotations in a member of the class, and kernels lets a layer have none.
+    # Read: num_anchors, num_background and, if there, grid, suppression, spatial_weight, background_suppression,
+    # scale_prior. Not annotated: Python 3.14 keeps annotations in members of the class, and kernels refuses those.
 
     def forward(
         self,
