@@ -199,6 +199,14 @@ def test_a_torch_that_does_not_do_is_told_in_one_line(tmp_path, code, words):
     assert done.stderr.count("\n") == 1
 
 
+def test_the_installed_script_tells_it_in_one_line_too(tmp_path):
+    script = tmp_path / "condense-kernels"
+    script.write_text("import sys\nfrom condense_kernels.__main__ import main\nsys.exit(main())\n")
+    done = python(str(script), "env", PYTHONPATH=with_torch(tmp_path, "__version__ = '2.4.0'"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{PROGRAM}: error: condense_kernels ") and done.stderr.count("\n") == 1
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path):
     done = python(*COMMAND, "env", PYTHONPATH=with_torch(tmp_path, "1 / 0"))
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr

@@ -7,7 +7,7 @@ import torch
 
 from ..models import apply_condense
 from ..ops.select_and_merge import Condensed
-from . import CommandError
+from . import CommandError, waiting
 from .patches import PATCH, open_picture
 from .selection import Kept, Seen, keep_tokens
 
@@ -20,9 +20,9 @@ NEW_TOKENS, OF_TINY = 24, 1  # of an answer: the tiny LLaVA was taught one word,
 def seen_by_dinov2(path: Path) -> Seen:
     from .dinov2 import encode, load_model
 
-    picture = open_picture(path, SIDE * PATCH)
-    with torch.no_grad():
-        tokens = encode(load_model(), picture)
+    picture, model = open_picture(path, SIDE * PATCH), load_model()
+    with torch.no_grad(), waiting("encoding the picture"):
+        tokens = encode(model, picture)
     return Seen(path.name, picture, tokens.patches, tokens.scores, (SIDE, SIDE))
 
 
