@@ -24,7 +24,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = "-m pytest benchmarks --benchmark-only --benchmark-quiet -q -p no:cacheprovider -p no:randomly -p no:warnings"
+PYTEST = (
+    "-m pytest benchmarks --benchmark-only --benchmark-quiet -q --show-capture=no "
+    "-p no:cacheprovider -p no:randomly -p no:warnings"
+)
 # One call of each operator in what it costs at least, and the sizes of LLaVA-1.5 and of all crops of LLaVA-NeXT.
 SELECTED = "overhead or (llava15-64 and not batch8) or (llava-next-global and not varlen)"
 KEY = ("op", "shape", "side", "mode")
@@ -34,7 +37,8 @@ SMALLEST = 0.05  # a change that is worth a word, however quiet the machine
 
 def run(tree: Path, rows: Path, arguments: list[str]) -> list[dict[str, str]]:
     """The rows of one run of a tree's benchmarks."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment.pop("PYTHONSAFEPATH", None)  # benchmarks start others of their folder, which import what is beside them
     command = [sys.executable, *PYTEST.split(), "--csv", str(rows), *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode or not rows.exists():

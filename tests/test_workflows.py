@@ -224,6 +224,38 @@ def test_two_equal_trees_raise_no_alarm():
     assert re.search(r"Times: 4\d slower, 0 faster", AGAINST.table(noisy(draws, 1.6)))
 
 
+BENCH = """
+import pathlib, subprocess, sys
+
+def test_of_the_tree(benchmark, pytestconfig):
+    benchmark(int)
+    script = pathlib.Path(__file__).with_name("memory.py")
+    rows = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
+    pytestconfig.getoption("csv").write_text(rows)
+"""
+OPTION = """
+import pathlib
+
+def pytest_addoption(parser):
+    parser.addoption("--csv", type=pathlib.Path)
+"""
+
+
+def test_a_benchmark_finds_what_is_beside_it(tmp_path, monkeypatch):
+    """Also where safe paths are asked for: harness.py runs memory.py, which imports shapes.py."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    (tmp_path / "benchmarks").mkdir()
+    files = {
+        "conftest.py": OPTION,
+        "test_bench.py": BENCH,
+        "memory.py": "import shapes",
+        "shapes.py": "print('op,median_ms\\nmerge,1')",
+    }
+    for name, text in files.items():
+        (tmp_path / "benchmarks" / name).write_text(text)
+    assert AGAINST.run(tmp_path, tmp_path / "rows.csv", []) == [{"op": "merge", "median_ms": "1"}]
+
+
 @pytest.mark.parametrize("side", ["[link](x)", "<img>", "@somebody", "a\nb", "`", 3])
 def test_what_is_posted_is_names_and_numbers(side):
     with pytest.raises(ValueError, match="expected a name"):
