@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
 from builds import Builder, script
@@ -183,3 +184,9 @@ def test_the_operators_with_other_instruction_sets(capability, cpp):
     environment = {**os.environ, "CONDENSE_CPU_CAPABILITY": capability}
     output = run([*command, "-k", "cpp and not instruction_sets", *files], env=environment)
     assert int(re.search(r"(\d+) passed", output)[1]) > 500
+
+
+def test_arm_check_names_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert emulated.main([]) == 1
+    assert f"{CROSS} not found. Remedy: Debian, and apt-get install" in capsys.readouterr().err
