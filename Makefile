@@ -75,6 +75,10 @@ test-html: $(VENV)/installed ## of the slow tests, those of the page of show, in
 port-check: $(VENV)/ziglang ## compile the row loops by Clang, and for aarch64, and run them
 	PYTHONPATH=$(VENV)/ziglang $(RUN) $(TEST) tests/test_rowops.py $(ARGS)
 
+# Debian's Python, torch and what tests need, for that processor: 2 GB. Described in docs/checking.md.
+arm-check: $(VENV)/installed $(VENV)/auditors ## build the wheel for aarch64, audit and test it, emulated, in .venv-arm
+	$(RUN) tests/emulated.py $(ARGS)
+
 # Both are described in docs/checking.md.
 ptx-check: $(VENV)/installed ## run the tests of Triton kernels on their PTX, executed and checked on the CPU
 	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/benchmarks $(RUN) $(TEST) -p ptx.plugin $(ARGS)

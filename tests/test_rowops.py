@@ -15,15 +15,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
 from builds import Builder, script
+from emulated import COMPILER as CROSS
+from emulated import EMULATOR
 
 from condense_kernels._dispatch.declaration import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
-CROSS = "aarch64-linux-gnu-g++"
 
 # Who may fuse a product with a sum: what numerics.md says so of. No score and no bound of one is among them.
 NAMED = {
@@ -41,11 +43,6 @@ def flags_of_the_build() -> list[str]:
     found: dict[str, list[str]] = {}
     exec(compile(ast.Module(wanted, []), "setup.py", "exec"), found)
     return [*found["COMPILE_FLAGS"], "-Icsrc", "-isystem", str(Path(torch.__file__).parent / "include")]
-
-
-def emulator() -> str:
-    """The name that there is, or that which is missing."""
-    return "qemu-aarch64-static" if shutil.which("qemu-aarch64-static") else "qemu-aarch64"
 
 
 class Target(NamedTuple):
@@ -72,11 +69,11 @@ def clang(target: str) -> list[str]:
 NATIVE = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "clang++"]
 TARGETS = {
     "native": Target(NATIVE, is_ours=False),
-    "aarch64": Target([CROSS, "-static"], (emulator(),)),
+    "aarch64": Target([CROSS, "-static"], (EMULATOR,)),
     "unsigned char": Target([*NATIVE, "-funsigned-char"], is_ours=False),
     "clang": Target(clang("x86_64")),
     "clang, avx2": Target([*clang("x86_64"), "-mavx2", "-mfma"]),
-    "clang, aarch64": Target(clang("aarch64"), (emulator(), "-L", "/usr/aarch64-linux-gnu")),
+    "clang, aarch64": Target(clang("aarch64"), (EMULATOR, "-L", "/usr/aarch64-linux-gnu")),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(TARGETS)[2:]]
 
@@ -187,3 +184,9 @@ def test_the_operators_with_other_instruction_sets(capability, cpp):
     environment = {**os.environ, "CONDENSE_CPU_CAPABILITY": capability}
     output = run([*command, "-k", "cpp and not instruction_sets", *files], env=environment)
     assert int(re.search(r"(\d+) passed", output)[1]) > 500
+
+
+def test_arm_check_names_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert emulated.main([]) == 1
+    assert f"{CROSS} not found. Remedy: Debian, and apt-get install" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 import yaml
 from processes import ROOT, needs_library
@@ -132,6 +133,8 @@ def test_cibuildwheel_builds_as_make_wheel_does():
     recipe = re.search(r"auditwheel repair (.*?)--wheel-dir", MAKEFILE, re.DOTALL)[1].replace("\\\n", "")
     assert repair.split() == recipe.replace("$$", "$").split()
     assert "--no-isolation" in section
+    assert f"torch=={OLDEST_TORCH}.0" == emulated.TORCH
+    assert emulated.REPAIR.split()[:3] == ["repair", "--plat", "manylinux_2_28_aarch64"]
     for path in re.findall(r"\{project\}/(tests/\S+\.py)", section):
         assert (ROOT / path).is_file()
 
