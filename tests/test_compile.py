@@ -311,6 +311,7 @@ def test_other_derivatives_inside_are_refused(transformed, graphs, cpp):
         graphs.compile(transformed)(*image((4, 5), (4, 2))[:2])
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="torch.compile refuses tensors with a tangent from 2.14 on")
 def test_forward_mode_around_a_compiled_function(graphs, cpp):
     features, scores, *_ = image((4, 5), (4, 2))
     with forward_ad.dual_level():
