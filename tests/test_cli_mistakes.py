@@ -218,11 +218,17 @@ def test_a_process_that_only_imports_is_left_alone(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+def interruptible() -> None:
+    """A shell's job in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_control_c_during_the_import(tmp_path):
     path = with_torch(tmp_path, "import time\nprint('importing', flush=True)\ntime.sleep(60)")
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, *COMMAND, "env"], env={"PYTHONPATH": path}, text=True, **pipes)
+    options = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    options["preexec_fn"] = interruptible
+    process = subprocess.Popen([sys.executable, *COMMAND, "env"], env={"PYTHONPATH": path}, text=True, **options)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

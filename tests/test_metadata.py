@@ -59,7 +59,8 @@ def description() -> str:
 def test_the_repository_has_one_address():
     """Elsewhere it may stand as a part of longer ones, but not as another."""
     owner, name = url("Repository").rsplit("/", 2)[1:]
-    files = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*.cff"), *ROOT.glob("*.yml"), *(ROOT / ".github").rglob("*.*")]
+    files = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*.cff"), *ROOT.glob("*.yml")]
+    files += [path for suffix in ("md", "py", "yml") for path in (ROOT / ".github").rglob(f"*.{suffix}")]
     for file in files:
         for found in re.findall(r"github\.com/([\w-]+/condense[\w-]*)", file.read_text()):
             assert found == f"{owner}/{name}", f"{file.relative_to(ROOT)}: github.com/{found}"
