@@ -251,8 +251,8 @@ def varlen_budget(
     """Offsets for images of these lengths: ``select_and_merge_varlen(features, scores, *varlen_budget([576, 1200]))``.
 
     Args:
-        seqlens: tokens of each image, ints from 0 to 2**19, together below 2**31; a list, or an array or tensor [S] on
-            the host.
+        seqlens: tokens of each image, ints from 0 to ``2**19``, together below ``2**31``; a list, or an array or tensor
+            [S] on the host.
         keep: a count of tokens an image, which a shorter image keeps all of, or a ratio in (0, 1], as
             :func:`split_budget` has it. A list, or an array or tensor [S] on the host, has one for each image, where a
             count may be 0.

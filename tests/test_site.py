@@ -6,7 +6,9 @@ The slow half builds it as ``make docs`` does, and opens every page in headless 
 import functools
 import html
 import http.server
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -71,6 +73,17 @@ def test_the_reference_has_every_public_name_once():
     assert {f"methods.{name}" for name in METHODS} <= set(found)
     hosts = {path.stem for path in (ROOT / "condense_kernels" / "adapters").glob("*.py")} - {"__init__", "common"}
     assert {f"adapters.{host}" for host in hosts} <= set(found)
+
+
+@pytest.mark.parametrize("page", api.PAGES)
+def test_docstrings_are_markdown(page):
+    """2**19 twice in a line is bold, and >>> three quotations."""
+    for name in api.names_of(page):
+        module, _, attribute = api.definition(name).rpartition(".")
+        text = inspect.getdoc(getattr(importlib.import_module(module), attribute)) or ""
+        text = re.sub(r"``.*?``", "", text)
+        assert not re.search(r"\w\*\*\w", text), name
+        assert ">>>" not in text or "Examples:" in text, name
 
 
 @pytest.mark.parametrize("page", api.PAGES)

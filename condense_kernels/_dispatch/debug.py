@@ -24,9 +24,10 @@ def debug(enabled: bool = True) -> Iterator[None]:
     ``CONDENSE_DEBUG=1`` in the environment switches it on for the whole process, ``debug(False)`` off again within.
     Raw operators and compiled code are not checked.
 
-    >>> with condense_kernels.debug():
-    ...     condense_kernels.condense(features, scores, keep=64, grid=(24, 24))
-    ValueError: scores: expected numbers >= 0, got -0.25 at image 1, token 17. Remedy: ...
+    Examples:
+        >>> with condense_kernels.debug():
+        ...     condense_kernels.condense(features, scores, keep=64, grid=(24, 24))
+        ValueError: scores: expected numbers >= 0, got -0.25 at image 1, token 17. Remedy: ...
     """
     token = _debugging.set(enabled)
     try:

@@ -25,7 +25,7 @@ def pdrop(
 
 
 def pdrop_budgets(num_tokens: int, ratio: float = 0.5, stages: int = 4) -> tuple[int, ...]:
-    """The tokens in each stage of PyramidDrop, floor(num_tokens * ratio**s), at least 1: 576, 288, 144, 72.
+    """The tokens in each stage of PyramidDrop, ``floor(num_tokens * ratio**s)``, at least 1: 576, 288, 144, 72.
 
     The first stage has all tokens; calls of ``pdrop`` keep the others in turn. Where stages have equally many layers,
     the mean is the budget that tables compare it at: 270 here.

@@ -196,7 +196,7 @@ def dpc_knn(
 ) -> DensityPeaks:
     """The k tokens that are density peaks: dense themselves, and far from all that are denser.
 
-    With d_ij = -scale * s_ij, density_i is minus the mean of d_ij**2 over the k_nn nearest tokens, token i itself
+    With d_ij = -scale * s_ij, density_i is minus the mean of ``d_ij**2`` over the k_nn nearest tokens, token i itself
     being one of them at distance 0 (the published density is the exp of it). peak_distance_i is the distance to the
     nearest denser token, and of the densest one that to the farthest. The k tokens with the largest
     exp(density) * peak_distance are picked (Rodriguez and Laio 2014; Du et al. 2016).
