@@ -247,6 +247,8 @@ def pytest_addoption(parser):
 def test_a_benchmark_finds_what_is_beside_it(tmp_path, monkeypatch):
     """Also where safe paths are asked for: harness.py runs memory.py, which imports shapes.py."""
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # of a worker, which times nothing
+        monkeypatch.delenv(name)
     (tmp_path / "benchmarks").mkdir()
     files = {
         "conftest.py": OPTION,
